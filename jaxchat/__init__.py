@@ -1,0 +1,1 @@
+"""jaxchat: chat with open LLMs in JAX and reshape their layers on the fly."""
