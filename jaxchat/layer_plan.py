@@ -333,7 +333,7 @@ def _skip_blanks(spec: str, position: int) -> int:
 def _parse_entry(spec: str, start: int, end: int, entry: Any, num_layers: int) -> Slot:
     layer, *scales = entry if isinstance(entry, list) and len(entry) == 3 else (entry,)
     if type(layer) is not int or not all(type(scale) in (int, float) for scale in scales):  # bool is an int
-        _fail(spec, start, end, f"cannot read {spec[start:end]} in the layer plan: expected {_ENTRY}")
+        _fail(spec, start, end, f"cannot read {spec[start:end]!r} in the layer plan: expected {_ENTRY}")
     layer = _wrapped(spec, start, end, layer, num_layers)
     if not all(map(_is_finite, scales)):
         _fail(spec, start, end, "a scale is not finite: expected numbers that are finite in float32")
