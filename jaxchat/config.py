@@ -1,0 +1,252 @@
+"""What a model is: `ModelConfig` and its parts, plus the parameter table type every other room derives from.
+
+No I/O beyond reading `config.json`, no arrays on devices. The dimension alphabet is in `jaxchat/model.py`.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxchat.errors import JaxchatError, UsageError
+
+GLOBAL_WINDOW = 0
+"""The `layer_windows` entry of a layer whose attention sees the whole context."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """One rotary position embedding, as Hugging Face `rope_parameters` describe it.
+
+    Attributes:
+      kind: `default`, `linear`, `dynamic` (NTK), `yarn`, `longrope` or `llama3`.
+      theta: the base of the frequencies.
+      dim: how many of a head's H dimensions are rotated (even; the rest pass through).
+      factor: context extension factor of the scaled kinds.
+      original_max_position: the context the model was first trained for (scaled kinds).
+      attention_factor: multiplies cos and sin.
+      low_freq_factor, high_freq_factor: `llama3` only.
+      beta_fast, beta_slow, truncate: `yarn` only.
+      short_factor, long_factor: `longrope` only, `dim / 2` entries each.
+    """
+
+    kind: str = "default"
+    theta: float = 10000.0
+    dim: int
+    factor: float = 1.0
+    original_max_position: int = 0
+    attention_factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies change with the length of the context."""
+        return self.kind in ("dynamic", "longrope")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything the decoder needs to know of a model. Hashable, so it can be a static jit argument.
+
+    Attributes:
+      model_type: Hugging Face `model_type`.
+      family: the entry of `jaxchat.families` that reads this model.
+      vocab_size, hidden_size, intermediate_size: V, D, F.
+      num_layers, num_heads, num_kv_heads, head_dim: L, N, K, H.
+      max_position_embeddings: the longest context the model was made for, in tokens.
+      norm: `rmsnorm` or `layernorm` (with bias).
+      norm_eps: added to the variance.
+      norm_offset: added to a norm's weight (Gemma: 1).
+      activation: of the MLP: `silu`, `gelu`, `gelu_tanh`, `relu`, `quick_gelu`.
+      gated_mlp: `down(act(gate(x)) * up(x))` if true, else `down(act(up(x)))`.
+      learned_positions: whether a table of absolute positions is added to the embedding (GPT-2).
+      ropes: the rotary embeddings in use (none with learned positions).
+      layer_ropes: [L] index into `ropes`, by source layer.
+      layer_windows: [L] sliding window in tokens, by source layer; 0 is global attention.
+      layer_attn_scales: [L] factor of the attention scores, by source layer.
+      embedding_scale: multiplies the token embedding.
+      attn_softcap, final_softcap: tanh soft-caps of attention scores and logits; 0 is none.
+      qkv_bias, o_bias, mlp_bias: which projections have a bias.
+      qk_norm: RMSNorm of each query and key head before RoPE.
+      post_norms: norms after attention and MLP, before the residual add (Gemma 2, 3).
+      tied_embeddings: the output head is the token embedding.
+      bos_id, eos_ids: from the configuration files; eos_ids end a generation.
+    """
+
+    model_type: str
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    gated_mlp: bool = True
+    learned_positions: bool = False
+    ropes: tuple[RopeConfig, ...] = ()
+    layer_ropes: tuple[int, ...] = ()
+    layer_windows: tuple[int, ...] = ()
+    layer_attn_scales: tuple[float, ...] = ()
+    embedding_scale: float = 1.0
+    attn_softcap: float = 0.0
+    final_softcap: float = 0.0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    tied_embeddings: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, source: str = "config.json") -> "ModelConfig":
+        """Builds the configuration from the contents of a Hugging Face `config.json`.
+
+        Raises:
+          UsageError: the `model_type` is not supported (the message lists those that are).
+          JaxchatError: a key is missing or impossible; `source` names the file in the message.
+        """
+        from jaxchat import families
+
+        return families.config_from_hf(config, source=source)
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "ModelConfig":
+        """Reads `config.json` (and `generation_config.json`'s end-of-sequence ids) of a model directory."""
+        directory = Path(directory)
+        if not directory.exists():
+            raise UsageError(f"{directory}: no such model directory; give the folder that holds config.json")
+        config = cls.from_hf(read_json(directory / "config.json"), source=str(directory / "config.json"))
+        generation_path = directory / "generation_config.json"
+        if generation_path.exists():
+            eos = _as_ids(read_json(generation_path).get("eos_token_id"))
+            merged = tuple(dict.fromkeys((*config.eos_ids, *eos)))
+            config = dataclasses.replace(config, eos_ids=merged)
+        return config
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Size of each dimension letter used in parameter shapes (C: learned positions)."""
+        return {
+            "L": self.num_layers,
+            "D": self.hidden_size,
+            "N": self.num_heads,
+            "K": self.num_kv_heads,
+            "H": self.head_dim,
+            "F": self.intermediate_size,
+            "V": self.vocab_size,
+            "C": self.max_position_embeddings,
+        }
+
+    @property
+    def rope_depends_on_length(self) -> bool:
+        """Whether any rotary embedding changes with the length of the context."""
+        return any(rope.depends_on_length for rope in self.ropes)
+
+    def rope_regime(self, length: int) -> int:
+        """A number that is equal for two context lengths whose keys are rotated alike.
+
+        Keys cached under one regime do not fit a context of another: LongRoPE switches its factors at
+        `original_max_position`; dynamic NTK moves its base with every token beyond the trained length.
+        """
+        regime = 0
+        for rope in self.ropes:
+            if rope.kind == "longrope":
+                regime = max(regime, int(length > rope.original_max_position))
+            elif rope.kind == "dynamic":
+                regime = max(regime, length, rope.original_max_position)
+        return regime
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Param:
+    """One row of a family's parameter table.
+
+    Conversion, initialisation, sharding, quantization, counting and the checkpoint layout derive from it.
+
+    Attributes:
+      name: the key in the parameter pytree and in native checkpoints; `layers.*` are stacked.
+      shape: dimension letters, `*` for products, without the leading L of a stacked one: `"N*H D"`.
+        Linear weights are [out, in], Hugging Face's order.
+      hf: the Hugging Face tensor name below the checkpoint's prefix; `{}` stands for the layer.
+      axes: logical sharding axes, one a dimension: `"heads embed"`; `-` is never sharded.
+      quantizable: a linear weight or embedding, as opposed to a norm or bias.
+      part: (index, parts) of a tensor fused along its output axis, with `fused` giving all parts' sizes.
+      fused: the output sizes of the fused tensor's parts, in order, in dimension letters.
+      transposed: the Hugging Face tensor is [in, out] (GPT-2's Conv1D).
+    """
+
+    name: str
+    shape: str
+    hf: str
+    axes: str
+    quantizable: bool = False
+    part: int = 0
+    fused: tuple[str, ...] = ()
+    transposed: bool = False
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether there is one such tensor in every layer (stacked along L)."""
+        return self.name.startswith("layers.")
+
+    def layer_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """The sizes of one layer's tensor (or of the whole, if it is not per layer)."""
+        return tuple(size_of(term, config) for term in self.shape.split())
+
+    def stacked_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """The sizes of the array in the pytree: [L, ...] for per-layer parameters."""
+        lead = (config.num_layers,) if self.per_layer else ()
+        return lead + self.layer_shape(config)
+
+    def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """The sizes of the Hugging Face tensor this parameter is (a part of)."""
+        shape = self.layer_shape(config)
+        if self.fused:
+            shape = (sum(size_of(term, config) for term in self.fused), *shape[1:])
+        return shape[::-1] if self.transposed else shape
+
+    def fused_range(self, config: ModelConfig) -> tuple[int, int]:
+        """Start and stop of this part along the fused tensor's output axis."""
+        sizes = [size_of(term, config) for term in self.fused]
+        start = sum(sizes[: self.part])
+        return start, start + sizes[self.part]
+
+
+def size_of(term: str, config: ModelConfig) -> int:
+    """The number a product of dimension letters stands for: `"N*H"` -> num_heads * head_dim."""
+    return math.prod(config.dims[letter] for letter in term.split("*"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; a missing, unreadable or malformed file is one clear line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JaxchatError(f"{path}: no such file; a model directory needs its {path.name}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise JaxchatError(f"{path}: not readable as JSON ({error}); download the file again") from None
+    if not isinstance(value, dict):
+        raise JaxchatError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(int(v) for v in (value if isinstance(value, list) else [value]))

@@ -1,0 +1,69 @@
+"""The supported architectures: one small file each, data for the one decoder in `jaxchat/model.py`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxchat.config import ModelConfig, Param
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.families import gemma, gpt2, llama, mistral, phi3, qwen
+from jaxchat.families.base import Family, HfConfig
+
+FAMILIES: tuple[Family, ...] = (
+    *llama.FAMILIES,
+    *mistral.FAMILIES,
+    *qwen.FAMILIES,
+    *gemma.FAMILIES,
+    *phi3.FAMILIES,
+    *gpt2.FAMILIES,
+)
+BY_MODEL_TYPE: dict[str, Family] = {t: family for family in FAMILIES for t in family.model_types}
+
+
+def config_from_hf(config: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
+    """See `ModelConfig.from_hf`."""
+    model_type = config.get("model_type")
+    family = BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        supported = ", ".join(sorted(BY_MODEL_TYPE))
+        raise UsageError(f"{source}: model_type {model_type!r} is not supported; supported: {supported}")
+    result = family.config(HfConfig(config, source))
+    _check(result, source)
+    return result
+
+
+def parameter_table(config: ModelConfig) -> tuple[Param, ...]:
+    """The parameters of a model, in checkpoint order."""
+    return family_of(config).params(config)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that reads the model."""
+    return BY_MODEL_TYPE[config.model_type]
+
+
+def _check(config: ModelConfig, source: str) -> None:
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "max_position_embeddings",
+    ):
+        if getattr(config, name) < 1:
+            raise JaxchatError(f"{source}: {name} is {getattr(config, name)}; it must be at least 1")
+    if config.num_heads % config.num_kv_heads:
+        raise JaxchatError(
+            f"{source}: {config.num_heads} attention heads are not a multiple of "
+            f"{config.num_kv_heads} key/value heads"
+        )
+    for name in ("layer_windows", "layer_attn_scales", *(("layer_ropes",) if config.ropes else ())):
+        if len(getattr(config, name)) != config.num_layers:
+            raise JaxchatError(
+                f"{source}: {len(getattr(config, name))} entries of {name} for {config.num_layers} layers"
+            )
+
+
+__all__ = ["BY_MODEL_TYPE", "FAMILIES", "Family", "config_from_hf", "family_of", "parameter_table"]

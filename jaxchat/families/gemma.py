@@ -1,0 +1,107 @@
+"""Gemma 1, 2 and 3 (text): scaled embeddings, (1 + w) norms, soft-caps, post-norms, local/global layers."""
+
+from typing import Any
+
+from jaxchat.config import ModelConfig
+from jaxchat.families.base import Family, HfConfig, llama_config, llama_params, read_rope, windows_of
+
+
+def gemma1_config(hf: HfConfig) -> ModelConfig:
+    """Reads a GemmaConfig. Its legacy `gelu` means the tanh approximation, as in transformers."""
+    return _gemma(
+        hf,
+        "gemma",
+        max_position=8192,
+        activation="gelu_tanh"
+        if hf.get("hidden_act") == "gelu"
+        else hf.activation("gelu_pytorch_tanh", "hidden_act"),
+    )
+
+
+def gemma2_config(hf: HfConfig) -> ModelConfig:
+    """Reads a Gemma2Config: every other layer, from the first, is local."""
+    num_layers = hf.integer("num_hidden_layers")
+    types = hf.layer_types(num_layers) or _pattern(num_layers, 2)
+    return _gemma(
+        hf,
+        "gemma2",
+        max_position=8192,
+        post_norms=True,
+        layer_windows=windows_of(types, hf.get("sliding_window", 4096)),
+        layer_attn_scales=(hf.number("query_pre_attn_scalar", 256) ** -0.5,) * num_layers,
+        attn_softcap=_cap(hf, "attn_logit_softcapping", 50.0),
+        final_softcap=_cap(hf, "final_logit_softcapping", 30.0),
+    )
+
+
+def gemma3_config(hf: HfConfig) -> ModelConfig:
+    """Reads a Gemma3TextConfig, or the text half of a Gemma3Config."""
+    if hf.get("text_config") is not None:
+        text = dict(hf.get("text_config"))
+        inherited = {
+            k: hf.get(k) for k in ("eos_token_id", "bos_token_id", "tie_word_embeddings") if k not in text
+        }
+        hf = HfConfig({**inherited, **text, "model_type": hf.get("model_type")}, hf.source)
+    num_layers = hf.integer("num_hidden_layers")
+    types = hf.layer_types(num_layers) or _pattern(num_layers, hf.integer("sliding_window_pattern", 6))
+    head_dim, max_position = hf.integer("head_dim", 256), hf.integer("max_position_embeddings", 131072)
+    nested = hf.get("rope_parameters") or {}
+    ropes = tuple(
+        read_rope(hf, parameters, theta=theta, head_dim=head_dim, max_position=max_position)
+        for parameters, theta in (
+            (nested.get("full_attention") or hf.get("rope_scaling"), hf.number("rope_theta", 1e6)),
+            (nested.get("sliding_attention"), hf.number("rope_local_base_freq", 10000.0)),
+        )
+    )
+    return _gemma(
+        hf,
+        "gemma3",
+        max_position=131072,
+        rope=ropes[0],
+        ropes=ropes,
+        layer_ropes=tuple(int(t == "sliding_attention") for t in types),
+        num_heads=hf.integer("num_attention_heads", 8),
+        num_kv_heads=hf.integer("num_key_value_heads", 4),
+        vocab_size=hf.integer("vocab_size", 262208),
+        post_norms=True,
+        qk_norm=True,
+        layer_windows=windows_of(types, hf.get("sliding_window", 4096)),
+        layer_attn_scales=(hf.number("query_pre_attn_scalar", 256) ** -0.5,) * num_layers,
+        final_softcap=_cap(hf, "final_logit_softcapping", 0.0),
+    )
+
+
+def _gemma(hf: HfConfig, family: str, *, max_position: int, **changes: Any) -> ModelConfig:
+    hf.refuse("use_bidirectional_attention")
+    bias = hf.flag("attention_bias", False)
+    values: dict[str, Any] = {
+        "head_dim": hf.integer("head_dim", 256),
+        "default_max_position": max_position,
+        "norm_offset": 1.0,
+        "embedding_scale": hf.integer("hidden_size") ** 0.5,
+        "qkv_bias": bias,
+        "o_bias": bias,
+        "tied_embeddings": hf.flag("tie_word_embeddings", True),
+    }
+    if "activation" not in changes:
+        values["activation"] = hf.activation("gelu_pytorch_tanh", "hidden_activation")
+    return llama_config(hf, family=family, **{**values, **changes})
+
+
+def _pattern(num_layers: int, period: int) -> tuple[str, ...]:
+    return tuple("sliding_attention" if (i + 1) % period else "full_attention" for i in range(num_layers))
+
+
+def _cap(hf: HfConfig, key: str, default: float) -> float:
+    return float(hf.get(key, default) or 0.0)
+
+
+# Multimodal checkpoints keep the text model below these names; their vision towers are not read.
+_RENAMES = (("", ""), ("", "language_model."), ("model.", "model.language_model."))
+_OTHER_TOWERS = ("rotary_emb.inv_freq", "vision_tower.", "multi_modal_projector.")
+
+FAMILIES = (
+    Family("gemma", ("gemma",), gemma1_config, llama_params),
+    Family("gemma2", ("gemma2",), gemma2_config, llama_params),
+    Family("gemma3", ("gemma3_text", "gemma3"), gemma3_config, llama_params, _RENAMES, _OTHER_TOWERS),
+)

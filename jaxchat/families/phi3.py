@@ -1,0 +1,65 @@
+"""Phi-3, Phi-3.5 and Phi-4: fused qkv and gate/up projections, LongRoPE, partly rotated heads."""
+
+import dataclasses
+
+from jaxchat.config import ModelConfig, Param
+from jaxchat.families.base import (
+    Family,
+    HfConfig,
+    llama_config,
+    llama_params,
+    read_rope,
+    rope_dictionary,
+    windows_of,
+)
+
+
+def config(hf: HfConfig) -> ModelConfig:
+    """Reads a Phi3Config. The old rope names `su` and `yarn` mean LongRoPE, as in transformers."""
+    rope = dict(rope_dictionary(hf) or {})
+    if (rope.get("rope_type") or rope.get("type")) in ("su", "yarn"):
+        rope["rope_type"] = "longrope"
+    num_layers = hf.integer("num_hidden_layers")
+    max_position = hf.integer("max_position_embeddings", 4096)
+    head_dim = hf.integer("head_dim", hf.integer("hidden_size") // max(hf.integer("num_attention_heads"), 1))
+    return llama_config(
+        hf,
+        family="phi3",
+        default_max_position=4096,
+        layer_windows=windows_of(("sliding_attention",) * num_layers, hf.get("sliding_window")),
+        rope=read_rope(
+            hf,
+            rope,
+            theta=hf.number("rope_theta", 10000.0),
+            head_dim=head_dim,
+            max_position=max_position,
+            partial=hf.number("partial_rotary_factor", 1.0),
+            original_max_position=hf.integer("original_max_position_embeddings", 4096),
+        ),
+        norm_eps=hf.number("rms_norm_eps", 1e-5),
+    )
+
+
+_FUSED = {
+    "q": ("self_attn.qkv_proj", 0, ("N*H", "K*H", "K*H")),
+    "k": ("self_attn.qkv_proj", 1, ("N*H", "K*H", "K*H")),
+    "v": ("self_attn.qkv_proj", 2, ("N*H", "K*H", "K*H")),
+    "gate": ("mlp.gate_up_proj", 0, ("F", "F")),
+    "up": ("mlp.gate_up_proj", 1, ("F", "F")),
+}
+
+
+def params(config: ModelConfig) -> tuple[Param, ...]:
+    """Llama's table with q, k, v and gate, up cut out of Phi-3's fused tensors."""
+
+    def fuse(row: Param) -> Param:
+        key = row.name.removeprefix("layers.").removesuffix(".weight")
+        if key not in _FUSED:
+            return row
+        hf, part, fused = _FUSED[key]
+        return dataclasses.replace(row, hf=f"model.layers.{{}}.{hf}.weight", part=part, fused=fused)
+
+    return tuple(fuse(row) for row in llama_params(config))
+
+
+FAMILIES = (Family("phi3", ("phi3",), config, params),)

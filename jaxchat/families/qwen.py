@@ -1,0 +1,40 @@
+"""Qwen2, Qwen2.5 (biases on q, k, v) and Qwen3 (norms on q and k)."""
+
+from jaxchat.config import ModelConfig
+from jaxchat.families.base import Family, HfConfig, llama_config, llama_params, windows_of
+
+
+def qwen2_config(hf: HfConfig) -> ModelConfig:
+    """Reads a Qwen2Config; the windows of the upper layers apply only with `use_sliding_window`."""
+    return llama_config(
+        hf, family="qwen2", default_max_position=32768, qkv_bias=True, layer_windows=_windows(hf)
+    )
+
+
+def qwen3_config(hf: HfConfig) -> ModelConfig:
+    """Reads a Qwen3Config."""
+    bias = hf.flag("attention_bias", False)
+    return llama_config(
+        hf,
+        family="qwen3",
+        head_dim=hf.integer("head_dim", 128),
+        default_max_position=32768,
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=True,
+        layer_windows=_windows(hf),
+    )
+
+
+def _windows(hf: HfConfig) -> tuple[int, ...]:
+    num_layers = hf.integer("num_hidden_layers")
+    window = hf.get("sliding_window", 4096) if hf.flag("use_sliding_window", False) else None
+    first = hf.integer("max_window_layers", 28)
+    by_index = tuple("sliding_attention" if i >= first else "full_attention" for i in range(num_layers))
+    return windows_of(hf.layer_types(num_layers) or by_index, window)
+
+
+FAMILIES = (
+    Family("qwen2", ("qwen2",), qwen2_config, llama_params),
+    Family("qwen3", ("qwen3",), qwen3_config, llama_params),
+)
