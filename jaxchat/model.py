@@ -1,0 +1,216 @@
+"""The decoder as pure functions: embed -> run the layer plan -> norm -> logits, over a slot-stacked KV cache.
+
+One alphabet of dimensions, here and everywhere:
+
+  L stacked source layers   P plan slots              B batch        T query tokens   S cache length
+  D model width             N query heads             K key/value heads               H head size
+  F feed-forward width      V vocabulary              G quantization group
+
+The plan is traced data: `plan.layer[p]` picks the weights and every per-layer constant, the slot p picks the
+rows of the KV cache. One compiled executable serves every plan that fits the cache's P slots.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxchat.config import ModelConfig
+from jaxchat.layer_plan import PlanArrays
+from jaxchat.pallas import cache_attention
+from jaxchat.pallas.stacked_matmul import embedding_rows, matmul, stacked_matmul, widen
+from jaxchat.rope import rope_cos_sin, rotate
+
+Params = dict[str, jax.Array]
+"""The parameter pytree: `Param.name` -> array; `layers.*` are stacked [L, ...]."""
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every slot of a plan. Rows beyond a sequence's length are stale and never read."""
+
+    k: jax.Array  # [P, B, K, S, H]
+    v: jax.Array  # [P, B, K, S, H]
+
+
+def init_cache(config: ModelConfig, *, slots: int, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    """An empty cache for plans of up to `slots` slots and contexts of up to `capacity` tokens."""
+    shape = (slots, batch, config.num_kv_heads, capacity, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+class _Layers(NamedTuple):
+    """Per-layer constants, indexed by source layer: what makes a stack heterogeneous."""
+
+    window: jax.Array  # int32 [L]
+    rope: jax.Array  # int32 [L]
+    scale: jax.Array  # float32 [L]
+
+
+def _layer_constants(config: ModelConfig) -> _Layers:
+    return _Layers(
+        jnp.asarray(config.layer_windows, jnp.int32),
+        jnp.asarray(config.layer_ropes or (0,) * config.num_layers, jnp.int32),
+        jnp.asarray(config.layer_attn_scales, jnp.float32),
+    )
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    plan: PlanArrays,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    new: jax.Array,
+    context_length: jax.Array,
+    *,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, KVCache]:
+    """Runs new tokens through the plan and appends their keys and values to the cache.
+
+    Args:
+      config: static.
+      params: see `Params`.
+      cache: donate it, and it is updated in place.
+      plan: traced; slots beyond `plan.length` are not executed.
+      tokens: int32 [B, T]; entries from `new` on are padding.
+      lengths: int32 [B], tokens each sequence already has in the cache.
+      new: int32 [B], how many of the T tokens are real; 0 leaves a sequence untouched.
+      context_length: int32 [B], tokens of the whole context this call belongs to, at least lengths + new;
+        only models whose RoPE depends on the length use it.
+      dtype: of the activations; sums, norms, softmax and rotations are float32.
+
+    Returns:
+      The normed hidden state, float32 [B, T, D], and the cache. `logits` turns the former into logits.
+    """
+    positions = lengths[:, None] + jnp.arange(tokens.shape[1])
+    with jax.named_scope("embed"):
+        x = embedding_rows(params["embed.weight"], tokens) * np.float32(config.embedding_scale)
+        if config.learned_positions:
+            # Padding may run beyond the table; its positions are clipped, its output is never read.
+            x = x + embedding_rows(params["positions.weight"], positions)
+    run_slot = _slot_function(config, params, positions, lengths, new, context_length, dtype)
+
+    def body(p: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        slot = (p, plan.layer[p], plan.attn_scale[p], plan.mlp_scale[p])
+        return run_slot(slot, carry)
+
+    x, cache = lax.fori_loop(0, plan.length, body, (x.astype(dtype), cache))
+    return _norm(config, params, "norm", x), cache
+
+
+def logits(config: ModelConfig, params: Params, hidden: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+    """Output head: normed hidden states [..., D] -> float32 logits [..., V]."""
+    head = params["embed.weight" if config.tied_embeddings else "lm_head.weight"]
+    with jax.named_scope("lm_head"):
+        out = matmul(hidden.astype(dtype), head)
+    if config.final_softcap:
+        out = config.final_softcap * jnp.tanh(out / config.final_softcap)
+    return out
+
+
+Slot = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""(slot, source layer, attention scale, MLP scale), scalars."""
+
+
+def _slot_function(
+    config: ModelConfig,
+    params: Params,
+    positions: jax.Array,
+    lengths: jax.Array,
+    new: jax.Array,
+    context_length: jax.Array,
+    dtype: jnp.dtype,
+) -> Callable[[Slot, tuple[jax.Array, KVCache]], tuple[jax.Array, KVCache]]:
+    """One decoder layer as a function of its slot: the body of the loop over the plan."""
+    constants = _layer_constants(config)
+    cos_sin = rope_cos_sin(config.ropes, positions, context_length) if config.ropes else None
+
+    def linear(name: str, layer: jax.Array, x: jax.Array) -> jax.Array:
+        y = stacked_matmul(x, params[f"layers.{name}.weight"], layer)
+        bias = params.get(f"layers.{name}.bias")
+        return y if bias is None else y + widen(bias[layer]).astype(jnp.float32)
+
+    def heads(name: str, layer: jax.Array, x: jax.Array, count: int) -> jax.Array:
+        y = linear(name, layer, x).reshape(*x.shape[:2], count, config.head_dim)
+        if config.qk_norm and name != "v":
+            y = _rms_norm(config, y, params[f"layers.{name}_norm.weight"][layer])
+        if cos_sin is not None and name != "v":
+            y = rotate(y, *(part[constants.rope[layer]] for part in cos_sin))
+        return y.astype(dtype)
+
+    def attention(slot: Slot, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        p, layer, scale, _ = slot
+        h = _norm(config, params, "layers.attn_norm", x, layer).astype(dtype)
+        q = heads("q", layer, h, config.num_heads)
+        k, v = heads("k", layer, h, config.num_kv_heads), heads("v", layer, h, config.num_kv_heads)
+        cache = KVCache(
+            cache_attention.write_rows(cache.k, k, p, lengths, new),
+            cache_attention.write_rows(cache.v, v, p, lengths, new),
+        )
+        mixed = cache_attention.attend(
+            q, cache.k, cache.v, p, lengths,
+            scale=constants.scale[layer], window=constants.window[layer], softcap=config.attn_softcap,
+        )  # fmt: skip
+        mixed = mixed.reshape(*x.shape[:2], -1).astype(dtype)
+        return _residual("layers.attn_post_norm", layer, x, linear("o", layer, mixed) * scale), cache
+
+    def mlp(slot: Slot, x: jax.Array) -> jax.Array:
+        _, layer, _, scale = slot
+        h = _norm(config, params, "layers.mlp_norm", x, layer).astype(dtype)
+        up = linear("up", layer, h)
+        act = _ACTIVATIONS[config.activation]
+        up = act(linear("gate", layer, h)) * up if config.gated_mlp else act(up)
+        y = linear("down", layer, up.astype(dtype)) * scale
+        return _residual("layers.mlp_post_norm", layer, x, y)
+
+    def _residual(post_norm: str, layer: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        if config.post_norms:
+            y = _norm(config, params, post_norm, y, layer)
+        return (x.astype(jnp.float32) + y).astype(dtype)
+
+    def run(slot: Slot, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        # A half scaled by 0 adds nothing to the residual stream, so its weights are not read.
+        with jax.named_scope("attention"):
+            carry = lax.cond(slot[2] != 0, lambda c: attention(slot, *c), lambda c: c, carry)
+        x, cache = carry
+        with jax.named_scope("mlp"):
+            x = lax.cond(slot[3] != 0, lambda x: mlp(slot, x), lambda x: x, x)
+        return x, cache
+
+    return run
+
+
+def _norm(
+    config: ModelConfig, params: Params, name: str, x: jax.Array, layer: jax.Array | None = None
+) -> jax.Array:
+    """RMSNorm or LayerNorm over D, float32; `layer` picks from a stacked weight."""
+    weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
+    if layer is not None:
+        weight, bias = weight[layer], None if bias is None else bias[layer]
+    if config.norm == "rmsnorm":
+        return _rms_norm(config, x, weight)
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
+    x = x * widen(weight).astype(jnp.float32)
+    return x if bias is None else x + widen(bias).astype(jnp.float32)
+
+
+def _rms_norm(config: ModelConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Zhang and Sennrich 2019, over the last axis, float32; Gemma's weights are stored minus 1."""
+    x = x.astype(jnp.float32)
+    x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
+    return x * (widen(weight).astype(jnp.float32) + config.norm_offset)
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}

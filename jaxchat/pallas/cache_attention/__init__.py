@@ -1,0 +1,5 @@
+"""Attention of new tokens over the slot-stacked KV cache, and the write of their keys and values."""
+
+from jaxchat.pallas.cache_attention.reference import attend, write_rows
+
+__all__ = ["attend", "write_rows"]
