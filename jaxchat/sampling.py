@@ -93,9 +93,10 @@ def adjust_logits(
 def filter_logits(logits: jax.Array, params: SamplingParams) -> jax.Array:
     """Apply temperature, top-k, top-p and min-p, in this order, each on what the one before left.
 
-    `softmax` of the result is the distribution that `sample` draws from, for a greedy sequence all on
-    the argmax. Order and ties are transformers': top-k keeps all tokens tied with the k-th; of tokens tied at
-    the edge of top-p only as many as needed are kept, those with the highest ids. Top-p: Holtzman et al.
+    `softmax` of the result is the distribution that `sample` draws from; for a greedy sequence all of it is
+    on the argmax. The order is that of transformers, and so are ties: top-k keeps all tokens tied with the
+    k-th; of tokens tied at the edge of top-p only as many as needed are kept (the lowest ids; transformers
+    keeps the same number but leaves the choice to an unstable sort). Top-p: Holtzman et al.
     (arXiv:1904.09751); min-p: Nguyen et al. (arXiv:2407.01082).
 
     Args:
@@ -201,12 +202,12 @@ def _keep_top_p(scaled: jax.Array, top_p: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(rank > r, weight, 0.0), axis=-1, keepdims=True)
 
     edge = _smallest_rank(lambda r: mass_behind(r) <= budget, scaled.shape[0])
-    # Tokens tied at the edge go one by one, lowest id first, and never all of them.
+    # Tokens tied at the edge go one by one, highest id first, and never all of them.
     tied = rank == edge
     edge_weight = jnp.exp(-jax.lax.bitcast_convert_type(edge, jnp.float32))
     spare = jnp.floor((budget - mass_behind(edge)) / edge_weight)
-    removed_ties = jnp.minimum(spare, jnp.sum(tied, axis=-1, keepdims=True) - 1)
-    removed = (rank > edge) | (tied & (jnp.cumsum(tied, axis=-1) <= removed_ties))
+    kept_ties = jnp.maximum(jnp.sum(tied, axis=-1, keepdims=True) - spare, 1)
+    removed = (rank > edge) | (tied & (jnp.cumsum(tied, axis=-1) > kept_ties))
     return jnp.where(removed & (top_p < 1)[:, None], -jnp.inf, scaled)
 
 
