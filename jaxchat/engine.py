@@ -1,0 +1,560 @@
+"""Token ids in, token ids out: prefill, decode, sampling, sessions and batches. Knows no tokenizer.
+
+A `Session` holds the token ids of a batch of sequences and a KV cache that is valid for a prefix of each.
+Everything that changes a conversation (next turn, rollback, another plan) only changes ids and lengths;
+the cache is brought up to date by the next prefill.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat import model, sampling
+from jaxchat.config import ModelConfig
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.layer_plan import LayerPlan, PlanArrays
+from jaxchat.model import KVCache, Params
+from jaxchat.sampling import SamplingParams
+
+PREFILL_BUCKETS = (16, 64, 256, 1024)
+"""Prompt chunks are padded to one of these lengths, so that a chat compiles a handful of executables."""
+
+MIN_CAPACITY = 1024
+"""Rows a cache starts with; it doubles as a session grows, up to the session's `max_length`."""
+
+FinishReason = Literal["stop", "length", "context"]
+Overflow = Literal["error", "truncate_oldest"]
+
+
+class ContextOverflowError(UsageError):
+    """A prompt does not fit the context."""
+
+
+class Token(NamedTuple):
+    """One generated token of one sequence; `logprob` is the model's own, before temperature and penalties."""
+
+    row: int
+    id: int
+    logprob: float
+
+
+class Engine:
+    """A model on its device(s): configuration, parameters and how the arithmetic is done.
+
+    Holds nothing mutable: sessions over one engine, and engines over one set of parameters, are independent.
+
+    Args:
+      config: the model.
+      params: the parameter pytree, on device.
+      max_length: the longest context in tokens; default the model's own.
+      dtype: of activations and KV cache; default float32 on CPU and with float32 weights, else bfloat16.
+      cache_sharding: of the [P, B, K, S, H] caches, where the model is sharded over a mesh.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        max_length: int | None = None,
+        dtype: Any = None,
+        cache_sharding: jax.sharding.Sharding | None = None,
+    ):
+        if max_length is not None and max_length < 1:
+            raise UsageError(f"--max_length is {max_length}; it must be at least 1")
+        if config.learned_positions and max_length and max_length > config.max_position_embeddings:
+            raise UsageError(
+                f"--max_length is {max_length}, but this model has {config.max_position_embeddings} learned "
+                f"positions; choose at most {config.max_position_embeddings}"
+            )
+        self.config = config
+        self.params = params
+        self.max_length = max_length or config.max_position_embeddings
+        self.dtype = jnp.dtype(dtype or default_dtype(params))
+        self.cache_sharding = cache_sharding
+
+    def session(self, plan: LayerPlan | None = None, *, batch: int = 1, max_slots: int = 0) -> "Session":
+        """A new, empty session of `batch` sequences under one plan."""
+        return Session(
+            self, plan or LayerPlan.identity(self.config.num_layers), batch=batch, max_slots=max_slots
+        )
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises UsageError for a token id that is not in the vocabulary."""
+        for token in ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise UsageError(
+                    f"token id {token} is not in the vocabulary of {self.config.vocab_size} tokens"
+                )
+
+
+def default_dtype(params: Params) -> jnp.dtype:
+    """float32 on CPU or with float32 weights, else bfloat16."""
+    weight = params["embed.weight"]
+    on_cpu = next(iter(weight.devices())).platform == "cpu"
+    return jnp.dtype(jnp.float32 if on_cpu or weight.dtype == jnp.float32 else jnp.bfloat16)
+
+
+class Session:
+    """A batch of sequences with their KV cache.
+
+    Attributes:
+      ids: per sequence, every token of its context so far, generated ones included.
+      cached: per sequence, how many leading tokens of `ids` have valid keys and values.
+    """
+
+    def __init__(self, engine: Engine, plan: LayerPlan, *, batch: int = 1, max_slots: int = 0):
+        self.engine = engine
+        self.ids: list[list[int]] = [[] for _ in range(batch)]
+        self.cached = [0] * batch
+        self._regime = [0] * batch
+        self._rows = _next_power_of_two(batch)
+        self._max_slots = max_slots
+        self._cache: KVCache | None = None
+        self.plan = plan
+        self._plan_arrays: PlanArrays
+        self.set_plan(plan)
+
+    @property
+    def batch(self) -> int:
+        """How many sequences there are."""
+        return len(self.ids)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes the KV cache takes now."""
+        return sum(c.nbytes for c in self._cache) if self._cache else 0
+
+    def set_plan(self, plan: LayerPlan) -> None:
+        """Runs everything from now on under another plan; the kept ids are recomputed at the next prefill."""
+        if plan.num_layers != self.engine.config.num_layers:
+            raise UsageError(
+                f"the plan is over {plan.num_layers} layers, the model has {self.engine.config.num_layers}"
+            )
+        slots = max(len(plan.executed()), self.engine.config.num_layers, self._max_slots)
+        if self._cache is not None and slots > self._cache.k.shape[0]:
+            self._cache = None
+        if self._cache is not None:
+            slots = self._cache.k.shape[0]
+        self._slots = slots
+        self._plan_arrays = plan.arrays(slots)
+        self.plan = plan
+        self.cached = [0] * self.batch
+
+    def rollback(self, length: int, row: int = 0) -> None:
+        """Forgets a sequence's tokens from `length` on. Nothing is copied: it sets a length."""
+        if not 0 <= length <= len(self.ids[row]):
+            raise UsageError(f"cannot roll back to {length} tokens; the sequence has {len(self.ids[row])}")
+        del self.ids[row][length:]
+        self.cached[row] = min(self.cached[row], length)
+
+    def set_ids(self, ids: Sequence[int], row: int = 0) -> int:
+        """Makes `ids` a sequence's context, keeping what the cache already holds of it.
+
+        Returns:
+          How many leading tokens were kept.
+        """
+        self.engine.check_ids(ids)
+        old = self.ids[row]
+        kept = next(
+            (i for i, (a, b) in enumerate(zip(old, ids, strict=False)) if a != b), min(len(old), len(ids))
+        )
+        self.rollback(kept, row)
+        old.extend(ids[kept:])
+        return min(kept, self.cached[row])
+
+    def truncate_oldest(self, row: int, keep: int) -> None:
+        """Drops the oldest tokens of a sequence, but not its first (the BOS), so that `keep` remain."""
+        ids = self.ids[row]
+        if len(ids) > keep:
+            first = ids[: 1 if keep > 1 and ids[0] == self.engine.config.bos_id else 0]
+            self.ids[row] = first + ids[len(ids) - (keep - len(first)) :]
+            self.cached[row] = 0
+
+    def prefill(self, rows: Sequence[int] | None = None) -> jax.Array:
+        """Brings the cache up to date with `ids`, in padded chunks.
+
+        Args:
+          rows: the sequences to work on; default all that have tokens.
+
+        Returns:
+          float32 [B, V] logits after the last token of each of those sequences (other rows: undefined).
+
+        Raises:
+          ContextOverflowError: a sequence is longer than the engine's `max_length`.
+        """
+        rows = [r for r in range(self.batch) if self.ids[r]] if rows is None else rows
+        if not rows:
+            raise UsageError("nothing to prefill: give at least one token")
+        longest = max(len(self.ids[r]) for r in rows)
+        if longest > self.engine.max_length:
+            raise ContextOverflowError(
+                f"the prompt has {longest} tokens but the context holds {self.engine.max_length}; "
+                "shorten it, raise --max_length or use --overflow truncate_oldest"
+            )
+        self._reserve(longest)
+        for r in rows:
+            regime = self.engine.config.rope_regime(len(self.ids[r]))
+            if regime != self._regime[r]:
+                self.cached[r], self._regime[r] = 0, regime
+            self.cached[r] = min(self.cached[r], len(self.ids[r]) - 1)  # the last token gives the logits
+        context = self._int_rows({r: len(self.ids[r]) for r in rows})
+        out: jax.Array | None = None
+        while any(self.cached[r] < len(self.ids[r]) for r in rows):
+            chunk = _chunk_length(max(len(self.ids[r]) - self.cached[r] for r in rows))
+            tokens = np.zeros((self._rows, chunk), np.int32)
+            new = dict.fromkeys(rows, 0)
+            for r in rows:
+                part = self.ids[r][self.cached[r] : self.cached[r] + chunk]
+                tokens[r, : len(part)] = part
+                new[r] = len(part)
+            lengths, new_rows = self._int_rows({r: self.cached[r] for r in rows}), self._int_rows(new)
+            logits, self._cache = _prefill(
+                self.engine.config,
+                self.engine.dtype,
+                self.engine.params,
+                self._cache,
+                self._plan_arrays,
+                tokens,
+                lengths,
+                new_rows,
+                context,
+            )
+            out = logits if out is None else jnp.where(new_rows[:, None] > 0, logits, out)
+            for r in rows:
+                self.cached[r] += new[r]
+        assert out is not None
+        return out
+
+    def score(self, row: int = 0) -> np.ndarray:
+        """Log-probability of each token of a sequence given those before it, float32 [len(ids) - 1].
+
+        Recomputes the sequence from its start.
+        """
+        ids = self.ids[row]
+        if len(ids) > self.engine.max_length:
+            raise ContextOverflowError(
+                f"the text has {len(ids)} tokens but the context holds {self.engine.max_length}; "
+                "score it in pieces or raise --max_length"
+            )
+        self._reserve(len(ids))
+        context = self._int_rows({row: len(ids)})
+        parts, done = [], 0
+        while done < len(ids) - 1:
+            # Logits of a whole chunk are [T, V] float32: chunks are kept short.
+            chunk = min(_chunk_length(len(ids) - 1 - done), 256)
+            n = min(chunk, len(ids) - 1 - done)
+            tokens, targets = np.zeros((2, self._rows, chunk), np.int32)
+            tokens[row, :n], targets[row, :n] = ids[done : done + n], ids[done + 1 : done + n + 1]
+            logprobs, self._cache = _score(
+                self.engine.config,
+                self.engine.dtype,
+                self.engine.params,
+                self._cache,
+                self._plan_arrays,
+                tokens,
+                self._int_rows({row: done}),
+                self._int_rows({row: n}),
+                context,
+                targets,
+            )
+            parts.append(np.asarray(logprobs[row, :n]))
+            done += n
+        self.cached[row] = done
+        self._regime[row] = self.engine.config.rope_regime(len(ids))
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def generate(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        params: SamplingParams | None = None,
+        seeds: Sequence[int] | None = None,
+        stop_ids: Sequence[int] = (),
+        overflow: Overflow = "error",
+    ) -> "Generation":
+        """Continues every sequence; iterate the result for the tokens as they come.
+
+        Args:
+          max_new_tokens: at most so many per sequence; default until the context is full.
+          params: one entry a sequence; default greedy.
+          seeds: one a sequence; the same seed, context and position draw the same token.
+          stop_ids: token ids that end a sequence; the id is still yielded and kept in `ids`.
+          overflow: what happens when the context is full. `error`: a prompt that does not fit is an error,
+            and a generation that fills the context ends with the reason `context`. `truncate_oldest`: the
+            oldest tokens are dropped, and the rest is computed anew.
+        """
+        if params is None:
+            params = SamplingParams.make(self.batch, temperature=0.0)
+        return Generation(
+            self, max_new_tokens, params, list(seeds or range(self.batch)), frozenset(stop_ids), overflow
+        )
+
+    def _reserve(self, length: int) -> None:
+        """Makes room for `length` rows: allocates the cache or grows it by powers of two."""
+        have = self._cache.k.shape[3] if self._cache is not None else 0
+        if length <= have:
+            return
+        capacity = min(max(_next_power_of_two(length), MIN_CAPACITY), max(self.engine.max_length, 1))
+        if self._cache is None:
+            config = self.engine.config
+            make = functools.partial(
+                model.init_cache,
+                config,
+                slots=self._slots,
+                batch=self._rows,
+                capacity=capacity,
+                dtype=self.engine.dtype,
+            )
+            self._cache = jax.jit(make, out_shardings=self.engine.cache_sharding)()
+            self.cached = [0] * self.batch
+        else:
+            self._cache = _grow(self._cache, capacity)
+
+    def _int_rows(self, values: dict[int, int]) -> np.ndarray:
+        """int32 [B], 0 where no value is given (padding rows among them)."""
+        out = np.zeros(self._rows, np.int32)
+        for row, value in values.items():
+            out[row] = value
+        return out
+
+
+@dataclass
+class Generation:
+    """A running generation: an iterator of `Token`s, in step order, finished sequences left out.
+
+    Attributes:
+      finish_reasons: per sequence, None while it runs; `stop` (a stop id or `stop()`), `length`
+        (max_new_tokens) or `context` (the context is full).
+    """
+
+    session: Session
+    max_new_tokens: int | None
+    params: SamplingParams
+    seeds: list[int]
+    stop_ids: frozenset[int]
+    overflow: Overflow
+    finish_reasons: list[FinishReason | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        session = self.session
+        self.finish_reasons = [None] * session.batch
+        pad = session._rows - session.batch
+        self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in self.params))
+        self._keys = jax.vmap(jax.random.key)(np.asarray(self.seeds + [0] * pad, np.uint32))
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"--max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if any(not ids for ids in session.ids):
+            raise UsageError("an empty prompt: give at least one token")
+        if self.overflow == "truncate_oldest":
+            self._drop_oldest(range(session.batch))
+
+    def stop(self, row: int) -> None:
+        """Ends a sequence after the token last yielded for it."""
+        self.finish_reasons[row] = self.finish_reasons[row] or "stop"
+
+    def __iter__(self) -> Iterator[Token]:
+        session = self.session
+        logits = session.prefill()
+        prompt_mask, counts = self._penalty_state()
+        generated = [0] * session.batch
+        tokens, logprobs = _sample(logits, self._params, self._keys, self._positions(), prompt_mask, counts)
+        while True:
+            ids, values = np.asarray(tokens), np.asarray(logprobs)
+            if not np.isfinite(values[: session.batch]).all():
+                raise JaxchatError(
+                    "the model's logits are not finite (NaN or infinity): the checkpoint is broken "
+                    "or the dtype too narrow; try --dtype float32"
+                )
+            counts = _count(counts, tokens, self._int_active())
+            for row in self._active():
+                token = int(ids[row])
+                session.ids[row].append(token)
+                generated[row] += 1
+                if token in self.stop_ids:
+                    self.finish_reasons[row] = "stop"
+                elif self.max_new_tokens is not None and generated[row] >= self.max_new_tokens:
+                    self.finish_reasons[row] = "length"
+                yield Token(row, token, float(values[row]))
+            if not self._make_room():
+                return
+            tokens, logprobs = self._step(prompt_mask, counts)
+
+    def _step(self, prompt_mask: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Computes the last token of every running sequence and samples the next."""
+        session, engine = self.session, self.session.engine
+        rows = self._active()
+        if any(len(session.ids[r]) - session.cached[r] > 1 or self._crosses(r) for r in rows):
+            logits = session.prefill(rows)
+            return _sample(logits, self._params, self._keys, self._positions(), prompt_mask, counts)
+        session._reserve(max(len(session.ids[r]) for r in rows))
+        last = session._int_rows({r: session.ids[r][-1] for r in rows})
+        lengths = session._int_rows({r: session.cached[r] for r in rows})
+        tokens, logprobs, session._cache = _decode(
+            engine.config,
+            engine.dtype,
+            engine.params,
+            session._cache,
+            session._plan_arrays,
+            last,
+            lengths,
+            self._int_active(),
+            self._params,
+            self._keys,
+            prompt_mask,
+            counts,
+        )
+        for r in rows:
+            session.cached[r] += 1
+        return tokens, logprobs
+
+    def _crosses(self, row: int) -> bool:
+        """Whether the cached keys no longer fit: LongRoPE has switched its factors.
+
+        Dynamic NTK moves its base with every token. There, as in transformers, keys keep the rotation they
+        were written with until the next prefill.
+        """
+        config = self.session.engine.config
+        if not any(rope.kind == "longrope" for rope in config.ropes):
+            return False
+        return config.rope_regime(len(self.session.ids[row])) != self.session._regime[row]
+
+    def _make_room(self) -> bool:
+        """Applies the overflow policy; false when no sequence is left running."""
+        if self.overflow == "truncate_oldest":
+            self._drop_oldest(self._active())
+        for row in self._active():
+            if len(self.session.ids[row]) >= self.session.engine.max_length:
+                self.finish_reasons[row] = "context"
+        return bool(self._active())
+
+    def _drop_oldest(self, rows: Iterable[int]) -> None:
+        """Halves the contexts that are full; half, so as not to drop again at the next token."""
+        limit = self.session.engine.max_length
+        for row in rows:
+            if len(self.session.ids[row]) >= limit:
+                self.session.truncate_oldest(row, max(1, limit // 2))
+
+    def _active(self) -> list[int]:
+        return [r for r in range(self.session.batch) if self.finish_reasons[r] is None]
+
+    def _int_active(self) -> np.ndarray:
+        return self.session._int_rows(dict.fromkeys(self._active(), 1))
+
+    def _positions(self) -> np.ndarray:
+        """The position of each sequence's next token: what its key is folded with."""
+        return self.session._int_rows({r: len(ids) for r, ids in enumerate(self.session.ids)})
+
+    def _penalty_state(self) -> tuple[jax.Array, jax.Array]:
+        vocab = self.session.engine.config.vocab_size
+        mask = np.zeros((self.session._rows, vocab), bool)
+        for row, ids in enumerate(self.session.ids):
+            mask[row, ids] = True
+        return jnp.asarray(mask), jnp.zeros(mask.shape, jnp.int32)
+
+
+# The executables. Configuration and dtype are static; all that changes between calls is traced.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _prefill(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    params: Params,
+    cache: KVCache,
+    plan: PlanArrays,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    new: jax.Array,
+    context: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    hidden, cache = model.forward(config, params, cache, plan, tokens, lengths, new, context, dtype=dtype)
+    last = jnp.take_along_axis(hidden, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
+    return model.logits(config, params, last, dtype=dtype), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _decode(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    params: Params,
+    cache: KVCache,
+    plan: PlanArrays,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    active: jax.Array,
+    sampling_params: SamplingParams,
+    keys: jax.Array,
+    prompt_mask: jax.Array,
+    counts: jax.Array,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    hidden, cache = model.forward(
+        config, params, cache, plan, tokens[:, None], lengths, active, lengths + 1, dtype=dtype
+    )
+    logits = model.logits(config, params, hidden[:, 0], dtype=dtype)
+    tokens, logprobs = _draw(logits, sampling_params, keys, lengths + 1, prompt_mask, counts)
+    return tokens, logprobs, cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _score(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    params: Params,
+    cache: KVCache,
+    plan: PlanArrays,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    new: jax.Array,
+    context: jax.Array,
+    targets: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    hidden, cache = model.forward(config, params, cache, plan, tokens, lengths, new, context, dtype=dtype)
+    logprobs = jax.nn.log_softmax(model.logits(config, params, hidden, dtype=dtype))
+    return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0], cache
+
+
+def _draw(
+    logits: jax.Array,
+    params: SamplingParams,
+    keys: jax.Array,
+    positions: jax.Array,
+    prompt_mask: jax.Array,
+    counts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    # A draw depends on the sequence's own key and position only: not on neighbours, nor on how it got here.
+    keys = jax.vmap(jax.random.fold_in)(keys, positions)
+    return sampling.sample(keys, logits, params, prompt_mask, counts)
+
+
+_sample = jax.jit(_draw)
+
+
+@functools.partial(jax.jit, donate_argnums=(0,))
+def _count(counts: jax.Array, tokens: jax.Array, active: jax.Array) -> jax.Array:
+    return counts.at[jnp.arange(tokens.shape[0]), tokens].add(active)
+
+
+@functools.partial(jax.jit, static_argnums=(1,))
+def _grow(cache: KVCache, capacity: int) -> KVCache:
+    extra = capacity - cache.k.shape[3]
+    return KVCache(*(jnp.pad(c, ((0, 0),) * 3 + ((0, extra), (0, 0))) for c in cache))
+
+
+def _chunk_length(remaining: int) -> int:
+    """The bucket for the next chunk: the next one up unless that is more than half padding."""
+    up = next((b for b in PREFILL_BUCKETS if b >= remaining), None)
+    down = max((b for b in PREFILL_BUCKETS if b <= remaining), default=None)
+    if up is not None and (down is None or up <= 2 * remaining):
+        return up
+    assert down is not None
+    return down
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
