@@ -1,0 +1,205 @@
+"""Model directories -> stacked parameters on devices, streamed: the peak is the result plus one layer.
+
+Hugging Face, native and Orbax directories, onto one device or straight into a sharding.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxchat.checkpoint_source import (
+    MANIFEST,
+    Manifest,
+    NativeSource,
+    Source,
+    check_directory,
+    load_config,
+    open_source,
+    weight_dtype,
+)
+from jaxchat.config import ModelConfig, Param
+from jaxchat.errors import JaxchatError
+from jaxchat.safetensors_file import ALIGNMENT
+from jaxchat.sharding import param_sharding
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all), counted in the stored dtype."""
+
+_CHUNK = 1 << 22  # elements converted at a time, so that a conversion needs no second copy of a big tensor
+
+__all__ = ["Progress", "load_config", "load_params", "open_source"]
+
+
+def load_params(
+    directory: str | Path,
+    *,
+    config: ModelConfig | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> tuple[ModelConfig, dict[str, jax.Array]]:
+    """Loads a Hugging Face, native or Orbax directory, streaming: the peak is the result plus one layer.
+
+    On the CPU bfloat16 arrays are returned as their bits in uint16 (XLA widens whole bfloat16 stacks there on
+    every call), and a native checkpoint that needs no conversion is not read at all: its arrays are the
+    mapped file, which must not be changed while they live.
+
+    Args:
+      directory: the model.
+      config: instead of the directory's `config.json`.
+      dtype: `float32`, `bfloat16` or `float16` to convert to; None keeps what is stored.
+      mesh: to load straight into `param_sharding`; None is the first device.
+      progress: called after every layer.
+
+    Returns:
+      The configuration (with `tied_embeddings` as the checkpoint has it) and name -> array, [L, ...] for
+      `layers.*`.
+
+    Raises:
+      UsageError: no such directory, or not one of a model.
+      JaxchatError: a file is missing, truncated or malformed, or a value does not fit the dtype.
+    """
+    target = None if dtype is None else weight_dtype(dtype)
+    directory = check_directory(directory)
+    manifest = Manifest.read(directory) if (directory / MANIFEST).exists() else None
+    if manifest is not None and manifest.format == "orbax":
+        from jaxchat import orbax_checkpoint  # half a second of imports that no other format needs
+
+        return orbax_checkpoint.load(directory, manifest, config, target, mesh, progress)
+    source = open_source(directory, config=config)
+    meter = Meter(source, progress)
+    return source.config, {p.name: _load_param(source, p, target, mesh, meter) for p in source.table}
+
+
+def convert_into(out: np.ndarray, values: np.ndarray, name: str) -> None:
+    """Copies values [...] into an array of another dtype, rounding to nearest even.
+
+    NaN and infinities pass; a finite value that float16 cannot hold is a `JaxchatError` naming the tensor.
+    """
+    if out.ndim == 0 or out.dtype == values.dtype or out.dtype.itemsize >= values.dtype.itemsize * 2:
+        np.copyto(out, values, casting="unsafe")
+        return
+    rows = max(1, _CHUNK // max(1, out[0].size)) if len(out) else 1
+    for start in range(0, len(out), rows):
+        to, of = out[start : start + rows], values[start : start + rows]
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(to, of, casting="unsafe")
+        if out.dtype == np.float16 and (overflow := np.isinf(to) & ~np.isinf(of)).any():
+            raise JaxchatError(
+                f"{name}: {float(of[overflow][0]):g} is too large for float16 (largest 65504); use bfloat16"
+            )
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array starting at a multiple of 64 bytes, which JAX takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def as_bits(values: np.ndarray) -> np.ndarray:
+    """bfloat16 values as their bits in uint16, anything else as it is; a view."""
+    return values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values
+
+
+class Meter:
+    """Adds up the bytes of finished layers, in the stored dtype, for a `Progress`."""
+
+    def __init__(self, source: Source, progress: Progress | None):
+        self._progress, self._done = progress, 0
+        self._total = sum(self.size(source, p) for p in source.table)
+
+    @staticmethod
+    def size(source: Source, param: Param) -> int:
+        """The stored bytes of a parameter."""
+        return math.prod(param.stacked_shape(source.config)) * source.dtype(param).itemsize
+
+    def add(self, size: int) -> None:
+        """Reports that so many bytes more are done."""
+        self._done += size
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def layers_of(
+    source: Source, param: Param, dtype: np.dtype, meter: Meter
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Each (index, layer converted to dtype, in C order) of a parameter, released after its turn."""
+    for index in range(source.config.num_layers if param.per_layer else 1):
+        values = source.layer(param, index)
+        size = values.nbytes
+        if values.dtype != dtype:
+            converted = np.empty(values.shape, dtype)
+            convert_into(converted, values, _label(param, index))
+            values = converted
+        yield index, np.ascontiguousarray(values)
+        source.release(param, index)
+        meter.add(size)
+
+
+def _label(param: Param, index: int) -> str:
+    return f"{param.name}[{index}]" if param.per_layer else param.name
+
+
+def _load_param(
+    source: Source, param: Param, target: np.dtype | None, mesh: Mesh | None, meter: Meter
+) -> jax.Array:
+    device: Any = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    sharding: Sharding = (
+        SingleDeviceSharding(device) if mesh is None else param_sharding(param, source.config, mesh)
+    )
+    dtype = target or source.dtype(param)
+    if device.platform != "cpu" or (mesh is not None and mesh.size > 1):
+        return _fill_device(source, param, dtype, sharding, meter)
+    if isinstance(source, NativeSource) and dtype == source.dtype(param):
+        stack = source.stack(param)
+        meter.add(stack.nbytes)
+    else:
+        stack = _fill_host(source, param, dtype, meter)
+    return jax.device_put(as_bits(stack), sharding, may_alias=True)
+
+
+def _fill_host(source: Source, param: Param, dtype: np.dtype, meter: Meter) -> np.ndarray:
+    stack = aligned_empty(param.stacked_shape(source.config), dtype)
+    for index in range(source.config.num_layers if param.per_layer else 1):
+        values = source.layer(param, index)
+        convert_into(stack[index] if param.per_layer else stack, values, _label(param, index))
+        meter.add(values.nbytes)
+        source.release(param, index)
+    return stack
+
+
+def _fill_device(
+    source: Source, param: Param, dtype: np.dtype, sharding: Sharding, meter: Meter
+) -> jax.Array:
+    """Fills a device stack by donated updates, so that neither host nor device ever holds it twice."""
+    device: Any = next(iter(sharding.device_set))
+    layer_sharding, stack = sharding, None
+    if isinstance(sharding, NamedSharding) and param.per_layer:
+        layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    for index, values in layers_of(source, param, dtype, meter):
+        layer = jax.device_put(as_bits(values) if device.platform == "cpu" else values, layer_sharding)
+        if not param.per_layer:
+            stack = layer
+        else:
+            if stack is None:
+                shape = param.stacked_shape(source.config)
+                stack = jnp.zeros(shape, layer.dtype, device=sharding)
+            stack = _set_layer(stack, layer, index)
+        # The copy must be over before the host reuses the memory it is made from.
+        stack.block_until_ready()
+    assert stack is not None  # there is at least one layer
+    return stack
+
+
+@jax.jit(donate_argnums=0)
+def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)

@@ -1,0 +1,395 @@
+"""The parameters inside a checkpoint directory, layer by layer: Hugging Face safetensors and native files.
+
+A `Source` is verified by name, shape and dtype, and every mismatch reported, before any tensor data is read.
+Turning sources into arrays is in `jaxchat/checkpoint.py`, writing them in `jaxchat/checkpoint_writer.py`.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from jaxchat.config import ModelConfig, Param, read_json
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.families import Family, family_of, parameter_table
+from jaxchat.safetensors_file import DTYPES, SafetensorsFile
+
+MANIFEST = "jaxchat.json"
+NATIVE_FILE = "model.safetensors"
+ORBAX_FOLDER = "orbax"
+FORMAT_VERSION = 1
+
+WEIGHT_DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+HEAD, EMBED = "lm_head.weight", "embed.weight"
+_READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_COMPARE_BYTES = 1 << 24
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`jaxchat.json`: what a converted checkpoint is and where it came from.
+
+    Attributes:
+      format: `native` or `orbax`.
+      dtypes: parameter name -> `float32`, `bfloat16` or `float16`.
+      rename: the (start, replacement) under which the source spelled its tensors.
+      tied_head: what the source stored of a tied output head: `absent`, `copy` (equal to the embedding),
+        `only` (the head and no embedding), or `untied` (both, and they differ: the model has its own head,
+        whatever its configuration says). Models that are not tied have `untied`.
+      source: name of the source directory.
+      parameters: number of scalars.
+      quantization, plan: of a quantized or restructured checkpoint.
+      format_version: of this file.
+    """
+
+    format: str
+    dtypes: Mapping[str, str]
+    rename: tuple[str, str] = ("", "")
+    tied_head: str = "absent"
+    source: str = ""
+    parameters: int = 0
+    quantization: Mapping[str, Any] | None = None
+    plan: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def write(self, directory: Path) -> None:
+        """Writes the file into a directory."""
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Reads and checks the file of a directory."""
+        path = directory / MANIFEST
+        values = read_json(path)
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise JaxchatError(
+                f"{path}: format_version is {version!r}, this jaxchat reads {FORMAT_VERSION}; "
+                "convert the model again"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        try:
+            result = cls(**{key: value for key, value in values.items() if key in known})
+            result = dataclasses.replace(result, rename=(result.rename[0], result.rename[1]))
+        except (TypeError, IndexError, KeyError) as error:
+            raise JaxchatError(
+                f"{path}: not a checkpoint description ({error}); convert the model again"
+            ) from None
+        if result.format not in ("native", "orbax") or not isinstance(result.dtypes, dict):
+            raise JaxchatError(f"{path}: format is {result.format!r}; expected 'native' or 'orbax'")
+        return result
+
+
+class Source(Protocol):
+    """The parameters of one checkpoint, read layer by layer.
+
+    Attributes:
+      config: of the model, with what the checkpoint itself decides (a tied head that is none).
+      manifest: what the checkpoint is.
+      table: its parameter table.
+    """
+
+    config: ModelConfig
+    manifest: Manifest
+    table: tuple[Param, ...]
+
+    def dtype(self, param: Param) -> np.dtype:
+        """The stored dtype."""
+        ...
+
+    def layer(self, param: Param, index: int) -> np.ndarray:
+        """One layer of a stacked parameter, or the whole of another (index 0), as a view where possible."""
+        ...
+
+    def release(self, param: Param, index: int) -> None:
+        """Says that `layer(param, index)` is not needed any more."""
+        ...
+
+
+class HfSource:
+    """A Hugging Face directory: `model.safetensors`, or shards with `model.safetensors.index.json`."""
+
+    def __init__(self, directory: Path, config: ModelConfig):
+        """Opens and verifies every file.
+
+        Raises:
+          JaxchatError: a file is missing or malformed, or names, shapes or dtypes are not the model's; the
+            message has all mismatches.
+        """
+        self._where, files = _open_hf_files(directory)
+        self._files = {name: file for file in files for name in file.entries}
+        family = family_of(config)
+        rename = _find_rename(family, config, self._files)
+        self._names: dict[str, str] = {}
+        self.config, tied_head = self._settle_head(family, config, rename)
+        self.table = parameter_table(self.config)
+        self._names |= {p.hf: family.rename(p.hf, rename) for p in self.table if p.hf not in self._names}
+        self._verify(family, extra={family.rename(HEAD, rename)} if tied_head == "copy" else set())
+        self.manifest = Manifest(
+            format="native",
+            dtypes={p.name: self.dtype(p).name for p in self.table},
+            rename=rename,
+            tied_head=tied_head,
+            source=directory.resolve().name,
+            parameters=count_parameters(self.config),
+        )
+
+    def _settle_head(
+        self, family: Family, config: ModelConfig, rename: tuple[str, str]
+    ) -> tuple[ModelConfig, str]:
+        """Whether the output head is tied, decided as transformers 5 does (`PreTrainedModel.tie_weights`)."""
+        if not config.tied_embeddings:
+            return config, "untied"
+        hf = next(p.hf for p in parameter_table(config) if p.name == EMBED)
+        embed, head = family.rename(hf, rename), family.rename(HEAD, rename)
+        if head not in self._files:
+            return config, "absent"
+        if embed not in self._files:
+            self._names[hf] = head
+            return config, "only"
+        if _same(self._files[embed].view(embed), self._files[head].view(head)):
+            return config, "copy"
+        logger.warning(
+            "%s: the configuration ties the output head to the embedding, but %s and %s differ; "
+            "the stored head is used. Set tie_word_embeddings to false in config.json to silence this.",
+            self._where,
+            embed,
+            head,
+        )
+        return dataclasses.replace(config, tied_embeddings=False), "untied"
+
+    def _verify(self, family: Family, extra: set[str]) -> None:
+        expected = {
+            self._names[p.hf].format(i): p.hf_shape(self.config)
+            for p in self.table
+            for i in range(self.config.num_layers if p.per_layer else 1)
+        }
+        entries = {
+            name: file.entries[name]
+            for name, file in self._files.items()
+            if name in expected or not (name in extra or any(part in name for part in family.ignored))
+        }
+        found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        verify(self._where, expected, found)
+
+    def _name(self, param: Param, index: int) -> str:
+        return self._names[param.hf].format(index)
+
+    def _entry(self, param: Param, index: int) -> Any:
+        name = self._name(param, index)
+        return self._files[name].entries[name]
+
+    def dtype(self, param: Param) -> np.dtype:
+        """See `Source`. Layers of one stack stored in different dtypes share the widest."""
+        layers = range(self.config.num_layers if param.per_layer else 1)
+        found = {DTYPES[self._entry(param, i).dtype] for i in layers}
+        return found.pop() if len(found) == 1 else WEIGHT_DTYPES["float32"]
+
+    def layer(self, param: Param, index: int) -> np.ndarray:
+        """See `Source`: [out, in] of one layer, cut out of a fused tensor and turned where need be."""
+        name = self._name(param, index)
+        value = self._files[name].view(name)
+        if param.transposed:
+            value = value.T
+        return value[slice(*param.fused_range(self.config))] if param.fused else value
+
+    def release(self, param: Param, index: int) -> None:
+        """See `Source`."""
+        name = self._name(param, index)
+        self._files[name].release(name)
+
+
+class NativeSource:
+    """A native checkpoint: the stacks themselves, mapped."""
+
+    def __init__(self, directory: Path, config: ModelConfig, manifest: Manifest):
+        """Opens and verifies the file; raises as `HfSource` does."""
+        self.manifest = manifest
+        self.config = _config_of(manifest, config)
+        self.table = parameter_table(self.config)
+        self.file = SafetensorsFile(directory / NATIVE_FILE)
+        found = {name: (entry.dtype, entry.shape) for name, entry in self.file.entries.items()}
+        verify(str(self.file.path), {p.name: p.stacked_shape(self.config) for p in self.table}, found)
+
+    def dtype(self, param: Param) -> np.dtype:
+        """See `Source`."""
+        return DTYPES[self.file.entries[param.name].dtype]
+
+    def stack(self, param: Param) -> np.ndarray:
+        """The whole parameter, [L, ...] or [...], as a view of the mapping."""
+        return self.file.view(param.name)
+
+    def layer(self, param: Param, index: int) -> np.ndarray:
+        """See `Source`."""
+        return self.stack(param)[index] if param.per_layer else self.stack(param)
+
+    def release(self, param: Param, index: int) -> None:
+        """See `Source`."""
+        if not param.per_layer or index == self.config.num_layers - 1:
+            self.file.release(param.name)
+
+
+def open_source(directory: str | Path, *, config: ModelConfig | None = None) -> HfSource | NativeSource:
+    """Opens and verifies a Hugging Face or native directory; no tensor data is read."""
+    directory = check_directory(directory)
+    config = config or ModelConfig.from_directory(directory)
+    if (directory / MANIFEST).exists():
+        manifest = Manifest.read(directory)
+        if manifest.format != "native":
+            raise UsageError(f"{directory}: a checkpoint in {manifest.format} format; expected a native one")
+        return NativeSource(directory, config, manifest)
+    return HfSource(directory, config)
+
+
+def load_config(directory: str | Path) -> ModelConfig:
+    """The configuration of a model directory of any format, without opening its tensors."""
+    directory = check_directory(directory)
+    config = ModelConfig.from_directory(directory)
+    return _config_of(Manifest.read(directory), config) if (directory / MANIFEST).exists() else config
+
+
+def check_directory(directory: str | Path) -> Path:
+    """The path of an existing directory; anything else is a `UsageError`."""
+    directory = Path(directory)
+    if not directory.exists():
+        raise UsageError(f"{directory}: no such model directory; give the folder that holds config.json")
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: not a directory; give the folder that holds config.json")
+    return directory
+
+
+def weight_dtype(name: str) -> np.dtype:
+    """The dtype of a `--dtype` value."""
+    if name not in WEIGHT_DTYPES:
+        raise UsageError(f"dtype {name!r} is not one of {', '.join(WEIGHT_DTYPES)}")
+    return WEIGHT_DTYPES[name]
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """The number of scalars of a model; a tied head counts once."""
+    return sum(math.prod(p.stacked_shape(config)) for p in parameter_table(config))
+
+
+def verify(
+    where: str,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> None:
+    """Compares names, shapes and dtypes (safetensors names) and reports every mismatch in one error."""
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    shapes = [
+        f"{name}: expected {list(expected[name])}, found {list(shape)}"
+        for name, (_, shape) in found.items()
+        if name in expected and shape != expected[name]
+    ]
+    dtypes = [
+        f"{name}: {dtype}"
+        for name, (dtype, _) in found.items()
+        if name in expected and dtype not in _READABLE
+    ]
+    problems = [
+        f"{title} {'; '.join(fold_layers(names))}"
+        for title, names in (
+            ("missing tensors:", missing),
+            ("unexpected tensors:", unexpected),
+            ("wrong shapes:", shapes),
+            (f"unreadable dtypes (readable: {', '.join(_READABLE)}):", dtypes),
+        )
+        if names
+    ]
+    if problems:
+        raise JaxchatError(f"{where}: does not fit its config.json: {' | '.join(problems)}")
+
+
+def fold_layers(names: Iterable[str]) -> list[str]:
+    """Joins names that differ in their first number only: `h.0.w`, `h.1.w`, `h.2.w` -> `h.{0-2}.w`."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
+        key = (match[1], match[3]) if match else (name, "")
+        groups.setdefault(key, []).extend([int(match[2])] if match else [])
+    folded = []
+    for (start, end), numbers in groups.items():
+        ranges: list[list[int]] = []
+        for number in sorted(numbers):
+            if ranges and number == ranges[-1][1] + 1:
+                ranges[-1][1] = number
+            else:
+                ranges.append([number, number])
+        text = ",".join(f"{a}-{b}" if a < b else str(a) for a, b in ranges)
+        folded.append(start + (f"{{{text}}}" if len(numbers) > 1 else text) + end)
+    return folded
+
+
+def _config_of(manifest: Manifest, config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, tied_embeddings=manifest.tied_head != "untied")
+
+
+def _find_rename(family: Family, config: ModelConfig, names: Iterable[str]) -> tuple[str, str]:
+    present = set(names)
+    hf_names = [param.hf.format(0) for param in parameter_table(config)]
+
+    def matches(rename: tuple[str, str]) -> int:
+        return sum(family.rename(name, rename) in present for name in hf_names)
+
+    return max(family.renames, key=matches)  # the first of the best
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two matrices are equal bit by bit, compared in pieces so that no mask of their size is made."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    rows = max(1, _COMPARE_BYTES // max(1, a[:1].nbytes))
+    pieces = (slice(start, start + rows) for start in range(0, len(a), rows))
+    return all(np.array_equal(a[piece].view(np.uint8), b[piece].view(np.uint8)) for piece in pieces)
+
+
+def _open_hf_files(directory: Path) -> tuple[str, list[SafetensorsFile]]:
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return str(single), [SafetensorsFile(single)]
+    if index.exists():
+        return str(index), _open_shards(index)
+    hint = "download the model's *.safetensors files"
+    if (directory / "pytorch_model.bin").exists() or (directory / "pytorch_model.bin.index.json").exists():
+        hint = "pytorch_model.bin is not read; convert it to safetensors with transformers' save_pretrained"
+    raise JaxchatError(
+        f"{directory}: neither model.safetensors nor model.safetensors.index.json is there; {hint}"
+    )
+
+
+def _open_shards(index: Path) -> list[SafetensorsFile]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise JaxchatError(f"{index}: expected a weight_map of tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise JaxchatError(f"{index}: shard {outside[0]!r} is not a plain file name")
+    missing = [name for name in names if not (index.parent / name).exists()]
+    if missing:
+        raise JaxchatError(
+            f"{index}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}"
+        )
+    files = {name: SafetensorsFile(index.parent / name) for name in names}
+    lost = [
+        f"{tensor} (in {shard})" for tensor, shard in weight_map.items() if tensor not in files[shard].entries
+    ]
+    if lost:
+        raise JaxchatError(f"{index}: tensors not in the shard it names: {'; '.join(fold_layers(lost))}")
+    return list(files.values())

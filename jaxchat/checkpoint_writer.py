@@ -1,0 +1,305 @@
+"""Writing checkpoints: any readable directory -> native or Orbax (`convert`), and back (`to_hf`).
+
+A checkpoint appears under its name complete or not at all: it is written beside it and renamed at the end.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from jaxchat.checkpoint import Meter, Progress, layers_of
+from jaxchat.checkpoint_source import (
+    EMBED,
+    HEAD,
+    MANIFEST,
+    NATIVE_FILE,
+    Manifest,
+    Source,
+    check_directory,
+    open_source,
+    weight_dtype,
+)
+from jaxchat.config import Param, read_json
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.families import Family, family_of
+from jaxchat.safetensors_file import ALIGNMENT, SafetensorsWriter
+from jaxchat.tokenizer import TOKENIZER_FILES
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers of a running conversion are not told from those of a dead one
+    fcntl = None  # type: ignore[assignment]
+
+FORMATS = ("native", "orbax")
+_CONFIG_FILES = ("config.json", "generation_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class _HfTensor:
+    """A tensor of the Hugging Face layout: the (parameters, layer) it is made of."""
+
+    name: str
+    parts: tuple[Param, ...]
+    layer: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    format: str = "native",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Converts a model directory of any readable format into a native or Orbax checkpoint, layer by layer.
+
+    Args:
+      src: a Hugging Face, native or Orbax directory.
+      dst: the directory to create.
+      dtype: `float32`, `bfloat16` or `float16`; None keeps what is stored.
+      format: `native` or `orbax`.
+      overwrite: replace an existing checkpoint.
+      progress: called after every layer.
+
+    Returns:
+      The description that was written to `jaxchat.json`.
+
+    Raises:
+      UsageError: a wrong argument, no such source, or an existing destination.
+      JaxchatError: the source is malformed, a value does not fit the dtype, or the disk is full.
+    """
+    if format not in FORMATS:
+        raise UsageError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    target = None if dtype is None else weight_dtype(dtype)
+    src, dst = check_directory(src), Path(dst)
+    source = open_source(src)
+    dtypes = {p.name: target or source.dtype(p) for p in source.table}
+    names = {name: value.name for name, value in dtypes.items()}
+    manifest = dataclasses.replace(source.manifest, format=format, dtypes=names)
+    with _new_directory(src, dst, overwrite) as directory:
+        _write_native(source, directory / NATIVE_FILE, dtypes, progress)
+        manifest.write(directory)
+        _copy_files(src, directory, dtype)
+        if format == "orbax":
+            from jaxchat import orbax_checkpoint  # half a second of imports that no other format needs
+
+            orbax_checkpoint.replace_native_file(directory, source.config, manifest)
+    return manifest
+
+
+def to_hf(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes a converted checkpoint back in Hugging Face's layout, every tensor byte for byte as it was.
+
+    Args:
+      src: a native or Orbax directory.
+      dst: the directory to create.
+      max_shard_bytes: larger models are split into files of at most this size (a larger tensor has its own).
+      overwrite: replace an existing checkpoint.
+      progress: called after every layer.
+
+    Raises:
+      UsageError, JaxchatError: as `convert`.
+    """
+    src, dst = check_directory(src), Path(dst)
+    source = open_source(src)
+    tensors = _hf_tensors(source)
+    shards = _split(tensors, max_shard_bytes)
+    with _new_directory(src, dst, overwrite) as directory:
+        meter = Meter(source, progress)
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        if len(shards) == 1:
+            names = ["model.safetensors"]
+        for name, shard in zip(names, shards, strict=True):
+            _write_hf_file(source, directory / name, shard, meter)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+                "weight_map": {
+                    t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
+                },
+            }
+            _write_json(directory / "model.safetensors.index.json", index)
+        _copy_files(src, directory, None)
+    return source.manifest
+
+
+def _write_native(source: Source, path: Path, dtypes: dict[str, np.dtype], progress: Progress | None) -> None:
+    specs = {p.name: (dtypes[p.name], p.stacked_shape(source.config)) for p in source.table}
+    meter = Meter(source, progress)
+    with SafetensorsWriter(path, specs, metadata={"format": "jaxchat"}, alignment=ALIGNMENT) as writer:
+        for param in source.table:
+            for index, values in layers_of(source, param, dtypes[param.name], meter):
+                writer.write(param.name, values, index if param.per_layer else None)
+
+
+def _hf_tensors(source: Source) -> list[_HfTensor]:
+    """The tensors of the source's Hugging Face layout, in name order."""
+    config, manifest, family = source.config, source.manifest, family_of(source.config)
+    by_hf: dict[str, list[Param]] = {}
+    for param in source.table:
+        by_hf.setdefault(param.hf, []).append(param)
+    tensors = []
+    for hf, parts in by_hf.items():
+        parts.sort(key=lambda param: param.part)
+        for layer in range(config.num_layers if parts[0].per_layer else 1):
+            for name in _hf_names(family, parts[0], hf, manifest):
+                dtype, shape = source.dtype(parts[0]), parts[0].hf_shape(config)
+                tensors.append(_HfTensor(name.format(layer), tuple(parts), layer, dtype, shape))
+    return sorted(tensors, key=lambda tensor: tensor.name)
+
+
+def _hf_names(family: Family, param: Param, hf: str, manifest: Manifest) -> tuple[str, ...]:
+    name, head = family.rename(hf, manifest.rename), family.rename(HEAD, manifest.rename)
+    if param.name != EMBED:
+        return (name,)
+    return {"copy": (name, head), "only": (head,)}.get(manifest.tied_head, (name,))
+
+
+def _split(tensors: list[_HfTensor], max_bytes: int) -> list[list[_HfTensor]]:
+    shards: list[list[_HfTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _write_hf_file(source: Source, path: Path, tensors: list[_HfTensor], meter: Meter) -> None:
+    # As the official writer does: wide types first, so that every tensor is aligned to its item.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in ordered}
+    with SafetensorsWriter(path, specs, metadata={"format": "pt"}) as writer:
+        for tensor in ordered:
+            values = [source.layer(param, tensor.layer) for param in tensor.parts]
+            fused = np.concatenate(values) if len(values) > 1 else values[0]
+            writer.write(tensor.name, fused.T if tensor.parts[0].transposed else fused)
+            for param in tensor.parts:
+                source.release(param, tensor.layer)
+            meter.add(tensor.nbytes)
+
+
+def _copy_files(src: Path, dst: Path, dtype: str | None) -> None:
+    """Copies configuration, tokenizer and chat template; a conversion's dtype is noted in `config.json`."""
+    for name in (*_CONFIG_FILES, *TOKENIZER_FILES):
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+    config = read_json(dst / "config.json")
+    stated = [key for key in ("dtype", "torch_dtype") if key in config]
+    if dtype is not None and any(config[key] != dtype for key in stated):
+        config.update({key: dtype for key in stated})
+        _write_json(dst / "config.json", config)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _new_directory(src: Path, dst: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory to write into, which becomes `dst` if the block ends well and disappears otherwise."""
+    dst = Path(os.path.abspath(dst))
+    _check_destination(src, dst, overwrite)
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(dst)
+        partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
+        partial.mkdir()
+    except OSError as error:
+        raise JaxchatError(f"{dst}: cannot be created ({error.strerror or error})") from None
+    try:
+        with _locked(partial):
+            yield partial
+            _publish(partial, dst)
+    except OSError as error:
+        raise JaxchatError(
+            f"{dst}: cannot be written ({error.strerror or error}); nothing was left behind"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
+    source, target = src.resolve(), dst.resolve()
+    if source == target or target in source.parents or source in target.parents:
+        raise UsageError(f"{dst}: source and destination must be separate directories (source: {src})")
+    if not os.path.lexists(dst):
+        return
+    if not overwrite:
+        raise UsageError(f"{dst}: exists already; choose another --dst, or replace it with --overwrite")
+    known = (MANIFEST, "config.json")
+    if not dst.is_dir() or (any(dst.iterdir()) and not any((dst / name).exists() for name in known)):
+        raise UsageError(f"{dst}: is not a model directory, so --overwrite does not replace it")
+
+
+def _remove_leftovers(dst: Path) -> None:
+    """Removes what a killed conversion to `dst` left, and puts back what one was about to replace."""
+    for path in list(dst.parent.iterdir()):
+        if path.name.startswith(f".{dst.name}.old-"):
+            if dst.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(dst)
+        elif path.name.startswith(f".{dst.name}.partial-"):
+            with _locked(path):
+                shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds the lock that marks a partial directory as being written; it dies with the process."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{directory}: another conversion is writing it; wait for its end") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _publish(partial: Path, dst: Path) -> None:
+    for path in partial.rglob("*"):
+        _sync(path)
+    _sync(partial)
+    old = dst.with_name(f".{dst.name}.old-{os.getpid()}")
+    if dst.exists():
+        dst.rename(old)
+    partial.rename(dst)
+    _sync(dst.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

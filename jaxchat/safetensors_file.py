@@ -1,0 +1,266 @@
+"""Reading and writing safetensors files by mapping, without copies: the format only, no models and no JAX.
+
+Format: https://huggingface.co/docs/safetensors/index#format. Eight bytes of little-endian header length N, N
+bytes of JSON (`name -> dtype, shape, data_offsets`, offsets counted from the end of the header), then the
+data without holes.
+"""
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxchat.errors import JaxchatError
+
+ALIGNMENT = 64
+"""Bytes. XLA on CPU takes over a host buffer without a copy only if it starts at a multiple of this."""
+
+PAD_PREFIX = "__pad__."
+"""Names of the tensors that only move the next one to an aligned offset; readers drop them."""
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+"""Format name -> numpy dtype, of the types with whole bytes."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the limit of the official reader
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its format dtype name, shape, and first and last-plus-one byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """A mapped file. Opening reads the header only and checks it against the size of the file.
+
+    Attributes:
+      path: the file.
+      entries: name -> `Entry`, without the padding tensors.
+      metadata: the free-form strings of the header.
+
+    Raises:
+      JaxchatError: the file is missing, truncated or malformed; the message has found and expected bytes.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                header, data_start = _read_header(file, size, self.path)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise JaxchatError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        entries = {name: _entry(name, value, data_start, self.path) for name, value in header.items()}
+        _check_offsets(entries, data_start, size, self.path)
+        self.entries = {name: entry for name, entry in entries.items() if not name.startswith(PAD_PREFIX)}
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor as a read-only view of the mapping; nothing is read before it is used.
+
+        The view keeps the mapping alive.
+        """
+        entry = self.entries[name]
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise JaxchatError(
+                f"{self.path}: tensor {name} has dtype {entry.dtype}; readable: {', '.join(DTYPES)}"
+            )
+        count = math.prod(entry.shape)
+        return np.frombuffer(self._map, dtype, count, entry.start).reshape(entry.shape)
+
+    def release(self, name: str) -> None:
+        """Lets the operating system drop the tensor's pages from memory; they can be read again."""
+        if not hasattr(self._map, "madvise"):
+            return
+        entry = self.entries[name]
+        start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+def _read_header(file: Any, size: int, path: Path) -> tuple[dict[str, Any], int]:
+    if size < 8:
+        raise JaxchatError(
+            f"{path}: truncated: expected at least 8 bytes, found {size}; download the file again"
+        )
+    length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_HEADER:
+        raise JaxchatError(
+            f"{path}: not a safetensors file: its header would have {length} bytes, the file has {size}"
+        )
+    if 8 + length > size:
+        raise JaxchatError(
+            f"{path}: truncated inside the header: expected at least {8 + length} bytes, found {size}; "
+            "download the file again"
+        )
+    try:
+        header = json.loads(file.read(length).decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise JaxchatError(
+            f"{path}: corrupt header: the {length} bytes at byte 8 are no JSON ({error})"
+        ) from None
+    if not isinstance(header, dict):
+        raise JaxchatError(f"{path}: corrupt header: expected a JSON object, found {type(header).__name__}")
+    return header, 8 + length
+
+
+def _entry(name: str, value: Any, data_start: int, path: Path) -> Entry:
+    try:
+        dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+        numbers = [*shape, start, stop]
+        valid = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in numbers)
+    except (TypeError, KeyError, ValueError):
+        valid = False
+    if not valid:
+        raise JaxchatError(
+            f"{path}: corrupt header: tensor {name} has {json.dumps(value)}; "
+            "expected dtype, shape and data_offsets"
+        )
+    if stop < start or (dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize):
+        expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else "at least 0"
+        raise JaxchatError(
+            f"{path}: corrupt header: tensor {name} ({dtype} {shape}) has {stop - start} bytes; "
+            f"expected {expected}"
+        )
+    return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def _check_offsets(entries: Mapping[str, Entry], data_start: int, size: int, path: Path) -> None:
+    end, previous = data_start, "the header"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            what = "overlaps" if entry.start < end else "leaves a hole after"
+            raise JaxchatError(
+                f"{path}: corrupt header: tensor {name} {what} {previous}: expected to start at byte {end}, "
+                f"found {entry.start}"
+            )
+        end, previous = entry.stop, name
+    if end != size:
+        what = "truncated" if size < end else "has bytes after the last tensor"
+        raise JaxchatError(f"{path}: {what}: expected {end} bytes, found {size}; download the file again")
+
+
+class SafetensorsWriter:
+    """Writes a file whose tensors are known beforehand by name, dtype and shape, in pieces and in any order.
+
+    The whole size is reserved first, so that a full disk is an `OSError` before the work and not after it.
+    Use as a context manager; leaving it without an exception brings the data safely to the disk.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        alignment: int = 1,
+    ):
+        """Lays the file out, in the order of `specs`.
+
+        Args:
+          path: created, or truncated.
+          specs: name -> (dtype, shape).
+          metadata: free-form strings for the header.
+          alignment: every tensor starts at a multiple of this many bytes. The format forbids holes, so a
+            tensor whose size is not a multiple is followed by a small `U8` tensor named `PAD_PREFIX` + a
+            number. With 1 there is no padding: order the tensors by falling item size.
+        """
+        self.path = Path(path)
+        self._specs = dict(specs)
+        self._offsets: dict[str, int] = {}
+        header = self._layout({"__metadata__": dict(metadata)} if metadata else {}, alignment)
+        self._file = self.path.open("wb")
+        try:
+            self._reserve(header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _layout(self, header: dict[str, Any], alignment: int) -> bytes:
+        end = 0
+        for name, (dtype, shape) in self._specs.items():
+            if gap := -end % alignment:
+                pad = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
+                header[f"{PAD_PREFIX}{len(header)}"] = pad
+                end += gap
+            stop = end + math.prod(shape) * np.dtype(dtype).itemsize
+            header[name] = {
+                "dtype": _NAMES[np.dtype(dtype)],
+                "shape": list(shape),
+                "data_offsets": [end, stop],
+            }
+            self._offsets[name], end = end, stop
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        text += b" " * (-(8 + len(text)) % max(alignment, 8))
+        self._data_start, self._size = 8 + len(text), 8 + len(text) + end
+        return text
+
+    def _reserve(self, header: bytes) -> None:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self._file.fileno(), 0, self._size)
+        else:
+            self._file.truncate(self._size)
+        self._file.write(len(header).to_bytes(8, "little") + header)
+
+    def write(self, name: str, values: np.ndarray, index: int | None = None) -> None:
+        """Writes a whole tensor, or `tensor[index]` of a stacked one.
+
+        Raises:
+          ValueError: dtype or shape is not the announced one.
+        """
+        dtype, shape = self._specs[name]
+        expected = shape if index is None else shape[1:]
+        if values.dtype != dtype or values.shape != expected:
+            raise ValueError(f"{name}: {values.dtype}{values.shape}, announced {dtype}{expected}")
+        offset = self._data_start + self._offsets[name] + (index or 0) * values.nbytes
+        self._file.seek(offset)
+        # Through uint8: numpy has no buffer protocol for bfloat16.
+        self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()

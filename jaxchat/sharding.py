@@ -1,0 +1,49 @@
+"""Which mesh axis each dimension of a parameter is split over: one table, used wherever arrays are placed."""
+
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxchat.config import ModelConfig, Param
+from jaxchat.families import parameter_table
+
+MESH_AXES: Mapping[str, str | None] = {
+    "heads": "model",
+    "kv_heads": "model",
+    "ffn": "model",
+    "vocab": "model",
+    "embed": None,
+    "layers": None,
+    "-": None,
+}
+"""Logical axis of a `Param` -> mesh axis, None where every device holds the whole dimension."""
+
+
+def param_spec(param: Param, config: ModelConfig, mesh: Mesh) -> PartitionSpec:
+    """How one parameter (stacked, if it is per layer) is split over a mesh.
+
+    A dimension is split only where it divides evenly, and a dimension of heads only between heads: with 8
+    query and 2 key/value heads on 4 devices the queries are split, the keys and values whole on each device.
+    """
+    units = {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    names: list[str | None] = [MESH_AXES["layers"]] if param.per_layer else []
+    for axis, size in zip(param.axes.split(), param.layer_shape(config), strict=True):
+        target = MESH_AXES[axis]
+        divides = target in mesh.shape and units.get(axis, size) % mesh.shape[target] == 0
+        names.append(target if divides else None)
+    return PartitionSpec(*names)
+
+
+def param_sharding(param: Param, config: ModelConfig, mesh: Mesh) -> NamedSharding:
+    """The sharding of one parameter on a mesh; see `param_spec`. A mesh without a `model` axis replicates."""
+    return NamedSharding(mesh, param_spec(param, config, mesh))
+
+
+def shard_params(params: Mapping[str, jax.Array], config: ModelConfig, mesh: Mesh) -> dict[str, jax.Array]:
+    """Moves loaded parameters (name -> [L, ...] or [...]) onto a mesh, each into its `param_sharding`."""
+    table = {param.name: param for param in parameter_table(config)}
+    return {
+        name: jax.device_put(value, param_sharding(table[name], config, mesh))
+        for name, value in params.items()
+    }
