@@ -15,11 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxchat.checkpoint_source import (
-    MANIFEST,
-    Manifest,
     NativeSource,
     Source,
-    check_directory,
     load_config,
     open_source,
     weight_dtype,
@@ -67,14 +64,15 @@ def load_params(
       JaxchatError: a file is missing, truncated or malformed, or a value does not fit the dtype.
     """
     target = None if dtype is None else weight_dtype(dtype)
-    directory = check_directory(directory)
-    manifest = Manifest.read(directory) if (directory / MANIFEST).exists() else None
-    if manifest is not None and manifest.format == "orbax":
-        from jaxchat import orbax_checkpoint  # half a second of imports that no other format needs
-
-        return orbax_checkpoint.load(directory, manifest, config, target, mesh, progress)
     source = open_source(directory, config=config)
     meter = Meter(source, progress)
+    if source.manifest.format == "orbax":
+        from jaxchat.orbax_checkpoint import OrbaxSource  # already imported by then
+
+        assert isinstance(source, OrbaxSource)
+        params = source.load(target, mesh)
+        meter.add(meter.total)
+        return source.config, params
     return source.config, {p.name: _load_param(source, p, target, mesh, meter) for p in source.table}
 
 
@@ -115,7 +113,7 @@ class Meter:
 
     def __init__(self, source: Source, progress: Progress | None):
         self._progress, self._done = progress, 0
-        self._total = sum(self.size(source, p) for p in source.table)
+        self.total = sum(self.size(source, p) for p in source.table)
 
     @staticmethod
     def size(source: Source, param: Param) -> int:
@@ -126,7 +124,7 @@ class Meter:
         """Reports that so many bytes more are done."""
         self._done += size
         if self._progress is not None:
-            self._progress(self._done, self._total)
+            self._progress(self._done, self.total)
 
 
 def layers_of(

@@ -219,7 +219,7 @@ class NativeSource:
     def __init__(self, directory: Path, config: ModelConfig, manifest: Manifest):
         """Opens and verifies the file; raises as `HfSource` does."""
         self.manifest = manifest
-        self.config = _config_of(manifest, config)
+        self.config = config_of(manifest, config)
         self.table = parameter_table(self.config)
         self.file = SafetensorsFile(directory / NATIVE_FILE)
         found = {name: (entry.dtype, entry.shape) for name, entry in self.file.entries.items()}
@@ -243,23 +243,25 @@ class NativeSource:
             self.file.release(param.name)
 
 
-def open_source(directory: str | Path, *, config: ModelConfig | None = None) -> HfSource | NativeSource:
-    """Opens and verifies a Hugging Face or native directory; no tensor data is read."""
+def open_source(directory: str | Path, *, config: ModelConfig | None = None) -> Source:
+    """Opens and verifies a model directory of any format; no tensor data is read."""
     directory = check_directory(directory)
     config = config or ModelConfig.from_directory(directory)
-    if (directory / MANIFEST).exists():
-        manifest = Manifest.read(directory)
-        if manifest.format != "native":
-            raise UsageError(f"{directory}: a checkpoint in {manifest.format} format; expected a native one")
+    if not (directory / MANIFEST).exists():
+        return HfSource(directory, config)
+    manifest = Manifest.read(directory)
+    if manifest.format == "native":
         return NativeSource(directory, config, manifest)
-    return HfSource(directory, config)
+    from jaxchat.orbax_checkpoint import OrbaxSource  # half a second of imports no other format needs
+
+    return OrbaxSource(directory, config, manifest)
 
 
 def load_config(directory: str | Path) -> ModelConfig:
     """The configuration of a model directory of any format, without opening its tensors."""
     directory = check_directory(directory)
     config = ModelConfig.from_directory(directory)
-    return _config_of(Manifest.read(directory), config) if (directory / MANIFEST).exists() else config
+    return config_of(Manifest.read(directory), config) if (directory / MANIFEST).exists() else config
 
 
 def check_directory(directory: str | Path) -> Path:
@@ -336,7 +338,8 @@ def fold_layers(names: Iterable[str]) -> list[str]:
     return folded
 
 
-def _config_of(manifest: Manifest, config: ModelConfig) -> ModelConfig:
+def config_of(manifest: Manifest, config: ModelConfig) -> ModelConfig:
+    """A configuration with what the checkpoint decides: whether the output head is the embedding."""
     return dataclasses.replace(config, tied_embeddings=manifest.tied_head != "untied")
 
 

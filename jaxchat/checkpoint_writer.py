@@ -95,9 +95,9 @@ def convert(
         manifest.write(directory)
         _copy_files(src, directory, dtype)
         if format == "orbax":
-            from jaxchat import orbax_checkpoint  # half a second of imports that no other format needs
+            from jaxchat.orbax_checkpoint import replace_native_file  # half a second of imports
 
-            orbax_checkpoint.replace_native_file(directory, source.config, manifest)
+            replace_native_file(directory, source.config, manifest)
     return manifest
 
 
@@ -210,7 +210,7 @@ def _copy_files(src: Path, dst: Path, dtype: str | None) -> None:
     config = read_json(dst / "config.json")
     stated = [key for key in ("dtype", "torch_dtype") if key in config]
     if dtype is not None and any(config[key] != dtype for key in stated):
-        config.update({key: dtype for key in stated})
+        config.update(dict.fromkeys(stated, dtype))
         _write_json(dst / "config.json", config)
 
 

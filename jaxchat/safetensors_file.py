@@ -45,7 +45,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 """Format name -> numpy dtype, of the types with whole bytes."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the limit of the official reader
 
 
@@ -217,7 +217,7 @@ class SafetensorsWriter:
                 end += gap
             stop = end + math.prod(shape) * np.dtype(dtype).itemsize
             header[name] = {
-                "dtype": _NAMES[np.dtype(dtype)],
+                "dtype": NAMES[np.dtype(dtype)],
                 "shape": list(shape),
                 "data_offsets": [end, stop],
             }

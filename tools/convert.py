@@ -1,0 +1,186 @@
+"""Converts model directories: Hugging Face -> native (mapped, starts at once) or Orbax, and back.
+
+Examples:
+  python tools/convert.py --src Llama-3.2-1B-Instruct --dst llama-1b --dtype bfloat16
+  python tools/convert.py --src Llama-3.2-1B-Instruct --dst llama-1b-orbax --format orbax
+  python tools/convert.py --src llama-1b --dst llama-1b-hf --to_hf
+"""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Started as a file: the packages are beside this folder, and Ctrl-C while they load just ends it.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from absl import flags
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from jaxchat import checkpoint_writer
+from jaxchat.checkpoint import Progress as Report
+from jaxchat.checkpoint_source import WEIGHT_DTYPES
+from jaxchat.errors import JaxchatError, UsageError
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool and returns its exit code: 0, 1 failure, 2 wrong usage, 130 interrupted.
+
+    Args:
+      argv: the arguments, the program's name first; None is `sys.argv`.
+    """
+    values = _flags()
+    try:
+        rest = _parse(values, list(sys.argv if argv is None else argv))
+        if values.help:
+            print(_help(values))
+            return 0
+        _run(values, rest)
+    except KeyboardInterrupt:
+        _complain(f"interrupted; nothing was left in {values.dst}; run the same command again to start over")
+        return INTERRUPTED
+    except JaxchatError as error:
+        _complain(str(error))
+        return error.exit_code
+    except (OSError, MemoryError) as error:
+        _complain(str(error) or type(error).__name__)
+        return 1
+    return 0
+
+
+def _flags() -> flags.FlagValues:
+    """The flags, apart from absl's global ones so that importing this module defines nothing there."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("src", None, "The model directory to read, e.g. --src Llama-3.2-1B-Instruct", values)
+    flags.DEFINE_string("dst", None, "The directory to create, e.g. --dst llama-1b", values)
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        list(WEIGHT_DTYPES),
+        "Store the weights in this type instead of the one they have, e.g. --dtype bfloat16",
+        values,
+    )
+    flags.DEFINE_enum(
+        "format",
+        "native",
+        list(checkpoint_writer.FORMATS),
+        "native is mapped from disk without loading; orbax is for restoring onto many devices or hosts, "
+        "e.g. --format orbax",
+        values,
+    )
+    flags.DEFINE_bool(
+        "to_hf",
+        False,
+        "Write a converted directory back in Hugging Face's layout, e.g. --src llama-1b --dst hf --to_hf",
+        values,
+    )
+    flags.DEFINE_integer(
+        "max_shard_bytes",
+        5_000_000_000,
+        "With --to_hf: split the weights into files of at most this size, e.g. --max_shard_bytes 2000000000",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "overwrite", False, "Replace --dst if it is a model directory already, e.g. --overwrite", values
+    )
+    flags.DEFINE_bool("help", False, "Show this text, e.g. --help", values, short_name="h")
+    return values
+
+
+def _parse(values: flags.FlagValues, argv: list[str]) -> list[str]:
+    try:
+        return values(argv)[1:]
+    except flags.Error as error:
+        raise UsageError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
+
+
+def _help(values: flags.FlagValues) -> str:
+    lines = [(__doc__ or "").rstrip(), "", "Flags:"]
+    for name in ("src", "dst", "dtype", "format", "to_hf", "max_shard_bytes", "overwrite", "help"):
+        flag = values[name]
+        choices = getattr(flag.parser, "enum_values", None)
+        kind = f"={'|'.join(choices)}" if choices else ""
+        default = "" if flag.default in (None, False) else f" (default: {flag.default})"
+        lines += [f"  --{name}{kind}", f"      {flag.help}{default}"]
+    return "\n".join(lines)
+
+
+def _run(values: flags.FlagValues, rest: list[str]) -> None:
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]!r}; give directories as --src DIR --dst DIR")
+    missing = [f"--{name}" for name in ("src", "dst") if not values[name].value]
+    if missing:
+        raise UsageError(f"{' and '.join(missing)} must be given; --help shows examples")
+    unused = [name for name in ("dtype", "format") if values[name].present] if values.to_hf else []
+    if not values.to_hf and values["max_shard_bytes"].present:
+        unused = ["max_shard_bytes"]
+    if unused:
+        reason = "cannot be combined with --to_hf" if values.to_hf else "needs --to_hf"
+        raise UsageError(f"--{unused[0]} {reason}")
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = time.monotonic()
+    with _progress() as report:
+        if values.to_hf:
+            manifest = checkpoint_writer.to_hf(
+                values.src,
+                values.dst,
+                max_shard_bytes=values.max_shard_bytes,
+                overwrite=values.overwrite,
+                progress=report,
+            )
+        else:
+            manifest = checkpoint_writer.convert(
+                values.src,
+                values.dst,
+                dtype=values.dtype,
+                format=values.format,
+                overwrite=values.overwrite,
+                progress=report,
+            )
+    size = sum(path.stat().st_size for path in Path(values.dst).rglob("*") if path.is_file())
+    seconds = time.monotonic() - started
+    print(f"{values.dst}: {manifest.parameters:,} parameters, {size:,} bytes, {seconds:.1f} s")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Report]:
+    """A bar on standard error with rate and remaining time; nothing where that is not a terminal."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("converting"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _complain(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
