@@ -20,6 +20,7 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays
 from jaxchat.model import KVCache, Params
 from jaxchat.sampling import SamplingParams
+from jaxchat.sharding import cache_sharding
 
 PREFILL_BUCKETS = (16, 64, 256, 1024)
 """Prompt chunks are padded to one of these lengths, so that a chat compiles a handful of executables."""
@@ -53,7 +54,7 @@ class Engine:
       params: the parameter pytree, on device.
       max_length: the longest context in tokens; default the model's own.
       dtype: of activations and KV cache; default float32 on CPU and with float32 weights, else bfloat16.
-      cache_sharding: of the [P, B, K, S, H] caches, where the model is sharded over a mesh.
+      mesh: the mesh the parameters are sharded over; the caches are sharded to match.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Engine:
         *,
         max_length: int | None = None,
         dtype: Any = None,
-        cache_sharding: jax.sharding.Sharding | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         if max_length is not None and max_length < 1:
             raise UsageError(f"--max_length is {max_length}; it must be at least 1")
@@ -76,13 +77,18 @@ class Engine:
         self.params = params
         self.max_length = max_length or config.max_position_embeddings
         self.dtype = jnp.dtype(dtype or default_dtype(params))
-        self.cache_sharding = cache_sharding
+        self.mesh = mesh
+        self._placement = _placement(params, mesh)
 
     def session(self, plan: LayerPlan | None = None, *, batch: int = 1, max_slots: int = 0) -> "Session":
         """A new, empty session of `batch` sequences under one plan."""
         return Session(
             self, plan or LayerPlan.identity(self.config.num_layers), batch=batch, max_slots=max_slots
         )
+
+    def cache_sharding(self, batch: int) -> jax.sharding.Sharding | None:
+        """Where the caches of a session of `batch` sequences live."""
+        return self._placement if self.mesh is None else cache_sharding(self.config, self.mesh, batch)
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises UsageError for a token id that is not in the vocabulary."""
@@ -98,6 +104,18 @@ def default_dtype(params: Params) -> jnp.dtype:
     weight = params["embed.weight"]
     on_cpu = next(iter(weight.devices())).platform == "cpu"
     return jnp.dtype(jnp.float32 if on_cpu or weight.dtype == jnp.float32 else jnp.bfloat16)
+
+
+def _placement(params: Params, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:
+    """Where small state lives: each device of a mesh, or the one that holds the parameters.
+
+    An array that was never placed would make the first call of every executable compile apart from the rest,
+    whose arguments are earlier results and so placed.
+    """
+    if mesh is not None:
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    devices = params["embed.weight"].devices()
+    return jax.sharding.SingleDeviceSharding(next(iter(devices))) if len(devices) == 1 else None
 
 
 class Session:
@@ -138,7 +156,7 @@ class Session:
             )
         slots = max(len(plan.executed()), self.engine.config.num_layers, self._max_slots)
         if self._cache is not None and slots > self._cache.k.shape[0]:
-            self._cache = None
+            self._drop_cache()
         if self._cache is not None:
             slots = self._cache.k.shape[0]
         self._slots = slots
@@ -189,8 +207,20 @@ class Session:
           ContextOverflowError: a sequence is longer than the engine's `max_length`.
         """
         rows = [r for r in range(self.batch) if self.ids[r]] if rows is None else rows
-        if not rows:
+        if not rows or not all(self.ids[r] for r in rows):
             raise UsageError("nothing to prefill: give at least one token")
+        for r in rows:
+            self._follow_rope(r)
+        return self._fill(rows)
+
+    def _follow_rope(self, row: int) -> None:
+        """Forgets cached keys whose rotation is not that of the whole context at its present length."""
+        regime = self.engine.config.rope_regime(len(self.ids[row]))
+        if regime != self._regime[row]:
+            self.cached[row], self._regime[row] = 0, regime
+
+    def _fill(self, rows: Sequence[int]) -> jax.Array:
+        """`prefill` that takes the rotation of the cached keys as given."""
         longest = max(len(self.ids[r]) for r in rows)
         if longest > self.engine.max_length:
             raise ContextOverflowError(
@@ -199,9 +229,6 @@ class Session:
             )
         self._reserve(longest)
         for r in rows:
-            regime = self.engine.config.rope_regime(len(self.ids[r]))
-            if regime != self._regime[r]:
-                self.cached[r], self._regime[r] = 0, regime
             self.cached[r] = min(self.cached[r], len(self.ids[r]) - 1)  # the last token gives the logits
         context = self._int_rows({r: len(self.ids[r]) for r in rows})
         out: jax.Array | None = None
@@ -292,11 +319,19 @@ class Session:
         if params is None:
             params = SamplingParams.make(self.batch, temperature=0.0)
         return Generation(
-            self, max_new_tokens, params, list(seeds or range(self.batch)), frozenset(stop_ids), overflow
+            self,
+            max_new_tokens,
+            params,
+            list(range(self.batch) if seeds is None else seeds),
+            frozenset(stop_ids),
+            overflow,
         )
 
     def _reserve(self, length: int) -> None:
         """Makes room for `length` rows: allocates the cache or grows it by powers of two."""
+        if self._cache is not None and self._cache.k.is_deleted():
+            # A call that was interrupted (Ctrl-C) after taking the cache over and before handing it back.
+            self._drop_cache()
         have = self._cache.k.shape[3] if self._cache is not None else 0
         if length <= have:
             return
@@ -311,10 +346,14 @@ class Session:
                 capacity=capacity,
                 dtype=self.engine.dtype,
             )
-            self._cache = jax.jit(make, out_shardings=self.engine.cache_sharding)()
-            self.cached = [0] * self.batch
+            self._drop_cache()
+            self._cache = jax.jit(make, out_shardings=self.engine.cache_sharding(self._rows))()
         else:
             self._cache = _grow(self._cache, capacity)
+
+    def _drop_cache(self) -> None:
+        self._cache = None
+        self.cached = [0] * self.batch
 
     def _int_rows(self, values: dict[int, int]) -> np.ndarray:
         """int32 [B], 0 where no value is given (padding rows among them)."""
@@ -343,16 +382,27 @@ class Generation:
 
     def __post_init__(self) -> None:
         session = self.session
+        self._check()
         self.finish_reasons = [None] * session.batch
         pad = session._rows - session.batch
         self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in self.params))
         self._keys = jax.vmap(jax.random.key)(np.asarray(self.seeds + [0] * pad, np.uint32))
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UsageError(f"--max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if any(not ids for ids in session.ids):
-            raise UsageError("an empty prompt: give at least one token")
         if self.overflow == "truncate_oldest":
             self._drop_oldest(range(session.batch))
+
+    def _check(self) -> None:
+        batch = self.session.batch
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"--max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if any(not ids for ids in self.session.ids):
+            raise UsageError("an empty prompt: give at least one token")
+        for name, values in (*self.params._asdict().items(), ("seeds", np.asarray(self.seeds))):
+            if values.shape != (batch,):
+                raise UsageError(
+                    f"{name}: got values of shape {values.shape}, expected one for each of {batch}"
+                )
+        if bad := [seed for seed in self.seeds if not 0 <= seed < 1 << 32]:
+            raise UsageError(f"--seed is {bad[0]}; it must be at least 0 and below {1 << 32}")
 
     def stop(self, row: int) -> None:
         """Ends a sequence after the token last yielded for it."""
@@ -366,13 +416,16 @@ class Generation:
         tokens, logprobs = _sample(logits, self._params, self._keys, self._positions(), prompt_mask, counts)
         while True:
             ids, values = np.asarray(tokens), np.asarray(logprobs)
-            if not np.isfinite(values[: session.batch]).all():
+            if not np.isfinite(values[self._active()]).all():
+                session._drop_cache()  # broken values would outlive a rollback
                 raise JaxchatError(
                     "the model's logits are not finite (NaN or infinity): the checkpoint is broken "
                     "or the dtype too narrow; try --dtype float32"
                 )
             counts = _count(counts, tokens, self._int_active())
-            for row in self._active():
+            for row in range(session.batch):
+                if self.finish_reasons[row]:  # before this step, or stopped by the consumer during it
+                    continue
                 token = int(ids[row])
                 session.ids[row].append(token)
                 generated[row] += 1
@@ -389,8 +442,12 @@ class Generation:
         """Computes the last token of every running sequence and samples the next."""
         session, engine = self.session, self.session.engine
         rows = self._active()
-        if any(len(session.ids[r]) - session.cached[r] > 1 or self._crosses(r) for r in rows):
-            logits = session.prefill(rows)
+        # Usually just the last token is new; not after a truncation, or if the consumer changed the session.
+        moved = [r for r in rows if len(session.ids[r]) - session.cached[r] != 1 or self._crosses(r)]
+        if moved:
+            for r in moved:
+                session._follow_rope(r)
+            logits = session._fill(rows)
             return _sample(logits, self._params, self._keys, self._positions(), prompt_mask, counts)
         session._reserve(max(len(session.ids[r]) for r in rows))
         last = session._int_rows({r: session.ids[r][-1] for r in rows})
@@ -455,7 +512,7 @@ class Generation:
         mask = np.zeros((self.session._rows, vocab), bool)
         for row, ids in enumerate(self.session.ids):
             mask[row, ids] = True
-        return jnp.asarray(mask), jnp.zeros(mask.shape, jnp.int32)
+        return jax.device_put((mask, np.zeros(mask.shape, np.int32)), self.session.engine._placement)
 
 
 # The executables. Configuration and dtype are static; all that changes between calls is traced.

@@ -1,4 +1,4 @@
-"""Which mesh axis each dimension of a parameter is split over: one table, used wherever arrays are placed."""
+"""Which mesh axis each dimension of a parameter or cache is split over: one table, used wherever they go."""
 
 from collections.abc import Mapping
 
@@ -13,11 +13,12 @@ MESH_AXES: Mapping[str, str | None] = {
     "kv_heads": "model",
     "ffn": "model",
     "vocab": "model",
+    "batch": "data",
     "embed": None,
     "layers": None,
     "-": None,
 }
-"""Logical axis of a `Param` -> mesh axis, None where every device holds the whole dimension."""
+"""Logical axis of a `Param` or cache -> mesh axis, None where every device holds the whole dimension."""
 
 
 def param_spec(param: Param, config: ModelConfig, mesh: Mesh) -> PartitionSpec:
@@ -47,3 +48,17 @@ def shard_params(params: Mapping[str, jax.Array], config: ModelConfig, mesh: Mes
         name: jax.device_put(value, param_sharding(table[name], config, mesh))
         for name, value in params.items()
     }
+
+
+def cache_sharding(config: ModelConfig, mesh: Mesh, batch: int) -> NamedSharding:
+    """The sharding of a KV cache [P, B, K, S, H]: sequences over `data`, key/value heads over `model`.
+
+    As in `param_spec`, a dimension that does not divide evenly is whole on each device.
+    """
+
+    def split(logical: str, size: int) -> str | None:
+        axis = MESH_AXES[logical]
+        return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+
+    spec = PartitionSpec(None, split("batch", batch), split("kv_heads", config.num_kv_heads), None, None)
+    return NamedSharding(mesh, spec)

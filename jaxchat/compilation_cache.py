@@ -1,0 +1,33 @@
+"""The persistent compilation cache: a second run of the same model and shapes compiles nothing."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def default_directory() -> Path:
+    """`$XDG_CACHE_HOME/jaxchat/xla`, or `~/.cache/jaxchat/xla`."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "jaxchat" / "xla"
+
+
+def enable_compilation_cache(directory: str | None = None) -> None:
+    """Keeps compiled executables on disk.
+
+    Args:
+      directory: where; None is `default_directory` unless JAX is configured already, "" turns it off.
+    """
+    if directory == "":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if directory is None and jax.config.values.get("jax_compilation_cache_dir"):
+        return
+    path = Path(directory) if directory else default_directory()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a read-only home only costs compile time
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
