@@ -207,8 +207,6 @@ class Session:
           ContextOverflowError: a sequence is longer than the engine's `max_length`.
         """
         rows = [r for r in range(self.batch) if self.ids[r]] if rows is None else rows
-        if not rows or not all(self.ids[r] for r in rows):
-            raise UsageError("nothing to prefill: give at least one token")
         for r in rows:
             self._follow_rope(r)
         return self._fill(rows)
@@ -221,6 +219,8 @@ class Session:
 
     def _fill(self, rows: Sequence[int]) -> jax.Array:
         """`prefill` that takes the rotation of the cached keys as given."""
+        if not rows or not all(self.ids[r] for r in rows):
+            raise UsageError("nothing to prefill: give at least one token")
         longest = max(len(self.ids[r]) for r in rows)
         if longest > self.engine.max_length:
             raise ContextOverflowError(
