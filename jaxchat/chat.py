@@ -241,7 +241,7 @@ def _variables(directory: Path, config: Mapping[str, Any], tokenizer: Tokenizer)
 class _Chunk:
     """A stretch of the ledger: rendered by the template, or generated.
 
-    `ends[k]` is the length of the text of a reply's first k+1 ids, -1 where that would split a character; None
+    `ends[k]` is the length of the text of a reply's first k+1 ids, -1 where a cut splits a character; None
     for rendered text, which can be tokenized again with the same result.
     """
 

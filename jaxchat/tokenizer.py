@@ -417,15 +417,15 @@ class SentencePieceTokenizer(TextTokenizer):
 
     Text after a special token gets no dummy prefix, or, where tokenizer_config.json says `"legacy": true`,
     one unless it starts with a space (transformers' two conventions). A user-defined symbol that the
-    configuration calls special is retyped as a control piece, so that SentencePiece does not make it from text.
+    configuration calls special becomes a control piece, which SentencePiece does not make from text.
     """
 
     def __init__(self, proto: bytes, config: _Config) -> None:
         base = sentencepiece.SentencePieceProcessor(model_proto=proto)
         added = _sentencepiece_added(base, config)
         super().__init__(added)
-        special = [t.content for t in added if t.special and t.id < base.vocab_size()]
-        proto = _as_control_pieces(proto, [c for c in special if base.piece_to_id(c) in base.encode(c)])
+        symbols = [t.content for t in added if t.special and _is_user_defined(base, t.id)]
+        proto = _as_control_pieces(proto, symbols)
         dummy_prefix = _adds_dummy_prefix(proto)
         self._first = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self._rest = sentencepiece.SentencePieceProcessor(model_proto=proto + _NO_WHITESPACE_CHANGES)
@@ -488,6 +488,13 @@ class SentencePieceTokenizer(TextTokenizer):
         if self.prefixes_segments and after in self._added and not text.startswith((" ", "▁")):
             text = " " + text
         return self._rest.encode(text)
+
+
+def _is_user_defined(base: sentencepiece.SentencePieceProcessor, token_id: int) -> bool:
+    """Whether SentencePiece makes this piece from its plain text, which it does for no control piece."""
+    if token_id >= base.vocab_size() or base.is_unknown(token_id) or base.is_control(token_id):
+        return False
+    return token_id in base.encode(base.id_to_piece(token_id))
 
 
 def _longest_first(added: Iterable[_Added]) -> list[_Added]:
