@@ -1,0 +1,45 @@
+# `make chat` and `make test` are all a fresh machine needs: both set up .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Any Hugging Face or converted model directory; this one serves until a model ships in the box.
+MODEL ?= ../shared/data/models/CraftGPT-hf
+BIN := $(VENV)/bin
+
+.PHONY: setup chat test parity lint format clean
+
+setup: $(VENV)/installed
+
+chat: setup
+	$(BIN)/python -m jaxchat.generate --model $(MODEL) --interactive
+
+test: setup
+	$(BIN)/python -m pytest
+
+# Live comparison with transformers on torch (CPU): a large install, needed for nothing else.
+parity: $(VENV)/installed-parity
+	$(BIN)/python -m pytest -m parity
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jaxchat needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	@touch $@
+
+$(VENV)/installed-parity: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	@touch $@
