@@ -155,16 +155,11 @@ class TextTokenizer:
         """True for the ids that `skip_special_tokens` removes."""
         return token_id in self._special_ids
 
-    def starts_segment(self, prompt_ids: Sequence[int]) -> bool:
-        """True where a continuation of `prompt_ids` begins with a dummy space that is no part of the text."""
-        if all(token in self._special_ids for token in prompt_ids):
-            return True
-        return self.prefixes_segments and prompt_ids[-1] in self._added
-
-    @property
-    def dummy_spaces(self) -> int:
-        """How many leading spaces are the tokenizer's own and not part of the text (0 or 1)."""
-        return self._strip
+    def dummy_spaces(self, prompt_ids: Sequence[int]) -> int:
+        """How many leading spaces of a continuation are the tokenizer's own, no part of the text (0 or 1)."""
+        if prompt_ids and self.prefixes_segments and prompt_ids[-1] in self._added:
+            return 1
+        return self._strip if all(token in self._special_ids for token in prompt_ids) else 0
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """See `Tokenizer.decode`."""
@@ -876,7 +871,7 @@ class _ByteDecoding:
         # An unfinished character is at most three bytes long, so the end of the prompt is enough.
         for token_id in prompt_ids[-8:]:
             self._utf8.decode(self._bytes(token_id))
-        self._strip = tokenizer.dummy_spaces if tokenizer.starts_segment(prompt_ids) else 0
+        self._strip = tokenizer.dummy_spaces(prompt_ids)
 
     def _bytes(self, token_id: int) -> bytes:
         if self._skip and self._tokenizer.is_special(token_id):

@@ -457,6 +457,9 @@ def test_a_reply_after_a_special_token_has_no_dummy_space_where_the_tokenizer_ad
     tokenizer = tokenizer_of("phi-3")
     ids = tokenizer.encode("<|assistant|>Hello", parse_special=True)
     assert "".join(pieces(tokenizer, ids[1:], prompt_ids=[450, ids[0]])) == "Hello"
+    tokenizer = tokenizer_of("craftgpt")
+    ids = tokenizer.encode("hi_[/inst]hello", parse_special=True)
+    assert "".join(pieces(tokenizer, ids[-1:], prompt_ids=ids[:-1])) == "hello"
 
 
 @needs_data
