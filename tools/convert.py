@@ -114,10 +114,8 @@ def _help(values: flags.FlagValues) -> str:
     lines = [(__doc__ or "").rstrip(), "", "Flags:"]
     for name in ("src", "dst", "dtype", "format", "to_hf", "max_shard_bytes", "overwrite", "help"):
         flag = values[name]
-        choices = getattr(flag.parser, "enum_values", None)
-        kind = f"={'|'.join(choices)}" if choices else ""
         default = "" if flag.default in (None, False) else f" (default: {flag.default})"
-        lines += [f"  --{name}{kind}", f"      {flag.help}{default}"]
+        lines += [f"  --{name}", f"      {flag.help}{default}"]
     return "\n".join(lines)
 
 
