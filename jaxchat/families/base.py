@@ -127,7 +127,7 @@ def read_rope(
     theta: float,
     head_dim: int,
     max_position: int,
-    partial: float = 1.0,
+    partial: float | None = None,
     original_max_position: int | None = None,
 ) -> RopeConfig:
     """Reads one rotary embedding from a `rope_parameters` or legacy `rope_scaling` dictionary.
@@ -140,8 +140,9 @@ def read_rope(
       theta: base frequency where the dictionary has none.
       head_dim: H.
       max_position: `max_position_embeddings`.
-      partial: rotated fraction of a head where the dictionary has none.
-      original_max_position: from outside the dictionary (Phi-3), takes precedence.
+      partial: rotated fraction of a head where the dictionary has none; None: the architecture rotates whole
+        heads (transformers ignores a fraction there or fails, so it is refused).
+      original_max_position: from outside the dictionary, takes precedence, as in transformers.
     """
     p = dict(parameters or {})
     kind = p.get("rope_type") or p.get("type") or "default"
@@ -149,7 +150,13 @@ def read_rope(
         raise UsageError(
             f"{hf.source}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}"
         )
-    dim = int(head_dim * (p.get("partial_rotary_factor") or partial))
+    fraction = p.get("partial_rotary_factor") or partial or hf.number("partial_rotary_factor", 1.0)
+    if partial is None and fraction != 1.0:
+        raise UsageError(
+            f"{hf.source}: partial_rotary_factor={fraction} is not supported for {hf.get('model_type')!r}, "
+            "which rotates whole heads"
+        )
+    dim = int(head_dim * fraction)
     if dim % 2 or dim < 2:
         raise JaxchatError(f"{hf.source}: RoPE rotates {dim} dimensions of a head; expected an even number")
     original = original_max_position or p.get("original_max_position_embeddings") or max_position
@@ -227,8 +234,11 @@ def llama_config(hf: HfConfig, *, family: str, **changes: Any) -> ModelConfig:
         theta=hf.number("rope_theta", changes.pop("default_theta", 10000.0)),
         head_dim=head_dim,
         max_position=max_position,
-        partial=hf.number("partial_rotary_factor", 1.0),
+        original_max_position=hf.get("original_max_position_embeddings"),
     )
+    default_kv_heads = changes.pop("default_kv_heads", num_heads)
+    if "num_key_value_heads" in hf.values:  # an explicit null is not an absent key
+        default_kv_heads = num_heads
     bos = hf.ids("bos_token_id")
     values: dict[str, Any] = {
         "model_type": hf.get("model_type"),
@@ -238,7 +248,7 @@ def llama_config(hf: HfConfig, *, family: str, **changes: Any) -> ModelConfig:
         "intermediate_size": hf.integer("intermediate_size"),
         "num_layers": num_layers,
         "num_heads": num_heads,
-        "num_kv_heads": hf.integer("num_key_value_heads", changes.pop("default_kv_heads", None) or num_heads),
+        "num_kv_heads": hf.integer("num_key_value_heads", default_kv_heads),
         "head_dim": head_dim,
         "max_position_embeddings": max_position,
         "norm_eps": hf.number("rms_norm_eps", 1e-6),

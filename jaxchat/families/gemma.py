@@ -42,9 +42,10 @@ def gemma3_config(hf: HfConfig) -> ModelConfig:
             k: hf.get(k) for k in ("eos_token_id", "bos_token_id", "tie_word_embeddings") if k not in text
         }
         hf = HfConfig({**inherited, **text, "model_type": hf.get("model_type")}, hf.source)
+    hf = HfConfig({**_GEMMA3_DEFAULTS, **hf.values}, hf.source)
     num_layers = hf.integer("num_hidden_layers")
     types = hf.layer_types(num_layers) or _pattern(num_layers, hf.integer("sliding_window_pattern", 6))
-    head_dim, max_position = hf.integer("head_dim", 256), hf.integer("max_position_embeddings", 131072)
+    head_dim, max_position = hf.integer("head_dim"), hf.integer("max_position_embeddings")
     nested = hf.get("rope_parameters") or {}
     ropes = tuple(
         read_rope(hf, parameters, theta=theta, head_dim=head_dim, max_position=max_position)
@@ -60,15 +61,22 @@ def gemma3_config(hf: HfConfig) -> ModelConfig:
         rope=ropes[0],
         ropes=ropes,
         layer_ropes=tuple(int(t == "sliding_attention") for t in types),
-        num_heads=hf.integer("num_attention_heads", 8),
-        num_kv_heads=hf.integer("num_key_value_heads", 4),
-        vocab_size=hf.integer("vocab_size", 262208),
         post_norms=True,
         qk_norm=True,
         layer_windows=windows_of(types, hf.get("sliding_window", 4096)),
         layer_attn_scales=(hf.number("query_pre_attn_scalar", 256) ** -0.5,) * num_layers,
         final_softcap=_cap(hf, "final_logit_softcapping", 0.0),
     )
+
+
+_GEMMA3_DEFAULTS = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+}
+"""Of transformers' Gemma3TextConfig: the multimodal models' `text_config` states only what differs."""
 
 
 def _gemma(hf: HfConfig, family: str, *, max_position: int, **changes: Any) -> ModelConfig:
