@@ -328,10 +328,8 @@ def _rename_control_tokens(
     if isinstance(model["vocab"], list):
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
-        products = {
-            "".join(m) if isinstance(m, list) else m.replace(" ", "") for m in model.get("merges", ())
-        }
-        for name in (names.keys() & model["vocab"].keys()) - products:
+        in_vocab = names.keys() & model["vocab"].keys()
+        for name in in_vocab - (_merge_products(model) if in_vocab else set()):
             model["vocab"][names[name]] = model["vocab"].pop(name)
     if model.get("unk_token") in names and names[model["unk_token"]] in model["vocab"]:
         model["unk_token"] = names[model["unk_token"]]
@@ -342,6 +340,11 @@ def _rename_control_tokens(
                 f"tokenizer: the special token {name!r} cannot be told apart from text in this tokenizer"
             )
     return renamed
+
+
+def _merge_products(model: Mapping[str, Any]) -> set[str]:
+    """What a BPE model's merges make, which has to stay in its vocabulary."""
+    return {"".join(m) if isinstance(m, list) else m.replace(" ", "") for m in model.get("merges", ())}
 
 
 @dataclass(frozen=True)

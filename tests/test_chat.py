@@ -35,13 +35,6 @@ MODELS = {
         },
         "<|eot_id|>",
     ),
-    "llama-3.2": (
-        {
-            "tokenizer.model": "tokenizers/llama3/tokenizer.model",
-            "chat_template.jinja": TEMPLATES + "meta-llama-Llama-3.2-3B-Instruct.jinja",
-        },
-        "<|eot_id|>",
-    ),
     "qwen2.5": (
         {
             "vocab.json": "tokenizers/qwen2/vocab.json",
@@ -577,7 +570,7 @@ def test_any_generated_ids_keep_text_and_rendering_equal(name, model):
     tokenizer, template, _ = model(name)
     ids = st.lists(st.one_of(st.integers(0, 400), st.integers(0, tokenizer.vocab_size - 1)), max_size=8)
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(replies=st.lists(ids, min_size=1, max_size=3), user=st.text(max_size=8))
     def check(replies, user):
         conversation = Conversation(template, tokenizer)
