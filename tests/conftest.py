@@ -1,0 +1,59 @@
+"""Fixtures shared by the tests: the large reference data, tiny models, and one compilation cache per run."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import write_tiny_hf
+
+from jaxchat.checkpoint import load_params
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Each executable is compiled once per run, in subprocesses too; set the variable to keep them longer."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        directory = str(tmp_path_factory.mktemp("xla"))
+        settings = {"jax_compilation_cache_dir": directory, "jax_persistent_cache_min_compile_time_secs": 0.3}
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Reference data (tokenizers, models, expected values) that is too large for the repository."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("needs the reference data in ../shared/data beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory):
+    """`tiny_directory(model_type, **write_tiny_hf arguments)`: its directory, written once per run."""
+    made = {}
+
+    def make(model_type, **options) -> Path:
+        key = model_type, repr(sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(model_type)
+            write_tiny_hf(made[key], model_type, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_directory):
+    """`tiny_model(model_type, load_dtype=None, ...)`: configuration and parameters, loaded once per run."""
+    loaded = {}
+
+    def load(model_type, *, load_dtype=None, **options):
+        directory = tiny_directory(model_type, **options)
+        if (directory, load_dtype) not in loaded:
+            loaded[directory, load_dtype] = load_params(directory, dtype=load_dtype)
+        return loaded[directory, load_dtype]
+
+    return load
