@@ -337,17 +337,19 @@ class Session:
             return
         capacity = min(max(_next_power_of_two(length), MIN_CAPACITY), max(self.engine.max_length, 1))
         if self._cache is None:
-            config = self.engine.config
-            make = functools.partial(
+            self._drop_cache()
+            self._cache = jax.jit(
                 model.init_cache,
-                config,
+                static_argnums=0,
+                static_argnames=("slots", "batch", "capacity", "dtype"),
+                out_shardings=self.engine.cache_sharding(self._rows),
+            )(
+                self.engine.config,
                 slots=self._slots,
                 batch=self._rows,
                 capacity=capacity,
                 dtype=self.engine.dtype,
             )
-            self._drop_cache()
-            self._cache = jax.jit(make, out_shardings=self.engine.cache_sharding(self._rows))()
         else:
             self._cache = _grow(self._cache, capacity)
 
