@@ -5,20 +5,16 @@
 >>> model.chat("do you like music?").text  # doctest: +SKIP
 """
 
-from jaxchat.config import ModelConfig
-from jaxchat.engine import ContextOverflowError, Engine, Session
-from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.layer_plan import LayerPlan, PlanError, Slot
-from jaxchat.runtime import (
-    ChatSession,
-    GenerateOptions,
-    Model,
-    Result,
-    Score,
-    TextStream,
-    Timings,
-    load,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxchat.config import ModelConfig
+    from jaxchat.engine import ContextOverflowError, Engine, Session
+    from jaxchat.errors import JaxchatError, UsageError
+    from jaxchat.layer_plan import LayerPlan, PlanError, Slot
+    from jaxchat.options import GenerateOptions
+    from jaxchat.runtime import ChatSession, Model, Result, Score, TextStream, Timings, load
 
 __version__ = "0.1.0"
 
@@ -42,3 +38,29 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+if not TYPE_CHECKING:
+    # Resolved at first use (PEP 562): importing JAX takes half a second that `--help`, `--show` and tools
+    # which only need a plan or a configuration should not wait for.
+    _HOMES = {
+        "ContextOverflowError": "engine",
+        "Engine": "engine",
+        "GenerateOptions": "options",
+        "JaxchatError": "errors",
+        "LayerPlan": "layer_plan",
+        "ModelConfig": "config",
+        "PlanError": "layer_plan",
+        "Session": "engine",
+        "Slot": "layer_plan",
+        "UsageError": "errors",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'runtime')}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

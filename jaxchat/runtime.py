@@ -19,54 +19,9 @@ from jaxchat.config import ModelConfig
 from jaxchat.engine import ContextOverflowError, Engine, FinishReason, Generation, Overflow, Session
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.options import GenerateOptions
 from jaxchat.sampling import SamplingParams
 from jaxchat.tokenizer import Detokenizer, Tokenizer, has_tokenizer, load_tokenizer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """How to continue a text. Every generating function takes these as keyword arguments.
-
-    Attributes:
-      max_new_tokens: at most so many; None is until the model stops or the context is full.
-      temperature: divides the logits; 0 is greedy.
-      top_k: sample from the k most probable tokens; 0 is off.
-      top_p: sample from the fewest tokens with this total probability; 1 is off.
-      min_p: leave out tokens less probable than this fraction of the most probable; 0 is off.
-      repetition_penalty: weakens tokens of prompt and output (CTRL); 1 is off.
-      presence_penalty: subtracted once from the logit of a token already generated; 0 is off.
-      frequency_penalty: subtracted for every time it was generated; 0 is off.
-      seed: the same seed gives the same text on the same backend; prompt i of a batch uses seed + i.
-      stop: strings that end the text; they are not part of it.
-      stop_token_ids: token ids that end it, beside the model's own.
-      ignore_eos: do not end at the model's own end-of-sequence tokens.
-      overflow: `error` or `truncate_oldest`, see `Session.generate`.
-    """
-
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    overflow: Overflow = "error"
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple, without empty strings."""
-        return tuple(s for s in ((self.stop,) if isinstance(self.stop, str) else self.stop) if s)
-
-    def sampling_params(self, batch: int) -> SamplingParams:
-        """The sampling parameters for `batch` sequences, checked."""
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-                 "frequency_penalty")  # fmt: skip
-        return SamplingParams.make(batch, **{name: getattr(self, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +145,7 @@ class _Batch:
         started = time.perf_counter()
         self.generation: Generation = session.generate(
             max_new_tokens=options.max_new_tokens,
-            params=options.sampling_params(session.batch),
+            params=sampling_params(options, session.batch),
             seeds=[(options.seed + row) % 2**32 for row in range(session.batch)],
             stop_ids=sorted(stop_ids),
             overflow=options.overflow,
@@ -526,10 +481,11 @@ def load(
     enable_compilation_cache(compilation_cache_dir)
     config = ModelConfig.from_directory(directory)
     chosen = as_plan(plan, config)
-    config, params = load_params(directory, config=config, dtype=dtype, mesh=mesh, progress=progress)
-    engine = Engine(config, params, max_length=max_length, mesh=mesh)
+    # Before the weights: what is wrong with a small file should not be told after minutes of loading.
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     template = ChatTemplate.load(directory, tokenizer) if tokenizer else None
+    config, params = load_params(directory, config=config, dtype=dtype, mesh=mesh, progress=progress)
+    engine = Engine(config, params, max_length=max_length, mesh=mesh)
     return Model(engine, chosen, tokenizer=tokenizer, template=template, max_slots=max_slots)
 
 
@@ -538,6 +494,13 @@ def as_plan(plan: str | LayerPlan | None, config: ModelConfig) -> LayerPlan:
     if plan is None:
         return LayerPlan.identity(config.num_layers)
     return LayerPlan.parse(plan, config.num_layers) if isinstance(plan, str) else plan
+
+
+def sampling_params(options: GenerateOptions, batch: int) -> SamplingParams:
+    """The sampling parameters for `batch` sequences; a value out of its range is a `UsageError`."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+             "frequency_penalty")  # fmt: skip
+    return SamplingParams.make(batch, **{name: getattr(options, name) for name in names})
 
 
 def _options(options: Mapping[str, Any]) -> GenerateOptions:

@@ -1,0 +1,290 @@
+"""`--show`: what a model is under a layer plan, from its `config.json` alone. Needs no weights and no JAX."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxchat.checkpoint_source import MANIFEST, WEIGHT_DTYPES, Manifest, load_config
+from jaxchat.config import GLOBAL_WINDOW, ModelConfig, read_json
+from jaxchat.errors import UsageError
+from jaxchat.families import parameter_table
+from jaxchat.layer_plan import LayerPlan
+
+MAX_ROWS = 64
+"""Plans with more slots are shown in runs, if all layers are of one kind."""
+
+_KV_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotRow:
+    """One slot of the plan.
+
+    Attributes:
+      slot: its position p; the KV cache slot, counted without skipped slots, is not the same number.
+      layer: the source layer.
+      kind: `global`, `sliding` (attention window) or `skipped` (both scales 0: no compute, no KV cache).
+      window: tokens the attention sees; None is all.
+      attn_scale, mlp_scale: of the slot.
+    """
+
+    slot: int
+    layer: int
+    kind: str
+    window: int | None
+    attn_scale: float
+    mlp_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `--show` prints; `dataclasses.asdict` of it is what `--show --json` prints.
+
+    Attributes:
+      model: name of the directory.
+      family, model_type: which code reads it.
+      shapes: sizes by name.
+      layer_spec: the plan in canonical spelling.
+      source_layers: layers stored.
+      slots, executed_slots, allocated_slots: of the plan; without those skipped; of the KV cache, which has a
+        slot for every source layer even if the plan is shorter, so that another plan can follow it.
+      parameters: with a layer counted as often as the plan uses it, tied embeddings once.
+      stored_parameters: with every layer counted once.
+      stored_dtype: of the weights, as far as the files say.
+      weight_bytes: of the stored parameters, by dtype.
+      max_length: the context that `kv_bytes` is for, in tokens.
+      kv_bytes_per_token, kv_bytes: of the executed slots, by dtype.
+      kv_bytes_allocated: of the allocated slots, by dtype.
+      layers: the slots.
+    """
+
+    model: str
+    family: str
+    model_type: str
+    shapes: dict[str, int | bool]
+    layer_spec: str
+    source_layers: int
+    slots: int
+    executed_slots: int
+    allocated_slots: int
+    parameters: int
+    stored_parameters: int
+    stored_dtype: str | None
+    weight_bytes: dict[str, int]
+    max_length: int
+    kv_bytes_per_token: dict[str, int]
+    kv_bytes: dict[str, int]
+    kv_bytes_allocated: dict[str, int]
+    layers: list[SlotRow]
+
+
+def describe_directory(
+    directory: str | Path, layer_spec: str | None = None, *, max_length: int | None = None
+) -> Report:
+    """The report on a model directory, of which `config.json` is enough.
+
+    Raises:
+      UsageError: no such directory, or a bad plan or length.
+      JaxchatError: a file is missing or malformed.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    plan = (
+        LayerPlan.identity(config.num_layers)
+        if layer_spec is None
+        else LayerPlan.parse(layer_spec, config.num_layers)
+    )
+    name = directory.resolve().name
+    return describe(config, plan, name=name, max_length=max_length, stored_dtype=_stored_dtype(directory))
+
+
+def describe(
+    config: ModelConfig,
+    plan: LayerPlan,
+    *,
+    name: str,
+    max_length: int | None = None,
+    stored_dtype: str | None = None,
+) -> Report:
+    """The report on a model under a plan; the arguments are as in `Report`."""
+    if config.learned_positions and max_length and max_length > config.max_position_embeddings:
+        raise UsageError(
+            f"--max_length is {max_length}, but this model has {config.max_position_embeddings} learned "
+            f"positions; choose at most {config.max_position_embeddings}"
+        )
+    length = max_length or config.max_position_embeddings
+    executed = len(plan.executed())
+    allocated = max(executed, config.num_layers)
+    stored = count_parameters(config)
+    # Keys and values of one token in one slot.
+    scalars = 2 * config.num_kv_heads * config.head_dim
+    per_token = {d: scalars * executed * WEIGHT_DTYPES[d].itemsize for d in _KV_DTYPES}
+    return Report(
+        model=name,
+        family=config.family,
+        model_type=config.model_type,
+        shapes=_shapes(config),
+        layer_spec=str(plan),
+        source_layers=config.num_layers,
+        slots=len(plan),
+        executed_slots=executed,
+        allocated_slots=allocated,
+        parameters=count_parameters(config, plan),
+        stored_parameters=stored,
+        stored_dtype=stored_dtype,
+        weight_bytes={name: stored * dtype.itemsize for name, dtype in WEIGHT_DTYPES.items()},
+        max_length=length,
+        kv_bytes_per_token=per_token,
+        kv_bytes={d: n * length for d, n in per_token.items()},
+        kv_bytes_allocated={d: scalars * allocated * length * WEIGHT_DTYPES[d].itemsize for d in _KV_DTYPES},
+        layers=[_slot_row(config, plan, position) for position in range(len(plan))],
+    )
+
+
+def count_parameters(config: ModelConfig, plan: LayerPlan | None = None) -> int:
+    """The number of scalars: a layer counts once for every slot that uses it, tied embeddings count once.
+
+    >>> count_parameters(llama3_8b, LayerPlan.parse("0:8,4:12,8:16,12:20,16:24,20:28,24:32", 32))
+    ...     # doctest: +SKIP
+    13264949248
+    """
+    slots = config.num_layers if plan is None else len(plan)
+    return sum(
+        math.prod(p.layer_shape(config)) * (slots if p.per_layer else 1) for p in parameter_table(config)
+    )
+
+
+def short_count(count: int) -> str:
+    """A number of parameters for people: 13264949248 -> `13.3B`."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def short_bytes(count: int) -> str:
+    """A number of bytes for people: 1610612736 -> `1.5 GiB`."""
+    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << shift:
+            return f"{count / (1 << shift):.1f} {unit}"
+    return f"{count} B"
+
+
+def render(report: Report) -> str:
+    """The report as text for a terminal of 80 columns (long plans may be wider)."""
+    shapes = ", ".join(f"{name} {_number(value)}" for name, value in report.shapes.items())
+    facts = [
+        ("model", report.model),
+        ("family", f"{report.family} (model_type {report.model_type})"),
+        *((label if number == 0 else "", line) for number, line in enumerate(_wrap(shapes, 66))
+          for label in ("shapes",)),
+        ("layer plan", report.layer_spec),
+        ("layers", _layers_line(report)),
+        ("parameters", f"{report.parameters:,} ({short_count(report.parameters)}) as run"),
+        ("", f"{report.stored_parameters:,} ({short_count(report.stored_parameters)}) as stored"),
+        ("weights", _by_dtype(report.weight_bytes, mark=report.stored_dtype)),
+        ("KV cache", f"{_by_dtype(report.kv_bytes_per_token)} a token"),
+        ("", f"{_by_dtype(report.kv_bytes)} at {report.max_length:,} tokens"),
+    ]  # fmt: skip
+    if report.allocated_slots != report.executed_slots:
+        facts.append(("", f"{_by_dtype(report.kv_bytes_allocated)} with room for every plan of its layers"))
+    facts.append(("", "float32 on CPU and with float32 weights, else bfloat16; grows as it fills"))
+    lines = [f"{label:<12}{text}" for label, text in facts]
+    return "\n".join([*lines, "", *_table(report)])
+
+
+def _shapes(config: ModelConfig) -> dict[str, int | bool]:
+    return {
+        "vocabulary": config.vocab_size,
+        "width": config.hidden_size,
+        "feed-forward": config.intermediate_size,
+        "query heads": config.num_heads,
+        "key/value heads": config.num_kv_heads,
+        "head size": config.head_dim,
+        "trained context": config.max_position_embeddings,
+        "tied embeddings": config.tied_embeddings,
+    }
+
+
+def _stored_dtype(directory: Path) -> str | None:
+    """What a converted model's description, or `config.json`, says of the weights."""
+    if (directory / MANIFEST).exists():
+        found = set(Manifest.read(directory).dtypes.values())
+        return found.pop() if len(found) == 1 else None
+    config = read_json(directory / "config.json")
+    text = config.get("text_config")
+    for values in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if values.get(key) in WEIGHT_DTYPES:
+                return str(values[key])
+    return None
+
+
+def _slot_row(config: ModelConfig, plan: LayerPlan, position: int) -> SlotRow:
+    slot = plan.slots[position]
+    window = config.layer_windows[slot.layer]
+    kind = "skipped" if slot.is_identity else "global" if window == GLOBAL_WINDOW else "sliding"
+    return SlotRow(position, slot.layer, kind, window or None, slot.attn_scale, slot.mlp_scale)
+
+
+def _layers_line(report: Report) -> str:
+    skipped = report.slots - report.executed_slots
+    text = f"{report.slots} slots over {report.source_layers} source layers"
+    return text + (f", {skipped} of them skipped" if skipped else "")
+
+
+def _number(value: int | bool) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else f"{value:,}"
+
+
+def _by_dtype(sizes: dict[str, int], mark: str | None = None) -> str:
+    parts = (f"{name} {short_bytes(size)}{' (as stored)' * (name == mark)}" for name, size in sizes.items())
+    return ", ".join(parts)
+
+
+def _wrap(text: str, width: int) -> Iterator[str]:
+    """Lines of whole comma-separated parts."""
+    line = ""
+    for part in text.split(", "):
+        if line and len(line) + len(part) + 2 > width:
+            yield line + ","
+            line = ""
+        line += (", " if line else "") + part
+    yield line
+
+
+# --- the table of slots
+
+
+def _table(report: Report) -> Iterator[str]:
+    rows = report.layers
+    scaled = any((r.attn_scale, r.mlp_scale) != (1.0, 1.0) for r in rows)
+    uniform = len({(r.kind, r.window) for r in rows}) == 1 and not scaled
+    groups = list(_runs(rows)) if len(rows) > MAX_ROWS and uniform else [(r, r) for r in rows]
+    header = f"{'slot':>9}  {'layer':>9}  {'kind':<8}{'window':>8}"
+    yield header + ("  attn scale  mlp scale" if scaled else "")
+    for first, last in groups:
+        window = "-" if first.window is None else f"{first.window:,}"
+        line = f"{_span(first.slot, last.slot):>9}  {_span(first.layer, last.layer):>9}"
+        line += f"  {first.kind:<8}{window:>8}"
+        yield line + (f"  {first.attn_scale:>10g}  {first.mlp_scale:>9g}" if scaled else "")
+
+
+def _runs(rows: Sequence[SlotRow]) -> Iterator[tuple[SlotRow, SlotRow]]:
+    """First and last row of every run of consecutive layers."""
+    start = 0
+    for position in range(1, len(rows) + 1):
+        if position == len(rows) or rows[position].layer != rows[position - 1].layer + 1:
+            yield rows[start], rows[position - 1]
+            start = position
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as what `json.dumps` takes."""
+    return dataclasses.asdict(report)
