@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import model, sampling
+from jaxchat import model, pallas, sampling
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays
 from jaxchat.model import KVCache, Params
+from jaxchat.pallas import Kernels
 from jaxchat.sampling import SamplingParams
 from jaxchat.sharding import cache_sharding
 
@@ -54,6 +55,7 @@ class Engine:
       params: the parameter pytree, on device.
       max_length: the longest context in tokens; default the model's own.
       dtype: of activations and KV cache; default float32 on CPU and with float32 weights, else bfloat16.
+      kernels: `auto`, `reference`, `native` or `pallas`: which implementations of the operations run.
       mesh: the mesh the parameters are sharded over; the caches are sharded to match.
     """
 
@@ -64,6 +66,7 @@ class Engine:
         *,
         max_length: int | None = None,
         dtype: Any = None,
+        kernels: str = "auto",
         mesh: jax.sharding.Mesh | None = None,
     ):
         if max_length is not None and max_length < 1:
@@ -74,7 +77,8 @@ class Engine:
                 f"positions; choose at most {config.max_position_embeddings}"
             )
         self.config = config
-        self.params = params
+        self.kernels = pallas.select(kernels, platform_of(params))
+        self.params = self.kernels.prepare(params)
         self.max_length = max_length or config.max_position_embeddings
         self.dtype = jnp.dtype(dtype or default_dtype(params))
         self.mesh = mesh
@@ -99,11 +103,16 @@ class Engine:
                 )
 
 
+def platform_of(params: Params) -> str:
+    """`cpu`, `gpu` or `tpu`: where the parameters are."""
+    platform = next(iter(params["norm.weight"].devices())).platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
 def default_dtype(params: Params) -> jnp.dtype:
     """float32 on CPU or with float32 weights, else bfloat16."""
-    weight = params["embed.weight"]
-    on_cpu = next(iter(weight.devices())).platform == "cpu"
-    return jnp.dtype(jnp.float32 if on_cpu or weight.dtype == jnp.float32 else jnp.bfloat16)
+    on_cpu = platform_of(params) == "cpu"
+    return jnp.dtype(jnp.float32 if on_cpu or params["norm.weight"].dtype == jnp.float32 else jnp.bfloat16)
 
 
 def _placement(params: Params, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:
@@ -244,6 +253,7 @@ class Session:
             logits, self._cache = _prefill(
                 self.engine.config,
                 self.engine.dtype,
+                self.engine.kernels,
                 self.engine.params,
                 self._cache,
                 self._plan_arrays,
@@ -281,6 +291,7 @@ class Session:
             logprobs, self._cache = _score(
                 self.engine.config,
                 self.engine.dtype,
+                self.engine.kernels,
                 self.engine.params,
                 self._cache,
                 self._plan_arrays,
@@ -457,6 +468,7 @@ class Generation:
         tokens, logprobs, session._cache = _decode(
             engine.config,
             engine.dtype,
+            engine.kernels,
             engine.params,
             session._cache,
             session._plan_arrays,
@@ -517,13 +529,14 @@ class Generation:
         return jax.device_put((mask, np.zeros(mask.shape, np.int32)), self.session.engine._placement)
 
 
-# The executables. Configuration and dtype are static; all that changes between calls is traced.
+# The executables. Configuration, dtype and kernels are static; all that changes between calls is traced.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
 def _prefill(
     config: ModelConfig,
     dtype: jnp.dtype,
+    kernels: Kernels,
     params: Params,
     cache: KVCache,
     plan: PlanArrays,
@@ -532,15 +545,18 @@ def _prefill(
     new: jax.Array,
     context: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
-    hidden, cache = model.forward(config, params, cache, plan, tokens, lengths, new, context, dtype=dtype)
+    hidden, cache = model.forward(
+        config, params, cache, plan, tokens, lengths, new, context, dtype=dtype, kernels=kernels
+    )
     last = jnp.take_along_axis(hidden, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
-    return model.logits(config, params, last, dtype=dtype), cache
+    return model.logits(config, params, last, dtype=dtype, kernels=kernels), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
 def _decode(
     config: ModelConfig,
     dtype: jnp.dtype,
+    kernels: Kernels,
     params: Params,
     cache: KVCache,
     plan: PlanArrays,
@@ -553,17 +569,27 @@ def _decode(
     counts: jax.Array,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     hidden, cache = model.forward(
-        config, params, cache, plan, tokens[:, None], lengths, active, lengths + 1, dtype=dtype
+        config,
+        params,
+        cache,
+        plan,
+        tokens[:, None],
+        lengths,
+        active,
+        lengths + 1,
+        dtype=dtype,
+        kernels=kernels,
     )
-    logits = model.logits(config, params, hidden[:, 0], dtype=dtype)
+    logits = model.logits(config, params, hidden[:, 0], dtype=dtype, kernels=kernels)
     tokens, logprobs = _draw(logits, sampling_params, keys, lengths + 1, prompt_mask, counts)
     return tokens, logprobs, cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
 def _score(
     config: ModelConfig,
     dtype: jnp.dtype,
+    kernels: Kernels,
     params: Params,
     cache: KVCache,
     plan: PlanArrays,
@@ -573,8 +599,10 @@ def _score(
     context: jax.Array,
     targets: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
-    hidden, cache = model.forward(config, params, cache, plan, tokens, lengths, new, context, dtype=dtype)
-    logprobs = jax.nn.log_softmax(model.logits(config, params, hidden, dtype=dtype))
+    hidden, cache = model.forward(
+        config, params, cache, plan, tokens, lengths, new, context, dtype=dtype, kernels=kernels
+    )
+    logprobs = jax.nn.log_softmax(model.logits(config, params, hidden, dtype=dtype, kernels=kernels))
     return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0], cache
 
 

@@ -11,7 +11,7 @@ rows of the KV cache. One compiled executable serves every plan that fits the ca
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,12 @@ from jax import lax
 
 from jaxchat.config import ModelConfig
 from jaxchat.layer_plan import PlanArrays
-from jaxchat.pallas import cache_attention
-from jaxchat.pallas.stacked_matmul import embedding_rows, matmul, stacked_matmul, widen
+from jaxchat.pallas.backends import REFERENCE, Kernels
+from jaxchat.pallas.stacked_matmul import embedding_rows, widen
 from jaxchat.rope import rope_cos_sin, rotate
 
-Params = dict[str, jax.Array]
-"""The parameter pytree: `Param.name` -> array; `layers.*` are stacked [L, ...]."""
+Params = dict[str, Any]
+"""The parameter pytree: `Param.name` -> jax.Array or QuantizedTensor; `layers.*` are stacked [L, ...]."""
 
 
 class KVCache(NamedTuple):
@@ -68,6 +68,7 @@ def forward(
     context_length: jax.Array,
     *,
     dtype: jnp.dtype,
+    kernels: Kernels = REFERENCE,
 ) -> tuple[jax.Array, KVCache]:
     """Runs new tokens through the plan and appends their keys and values to the cache.
 
@@ -82,6 +83,7 @@ def forward(
       context_length: int32 [B], tokens of the whole context this call belongs to, at least lengths + new;
         only models whose RoPE depends on the length use it.
       dtype: of the activations; sums, norms, softmax and rotations are float32.
+      kernels: static, the implementations to use.
 
     Returns:
       The normed hidden state, float32 [B, T, D], and the cache. `logits` turns the former into logits.
@@ -92,7 +94,7 @@ def forward(
         if config.learned_positions:
             # Padding may run beyond the table; its positions are clipped, its output is never read.
             x = x + embedding_rows(params["positions.weight"], positions)
-    run_slot = _slot_function(config, params, positions, lengths, new, context_length, dtype)
+    run_slot = _slot_function(config, params, positions, lengths, new, context_length, dtype, kernels)
 
     def body(p: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         slot = (p, plan.layer[p], plan.attn_scale[p], plan.mlp_scale[p])
@@ -102,11 +104,14 @@ def forward(
     return _norm(config, params, "norm", x), cache
 
 
-def logits(config: ModelConfig, params: Params, hidden: jax.Array, *, dtype: jnp.dtype) -> jax.Array:
+def logits(
+    config: ModelConfig, params: Params, hidden: jax.Array, *, dtype: jnp.dtype, kernels: Kernels = REFERENCE
+) -> jax.Array:
     """Output head: normed hidden states [..., D] -> float32 logits [..., V]."""
     head = params["embed.weight" if config.tied_embeddings else "lm_head.weight"]
     with jax.named_scope("lm_head"):
-        out = matmul(hidden.astype(dtype), head)
+        stack = jax.tree.map(lambda array: array[None], head)  # one layer of its own
+        out = kernels.stacked_matmul(hidden.astype(dtype), stack, jnp.int32(0))
     if config.final_softcap:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
     return out
@@ -124,13 +129,15 @@ def _slot_function(
     new: jax.Array,
     context_length: jax.Array,
     dtype: jnp.dtype,
+    kernels: Kernels,
 ) -> Callable[[Slot, tuple[jax.Array, KVCache]], tuple[jax.Array, KVCache]]:
     """One decoder layer as a function of its slot: the body of the loop over the plan."""
     constants = _layer_constants(config)
     cos_sin = rope_cos_sin(config.ropes, positions, context_length) if config.ropes else None
+    attend = kernels.decode_attention if positions.shape[1] == 1 else kernels.prefill_attention
 
     def linear(name: str, layer: jax.Array, x: jax.Array) -> jax.Array:
-        y = stacked_matmul(x, params[f"layers.{name}.weight"], layer)
+        y = kernels.stacked_matmul(x, params[f"layers.{name}.weight"], layer)
         bias = params.get(f"layers.{name}.bias")
         return y if bias is None else y + widen(bias[layer]).astype(jnp.float32)
 
@@ -148,10 +155,10 @@ def _slot_function(
         q = heads("q", layer, h, config.num_heads)
         k, v = heads("k", layer, h, config.num_kv_heads), heads("v", layer, h, config.num_kv_heads)
         cache = KVCache(
-            cache_attention.write_rows(cache.k, k, p, lengths, new),
-            cache_attention.write_rows(cache.v, v, p, lengths, new),
+            kernels.write_rows(cache.k, k, p, lengths, new),
+            kernels.write_rows(cache.v, v, p, lengths, new),
         )
-        mixed = cache_attention.attend(
+        mixed = attend(
             q, cache.k, cache.v, p, lengths,
             scale=constants.scale[layer], window=constants.window[layer], softcap=config.attn_softcap,
         )  # fmt: skip

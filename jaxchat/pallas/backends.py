@@ -1,0 +1,58 @@
+"""Which implementation of each operation an engine uses: a table, chosen once."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from jaxchat.errors import UsageError
+from jaxchat.pallas import cache_attention, stacked_matmul
+
+NAMES = ("auto", "reference", "native", "pallas")
+"""What `--kernels` accepts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """One implementation of every operation. Hashable: a static argument of the jitted steps.
+
+    Attributes:
+      name: `reference`, `native` or `pallas`.
+      stacked_matmul: x [..., I], stack [L, O, I] (array or QuantizedTensor), layer -> float32 [..., O].
+      decode_attention: attention of one new token a sequence over the cache.
+      prefill_attention: the same for several new tokens.
+      write_rows: appends keys or values to the cache.
+      prepare: puts loaded parameters into the layout the kernels read, once.
+    """
+
+    name: str
+    stacked_matmul: Callable[..., jax.Array] = stacked_matmul.reference.stacked_matmul
+    decode_attention: Callable[..., jax.Array] = cache_attention.reference.attend
+    prefill_attention: Callable[..., jax.Array] = cache_attention.reference.attend
+    write_rows: Callable[..., jax.Array] = cache_attention.reference.write_rows
+    prepare: Callable[[dict], dict] = lambda params: params
+
+
+REFERENCE = Kernels("reference")
+
+
+def _available() -> dict[tuple[str, str], Kernels]:
+    """(platform, name) -> kernels that can run here."""
+    return {(platform, "reference"): REFERENCE for platform in ("cpu", "gpu", "tpu")}
+
+
+def select(name: str, platform: str) -> Kernels:
+    """The kernels for a platform (`cpu`, `gpu`, `tpu`); `auto` takes the fastest set there is.
+
+    Raises:
+      UsageError: no such name, or not on this platform.
+    """
+    available = _available()
+    if name not in NAMES:
+        raise UsageError(f"--kernels is {name!r}; expected one of {', '.join(NAMES)}")
+    wanted = ("native", "pallas", "reference") if name == "auto" else (name,)
+    for candidate in wanted:
+        if (platform, candidate) in available:
+            return available[platform, candidate]
+    here = ", ".join(n for p, n in available if p == platform)
+    raise UsageError(f"--kernels {name} is not available on {platform}; available: {here}")
