@@ -1,7 +1,7 @@
-"""Quantized weights: the `QuantizedTensor` pytree, the formats, quantize (numpy) and dequantize (numpy and jax).
+"""Quantized weights: the `QuantizedTensor` pytree, its formats, quantize (numpy), dequantize (numpy and jax).
 
 A weight [..., O, I] becomes integer codes and one scale (affine formats: and one offset) per group of G
-neighbours along I. The kernels that multiply with it are in `jaxchat/pallas`, the files in `checkpoint_writer`.
+neighbours along I. The kernels that multiply with it are in `jaxchat/pallas`; no I/O here.
 """
 
 import dataclasses
@@ -111,16 +111,16 @@ _GGUF_NAMES = {
 
 def _unknown_format(text: str) -> UsageError:
     return UsageError(
-        f"unknown quantization {text!r}; use none, int8 or int4 with any of :32 :64 :128 :channel (the group), "
-        f":affine, :plain, :f32 appended, for example int4:64, or {', '.join(_GGUF_NAMES)}"
+        f"unknown quantization {text!r}; use none, {', '.join(_GGUF_NAMES)}, or int8 or int4, optionally "
+        "with a group :32 :64 :128 :channel and with :affine :plain :f32 appended, for example int4:64"
     )
 
 
 def format_for(param: Param, fmt: QuantFormat | None) -> QuantFormat | None:
     """The format of one parameter under a model-wide `fmt`; None keeps it as it is.
 
-    Norms, biases and position tables are never quantized. Under 4 bits the token embedding and the output head
-    get 8: they are few of the bytes and much of the damage (llama.cpp keeps its head at 6 bits, too).
+    Norms, biases and position tables are never quantized. Under 4 bits the token embedding and the output
+    head get 8: they are few of the bytes and much of the damage (llama.cpp keeps its head at 6 bits, too).
     """
     if fmt is None or not param.quantizable:
         return None
@@ -137,9 +137,9 @@ class QuantizedTensor:
     Ip is I rounded up to a multiple of G. The padding's codes are 0; multiply it with zeros or cut it off.
 
     Attributes:
-      codes: 8 bits: int8 [..., O, Ip]. 4 bits: uint8 [..., O, Ip/2], element 2j in the low nibble of byte j and
-        2j+1 in the high one (`jnp.int4`'s memory order); two's complement nibbles -8..7, affine ones unsigned
-        0..15. 8-bit codes are -127..127, affine ones -128..127.
+      codes: 8 bits: int8 [..., O, Ip], -127..127, affine ones -128..127. 4 bits: uint8 [..., O, Ip/2],
+        element 2j in the low nibble of byte j and 2j+1 in the high one (`jnp.int4`'s memory order); the
+        nibbles are two's complement, -8..7, affine ones unsigned, 0..15.
       scales: float16 or float32 [..., O, Ip/G]; 4-bit scales may be negative, a group of zeros has scale 0.
       mins: None, or like `scales`: the value of code 0, which is a group's smallest value at 4 bits and near
         its middle at 8.
@@ -195,7 +195,7 @@ class QuantizedTensor:
 
 
 def empty(shape: tuple[int, ...], fmt: QuantFormat) -> QuantizedTensor:
-    """An uninitialised numpy tensor for weights of `shape` [..., O, I], to be filled by `quantize(..., out=)`."""
+    """Uninitialised numpy arrays for weights of `shape` [..., O, I], for `quantize(..., out=)` to fill."""
     *lead, columns = shape
     group = fmt.group_size(columns)
     padded = -(-columns // group) * group
@@ -247,7 +247,7 @@ def quantize(
         _quantize_rows(_to_float32(w[block]), fmt, part, name)
 
     blocks = _row_blocks(w.shape)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or _available_cores()
     if threads == 1 or w.size <= _BLOCK_ELEMENTS:
         for block in blocks:
             work(block)
@@ -269,7 +269,7 @@ def dequantize(q: QuantizedTensor) -> Any:
 
 
 def unpack_codes(q: QuantizedTensor) -> Any:
-    """The codes one a byte: int8 [..., O, Ip], whatever the bits; numpy in, numpy out, otherwise traceable."""
+    """The codes, one a byte: int8 [..., O, Ip], at 8 and 4 bits; numpy in, numpy out, otherwise traceable."""
     if q.bits == 8:
         return q.codes
     xp = np if isinstance(q.codes, np.ndarray) else jnp
@@ -295,12 +295,17 @@ def rows(q: QuantizedTensor, ids: Array) -> Any:
     return dequantize(jax.tree.map(lambda array: array[ids], q))
 
 
+def _available_cores() -> int:
+    # Only Linux says which cores this process may use.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _check_input(w: np.ndarray, name: str, bfloat16_bits: bool) -> None:
     if w.ndim < 2 or w.shape[-1] == 0:
         raise JaxchatError(f"{name}: only matrices can be quantized, found shape {list(w.shape)}")
-    is_float = w.dtype.kind == "f" or (w.dtype.kind == "V" and ml_dtypes.finfo(w.dtype) is not None)
-    if w.dtype != np.uint16 if bfloat16_bits else not is_float:
-        expected = "uint16 (the bits of bfloat16)" if bfloat16_bits else "a float type"
+    expected = "uint16, the bits of bfloat16" if bfloat16_bits else "a float type"
+    right = w.dtype == np.uint16 if bfloat16_bits else jnp.issubdtype(w.dtype, jnp.floating)
+    if not right:
         raise JaxchatError(f"{name}: cannot quantize {w.dtype} values, expected {expected}")
 
 
@@ -354,7 +359,7 @@ class _Grid(NamedTuple):
 def _quantize_groups(groups: np.ndarray, fmt: QuantFormat) -> tuple[np.ndarray, _Grid]:
     """Quantizes groups [n, g], each on its own, to packed codes int8 [n, g] or uint8 [n, ceil(g/2)]."""
     # Numpy's inner loop runs over the last axis. Short groups are laid out [g, n], which keeps it long.
-    axis = 0 if groups.shape[1] < len(groups) else 1
+    axis = 0 if groups.shape[1] <= max(GROUPS) else 1
     w = np.ascontiguousarray(groups.T) if axis == 0 else groups
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         codes, grid = _searched(w, fmt, axis) if fmt.search else _plain(w, fmt, axis)
@@ -426,8 +431,15 @@ def _searched(w: np.ndarray, fmt: QuantFormat, axis: int) -> tuple[np.ndarray, _
     return _nearest(w, best, fmt), best
 
 
-_STRETCHES = {4: (0.65, 0.75, 0.82, 0.88, 0.92, 0.96, 1.04, 1.08, 1.12), 8: (0.9, 0.95, 0.98, 0.99)}
-"""Grids tried beside the spanning one. Below 1 they clip; above 1 symmetric 4-bit ones use their codes otherwise."""
+_STRETCHES = {
+    4: (0.65, 0.75, 0.82, 0.88, 0.92, 0.96, 1.04, 1.08, 1.12),
+    8: (0.98, 0.99, 0.995, 1.005, 1.01, 1.015, 1.02),
+}
+"""Scales tried, relative to the spanning one: below 1 clip, above 1 leave outer codes unused.
+
+Measured on normal weights, groups of 32: with the refits, within 0.02 dB (4 bits) and 0.1 dB (8 bits) of a
+grid of sixty or more, and five times as fast.
+"""
 
 _REFITS = 2
 
@@ -444,8 +456,7 @@ def _nearest(w: np.ndarray, grid: _Grid, fmt: QuantFormat) -> np.ndarray:
     low, high = fmt.code_range
     codes = (w - grid.min) * _inverse(grid.scale) if fmt.affine else w * _inverse(grid.scale)
     np.rint(codes, out=codes)
-    np.minimum(codes, np.float32(high), out=codes)
-    return np.maximum(codes, np.float32(low), out=codes)
+    return np.clip(codes, np.float32(low), np.float32(high), out=codes)
 
 
 def _squared_error(w: np.ndarray, grid: _Grid, fmt: QuantFormat, axis: int) -> np.ndarray:
