@@ -58,7 +58,12 @@ def cache_sharding(config: ModelConfig, mesh: Mesh, batch: int) -> NamedSharding
 
     def split(logical: str, size: int) -> str | None:
         axis = MESH_AXES[logical]
-        return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+        parts = mesh.shape.get(axis, 1)
+        return axis if parts > 1 and size % parts == 0 else None
 
-    spec = PartitionSpec(None, split("batch", batch), split("kv_heads", config.num_kv_heads), None, None)
-    return NamedSharding(mesh, spec)
+    names = [None, split("batch", batch), split("kv_heads", config.num_kv_heads)]
+    # Spelled as XLA spells the shardings of results (no axis of size 1, no None at the end): a cache that
+    # comes back from a step would otherwise be another kind of argument, and each step would compile twice.
+    while names and names[-1] is None:
+        names.pop()
+    return NamedSharding(mesh, PartitionSpec(*names))

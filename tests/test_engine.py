@@ -1,4 +1,4 @@
-"""The engine's invariants: whatever was computed in steps, in batches or beside others equals one fresh run."""
+"""The engine's invariants: whatever was computed in steps, in batches or beside others equals a fresh run."""
 
 import jax
 import jax.numpy as jnp
