@@ -341,10 +341,12 @@ def run(
 class Runner:
     """A loaded model and the cache of `batch` sequences."""
 
-    def __init__(self, directory: str | Path, *, batch: int = 2, slots: int | None = None):
+    def __init__(
+        self, directory: str | Path, *, batch: int = 2, slots: int | None = None, capacity: int = CAPACITY
+    ):
         self.config, params = load_params(directory)
         self.params = jax.tree.map(jnp.asarray, params)
-        self.batch, self.slots = batch, slots or self.config.num_layers
+        self.batch, self.slots, self.capacity = batch, slots or self.config.num_layers, capacity
         self.reset()
 
     def reset(self, plan: LayerPlan | None = None) -> "Runner":
@@ -352,7 +354,7 @@ class Runner:
         plan = plan or LayerPlan.identity(self.config.num_layers)
         self.plan = plan.arrays(self.slots)
         self.cache = model.init_cache(
-            self.config, slots=self.slots, batch=self.batch, capacity=CAPACITY, dtype=jnp.float32
+            self.config, slots=self.slots, batch=self.batch, capacity=self.capacity, dtype=jnp.float32
         )
         self.lengths = np.zeros(self.batch, np.int32)
         return self
