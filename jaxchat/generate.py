@@ -283,18 +283,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     _use_utf8()
     values = define_flags()
     try:
-        return _run(_parse(values, list(sys.argv if argv is None else argv)))
+        code = _run(_parse(values, list(sys.argv if argv is None else argv)))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         _end_line()
         return INTERRUPTED
     except BrokenPipeError:
-        # Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return BROKEN_PIPE
     except JaxchatError as error:
         _complain(f"error: {error}")
         return error.exit_code
     except OSError as error:
+        _drop_output()
         _complain(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
         return 1
     except Exception as error:
@@ -474,8 +476,11 @@ def _unescape(text: str) -> str:
 
 def _use_utf8() -> None:
     """UTF-8 whatever the locale; what cannot be written is replaced, what cannot be read is kept apart."""
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
+    for name, errors in (("stdin", "surrogateescape"), ("stdout", "replace"), ("stderr", "replace")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell: `>&-`
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors=errors)
 
 
@@ -497,7 +502,15 @@ def _end_line() -> None:
     """Leaves the terminal at the start of a line."""
     try:
         print(flush=True)
-    except BrokenPipeError:
+    except OSError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Gives up what could not be written: Python would complain once more when it flushes at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

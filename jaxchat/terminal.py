@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
@@ -78,7 +79,7 @@ def banner(model: Model, name: str) -> str:
 
 def show_name(request: Request) -> str:
     """The model's name for people: its directory's."""
-    return show.describe_directory(request.model).model
+    return Path(request.model).resolve().name
 
 
 # --- what answers: a chat session, or a model that continues every prompt for itself
