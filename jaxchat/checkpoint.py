@@ -14,15 +14,12 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jaxchat.checkpoint_source import (
-    NativeSource,
-    Source,
-    load_config,
-    open_source,
-    weight_dtype,
-)
+from jaxchat.checkpoint_manifest import load_config, weight_dtype
+from jaxchat.checkpoint_quantized import Quant, Storage, choose_format, stored_bytes, stored_format_of
+from jaxchat.checkpoint_source import NativeSource, Source, open_source
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
+from jaxchat.quant import QuantFormat, QuantizedTensor, empty, format_for, layer_slice, quantize
 from jaxchat.safetensors_file import ALIGNMENT
 from jaxchat.sharding import param_sharding
 
@@ -39,9 +36,10 @@ def load_params(
     *,
     config: ModelConfig | None = None,
     dtype: str | None = None,
+    quant: Quant = "auto",
     mesh: Mesh | None = None,
     progress: Progress | None = None,
-) -> tuple[ModelConfig, dict[str, jax.Array]]:
+) -> tuple[ModelConfig, dict[str, Any]]:
     """Loads a Hugging Face, native or Orbax directory, streaming: the peak is the result plus one layer.
 
     On the CPU bfloat16 arrays are returned as their bits in uint16 (XLA widens whole bfloat16 stacks there on
@@ -51,29 +49,47 @@ def load_params(
     Args:
       directory: the model.
       config: instead of the directory's `config.json`.
-      dtype: `float32`, `bfloat16` or `float16` to convert to; None keeps what is stored.
+      dtype: `float32`, `bfloat16` or `float16` to convert what is not quantized to; None keeps what is
+        stored.
+      quant: the format to quantize to while loading, None for plain numbers, or `auto` for what is stored.
       mesh: to load straight into `param_sharding`; None is the first device.
       progress: called after every layer.
 
     Returns:
-      The configuration (with `tied_embeddings` as the checkpoint has it) and name -> array, [L, ...] for
-      `layers.*`.
+      The configuration (with `tied_embeddings` as the checkpoint has it) and name -> array or
+      `QuantizedTensor`, [L, ...] for `layers.*`.
 
     Raises:
-      UsageError: no such directory, or not one of a model.
+      UsageError: no such directory, or not one of a model, or one quantized in another way than `quant`.
       JaxchatError: a file is missing, truncated or malformed, or a value does not fit the dtype.
     """
     target = None if dtype is None else weight_dtype(dtype)
     source = open_source(directory, config=config)
+    fmt = choose_format(directory, source.manifest, quant)
     meter = Meter(source, progress)
-    if source.manifest.format == "orbax":
+    if source.manifest.format == "orbax" and fmt is None:
         from jaxchat.orbax_checkpoint import OrbaxSource  # already imported by then
 
         assert isinstance(source, OrbaxSource)
-        params = source.load(target, mesh)
+        params: dict[str, Any] = source.load(target, mesh)
         meter.add(meter.total)
         return source.config, params
-    return source.config, {p.name: _load_param(source, p, target, mesh, meter) for p in source.table}
+    wanted = storages(source, target, fmt)
+    return source.config, {p.name: _load_param(source, p, wanted[p.name], mesh, meter) for p in source.table}
+
+
+def storages(source: Source, dtype: np.dtype | None, fmt: QuantFormat | None) -> dict[str, Storage]:
+    """How to hold each parameter of a source that is to be quantized to `fmt`, or is already.
+
+    What is not quantized is converted to `dtype`; None keeps what is stored.
+    """
+    quantized = source.manifest.quantization is not None
+
+    def storage(param: Param) -> Storage:
+        chosen = stored_format_of(source.manifest, param) if quantized else format_for(param, fmt)
+        return chosen or dtype or source.dtype(param)
+
+    return {param.name: storage(param) for param in source.table}
 
 
 def convert_into(out: np.ndarray, values: np.ndarray, name: str) -> None:
@@ -103,6 +119,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def aligned_quantized(shape: tuple[int, ...], fmt: QuantFormat) -> QuantizedTensor:
+    """`quant.empty` with arrays that JAX takes over without a copy."""
+    return jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), empty(shape, fmt))
+
+
 def as_bits(values: np.ndarray) -> np.ndarray:
     """bfloat16 values as their bits in uint16, anything else as it is; a view."""
     return values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values
@@ -118,7 +139,8 @@ class Meter:
     @staticmethod
     def size(source: Source, param: Param) -> int:
         """The stored bytes of a parameter."""
-        return math.prod(param.stacked_shape(source.config)) * source.dtype(param).itemsize
+        storage = stored_format_of(source.manifest, param) or source.dtype(param)
+        return stored_bytes(param.stacked_shape(source.config), storage)
 
     def add(self, size: int) -> None:
         """Reports that so many bytes more are done."""
@@ -128,19 +150,28 @@ class Meter:
 
 
 def layers_of(
-    source: Source, param: Param, dtype: np.dtype, meter: Meter
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Each (index, layer converted to dtype, in C order) of a parameter, released after its turn."""
+    source: Source, param: Param, storage: Storage, meter: Meter
+) -> Iterator[tuple[int, np.ndarray | QuantizedTensor]]:
+    """Each (index, layer as `storage` says, in C order) of a parameter, released after its turn."""
     for index in range(source.config.num_layers if param.per_layer else 1):
         values = source.layer(param, index)
-        size = values.nbytes
-        if values.dtype != dtype:
-            converted = np.empty(values.shape, dtype)
-            convert_into(converted, values, _label(param, index))
-            values = converted
-        yield index, np.ascontiguousarray(values)
+        yield index, _stored_as(values, storage, _label(param, index))
+        meter.add(values.nbytes)
         source.release(param, index)
-        meter.add(size)
+
+
+def _stored_as(
+    values: np.ndarray | QuantizedTensor, storage: Storage, label: str
+) -> np.ndarray | QuantizedTensor:
+    if isinstance(values, QuantizedTensor):
+        return values
+    if isinstance(storage, QuantFormat):
+        return quantize(values, storage, name=label)
+    if values.dtype != storage:
+        converted = np.empty(values.shape, storage)
+        convert_into(converted, values, label)
+        values = converted
+    return np.ascontiguousarray(values)
 
 
 def _label(param: Param, index: int) -> str:
@@ -148,56 +179,81 @@ def _label(param: Param, index: int) -> str:
 
 
 def _load_param(
-    source: Source, param: Param, target: np.dtype | None, mesh: Mesh | None, meter: Meter
-) -> jax.Array:
+    source: Source, param: Param, storage: Storage, mesh: Mesh | None, meter: Meter
+) -> jax.Array | QuantizedTensor:
     device: Any = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    sharding: Sharding = (
-        SingleDeviceSharding(device) if mesh is None else param_sharding(param, source.config, mesh)
-    )
-    dtype = target or source.dtype(param)
+    sharding: Sharding = SingleDeviceSharding(device)
+    if mesh is not None:
+        columns = param.layer_shape(source.config)[-1]
+        group = storage.group_size(columns) if isinstance(storage, QuantFormat) else None
+        sharding = param_sharding(param, source.config, mesh, group=group)
     if device.platform != "cpu" or (mesh is not None and mesh.size > 1):
-        return _fill_device(source, param, dtype, sharding, meter)
-    if isinstance(source, NativeSource) and dtype == source.dtype(param):
+        return _fill_device(source, param, storage, sharding, meter)
+    stack: np.ndarray | QuantizedTensor
+    if isinstance(source, NativeSource) and storage == source.storage(param):
         stack = source.stack(param)
         meter.add(stack.nbytes)
+    elif isinstance(storage, QuantFormat):
+        stack = _quantize_host(source, param, storage, meter)
     else:
-        stack = _fill_host(source, param, dtype, meter)
-    return jax.device_put(as_bits(stack), sharding, may_alias=True)
+        stack = _fill_host(source, param, storage, meter)
+    return jax.device_put(jax.tree.map(as_bits, stack), sharding, may_alias=True)
 
 
 def _fill_host(source: Source, param: Param, dtype: np.dtype, meter: Meter) -> np.ndarray:
     stack = aligned_empty(param.stacked_shape(source.config), dtype)
     for index in range(source.config.num_layers if param.per_layer else 1):
         values = source.layer(param, index)
+        assert isinstance(values, np.ndarray)  # quantized parameters stay quantized
         convert_into(stack[index] if param.per_layer else stack, values, _label(param, index))
         meter.add(values.nbytes)
         source.release(param, index)
     return stack
 
 
+def _quantize_host(source: Source, param: Param, fmt: QuantFormat, meter: Meter) -> QuantizedTensor:
+    stack = aligned_quantized(param.stacked_shape(source.config), fmt)
+    for index in range(source.config.num_layers if param.per_layer else 1):
+        values = source.layer(param, index)
+        assert isinstance(values, np.ndarray)  # what is quantized already is not quantized anew
+        out = layer_slice(stack, index) if param.per_layer else stack
+        quantize(values, fmt, name=_label(param, index), out=out)
+        meter.add(values.nbytes)
+        source.release(param, index)
+    return stack
+
+
 def _fill_device(
-    source: Source, param: Param, dtype: np.dtype, sharding: Sharding, meter: Meter
-) -> jax.Array:
+    source: Source, param: Param, storage: Storage, sharding: Sharding, meter: Meter
+) -> jax.Array | QuantizedTensor:
     """Fills a device stack by donated updates, so that neither host nor device ever holds it twice."""
     device: Any = next(iter(sharding.device_set))
     layer_sharding, stack = sharding, None
     if isinstance(sharding, NamedSharding) and param.per_layer:
         layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    for index, values in layers_of(source, param, dtype, meter):
-        layer = jax.device_put(as_bits(values) if device.platform == "cpu" else values, layer_sharding)
+    for index, values in layers_of(source, param, storage, meter):
+        host = jax.tree.map(as_bits, values) if device.platform == "cpu" else values
+        layer = jax.device_put(host, layer_sharding)
         if not param.per_layer:
             stack = layer
         else:
             if stack is None:
-                shape = param.stacked_shape(source.config)
-                stack = jnp.zeros(shape, layer.dtype, device=sharding)
+                stack = _zeros_like_stack(layer, source.config.num_layers, sharding)
             stack = _set_layer(stack, layer, index)
         # The copy must be over before the host reuses the memory it is made from.
-        stack.block_until_ready()
+        jax.block_until_ready(stack)
     assert stack is not None  # there is at least one layer
     return stack
 
 
+def _zeros_like_stack(layer: Any, count: int, sharding: Sharding) -> Any:
+    """A stack of so many layers; every array of a quantized one is split as the weight is."""
+    return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype, device=sharding), layer)
+
+
 @jax.jit(donate_argnums=0)
-def _set_layer(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+def _set_layer(stack: Any, layer: Any, index: jax.Array) -> Any:
+    def put(to: jax.Array, values: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(to, values, index, 0)
+
+    return jax.tree.map(put, stack, layer)

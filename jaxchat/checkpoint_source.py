@@ -5,7 +5,6 @@ Turning sources into arrays is in `jaxchat/checkpoint.py`, writing them in `jaxc
 """
 
 import dataclasses
-import json
 import logging
 import math
 import re
@@ -13,85 +12,28 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 
+from jaxchat.checkpoint_manifest import (
+    MANIFEST,
+    NATIVE_FILE,
+    WEIGHT_DTYPES,
+    Manifest,
+    check_directory,
+    config_of,
+)
+from jaxchat.checkpoint_quantized import Storage, TensorSpec, from_arrays, stored_format_of, tensor_specs
 from jaxchat.config import ModelConfig, Param, read_json
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError
 from jaxchat.families import Family, family_of, parameter_table
-from jaxchat.safetensors_file import DTYPES, SafetensorsFile
+from jaxchat.quant import QuantizedTensor, layer_slice
+from jaxchat.safetensors_file import DTYPES, NAMES, SafetensorsFile
 
-MANIFEST = "jaxchat.json"
-NATIVE_FILE = "model.safetensors"
-ORBAX_FOLDER = "orbax"
-FORMAT_VERSION = 1
-
-WEIGHT_DTYPES: dict[str, np.dtype] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
 HEAD, EMBED = "lm_head.weight", "embed.weight"
 _READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COMPARE_BYTES = 1 << 24
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """`jaxchat.json`: what a converted checkpoint is and where it came from.
-
-    Attributes:
-      format: `native` or `orbax`.
-      dtypes: parameter name -> `float32`, `bfloat16` or `float16`.
-      rename: the (start, replacement) under which the source spelled its tensors.
-      tied_head: what the source stored of a tied output head: `absent`, `copy` (equal to the embedding),
-        `only` (the head and no embedding), or `untied` (both, and they differ: the model has its own head,
-        whatever its configuration says). Models that are not tied have `untied`.
-      source: name of the source directory.
-      parameters: number of scalars.
-      quantization, plan: of a quantized or restructured checkpoint.
-      format_version: of this file.
-    """
-
-    format: str
-    dtypes: Mapping[str, str]
-    rename: tuple[str, str] = ("", "")
-    tied_head: str = "absent"
-    source: str = ""
-    parameters: int = 0
-    quantization: Mapping[str, Any] | None = None
-    plan: str | None = None
-    format_version: int = FORMAT_VERSION
-
-    def write(self, directory: Path) -> None:
-        """Writes the file into a directory."""
-        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        (directory / MANIFEST).write_text(text, encoding="utf-8")
-
-    @classmethod
-    def read(cls, directory: Path) -> "Manifest":
-        """Reads and checks the file of a directory."""
-        path = directory / MANIFEST
-        values = read_json(path)
-        version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise JaxchatError(
-                f"{path}: format_version is {version!r}, this jaxchat reads {FORMAT_VERSION}; "
-                "convert the model again"
-            )
-        known = {field.name for field in dataclasses.fields(cls)}
-        try:
-            result = cls(**{key: value for key, value in values.items() if key in known})
-            result = dataclasses.replace(result, rename=(result.rename[0], result.rename[1]))
-        except (TypeError, IndexError, KeyError) as error:
-            raise JaxchatError(
-                f"{path}: not a checkpoint description ({error}); convert the model again"
-            ) from None
-        if result.format not in ("native", "orbax") or not isinstance(result.dtypes, dict):
-            raise JaxchatError(f"{path}: format is {result.format!r}; expected 'native' or 'orbax'")
-        return result
 
 
 class Source(Protocol):
@@ -108,10 +50,10 @@ class Source(Protocol):
     table: tuple[Param, ...]
 
     def dtype(self, param: Param) -> np.dtype:
-        """The stored dtype."""
+        """The stored dtype; of a quantized parameter, the one it had before."""
         ...
 
-    def layer(self, param: Param, index: int) -> np.ndarray:
+    def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
         """One layer of a stacked parameter, or the whole of another (index 0), as a view where possible."""
         ...
 
@@ -222,25 +164,48 @@ class NativeSource:
         self.config = config_of(manifest, config)
         self.table = parameter_table(self.config)
         self.file = SafetensorsFile(directory / NATIVE_FILE)
+        self._formats = {p.name: stored_format_of(manifest, p) for p in self.table}
+        shapes: dict[str, tuple[int, ...]] = {}
+        part_dtypes: dict[str, str] = {}
+        for p in self.table:
+            specs = self._specs(p)
+            shapes |= {name: shape for name, (_, shape) in specs.items()}
+            if self._formats[p.name] is not None:
+                part_dtypes |= {name: NAMES[dtype] for name, (dtype, _) in specs.items()}
         found = {name: (entry.dtype, entry.shape) for name, entry in self.file.entries.items()}
-        verify(str(self.file.path), {p.name: p.stacked_shape(self.config) for p in self.table}, found)
+        verify(str(self.file.path), shapes, found, part_dtypes)
+
+    def _specs(self, param: Param) -> dict[str, TensorSpec]:
+        """The tensors of a parameter; the dtype of plain ones is the file's to say."""
+        storage = self._formats[param.name] or WEIGHT_DTYPES["float32"]
+        return tensor_specs(param.name, param.stacked_shape(self.config), storage)
+
+    def storage(self, param: Param) -> Storage:
+        """How a parameter is stored: as plain numbers of a dtype, or quantized."""
+        return self._formats[param.name] or self.dtype(param)
 
     def dtype(self, param: Param) -> np.dtype:
         """See `Source`."""
+        if self._formats[param.name] is not None:
+            return WEIGHT_DTYPES[self.manifest.dtypes[param.name]]
         return DTYPES[self.file.entries[param.name].dtype]
 
-    def stack(self, param: Param) -> np.ndarray:
+    def stack(self, param: Param) -> np.ndarray | QuantizedTensor:
         """The whole parameter, [L, ...] or [...], as a view of the mapping."""
-        return self.file.view(param.name)
+        columns = param.layer_shape(self.config)[-1]
+        return from_arrays(param.name, columns, self.storage(param), self.file.view)
 
-    def layer(self, param: Param, index: int) -> np.ndarray:
+    def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
         """See `Source`."""
-        return self.stack(param)[index] if param.per_layer else self.stack(param)
+        stack = self.stack(param)
+        if not param.per_layer:
+            return stack
+        return layer_slice(stack, index) if isinstance(stack, QuantizedTensor) else stack[index]
 
     def release(self, param: Param, index: int) -> None:
         """See `Source`."""
-        if not param.per_layer or index == self.config.num_layers - 1:
-            self.file.release(param.name)
+        for name in self._specs(param):
+            self.file.release(name)
 
 
 def open_source(directory: str | Path, *, config: ModelConfig | None = None) -> Source:
@@ -257,30 +222,6 @@ def open_source(directory: str | Path, *, config: ModelConfig | None = None) -> 
     return OrbaxSource(directory, config, manifest)
 
 
-def load_config(directory: str | Path) -> ModelConfig:
-    """The configuration of a model directory of any format, without opening its tensors."""
-    directory = check_directory(directory)
-    config = ModelConfig.from_directory(directory)
-    return config_of(Manifest.read(directory), config) if (directory / MANIFEST).exists() else config
-
-
-def check_directory(directory: str | Path) -> Path:
-    """The path of an existing directory; anything else is a `UsageError`."""
-    directory = Path(directory)
-    if not directory.exists():
-        raise UsageError(f"{directory}: no such model directory; give the folder that holds config.json")
-    if not directory.is_dir():
-        raise UsageError(f"{directory}: not a directory; give the folder that holds config.json")
-    return directory
-
-
-def weight_dtype(name: str) -> np.dtype:
-    """The dtype of a `--dtype` value."""
-    if name not in WEIGHT_DTYPES:
-        raise UsageError(f"dtype {name!r} is not one of {', '.join(WEIGHT_DTYPES)}")
-    return WEIGHT_DTYPES[name]
-
-
 def count_parameters(config: ModelConfig) -> int:
     """The number of scalars of a model; a tied head counts once."""
     return sum(math.prod(p.stacked_shape(config)) for p in parameter_table(config))
@@ -290,8 +231,17 @@ def verify(
     where: str,
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[str, tuple[int, ...]]],
+    dtypes: Mapping[str, str] | None = None,
 ) -> None:
-    """Compares names, shapes and dtypes (safetensors names) and reports every mismatch in one error."""
+    """Compares names, shapes and dtypes (safetensors names) and reports every mismatch in one error.
+
+    Args:
+      where: the file, for the message.
+      expected: name -> shape.
+      found: name -> (dtype, shape).
+      dtypes: of the tensors that must have a certain one; the others may have any readable one.
+    """
+    exact = dtypes or {}
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
     unexpected = [name for name in found if name not in expected]
     shapes = [
@@ -299,10 +249,15 @@ def verify(
         for name, (_, shape) in found.items()
         if name in expected and shape != expected[name]
     ]
-    dtypes = [
+    unreadable = [
         f"{name}: {dtype}"
         for name, (dtype, _) in found.items()
-        if name in expected and dtype not in _READABLE
+        if name in expected and name not in exact and dtype not in _READABLE
+    ]
+    wrong = [
+        f"{name}: expected {exact[name]}, found {dtype}"
+        for name, (dtype, _) in found.items()
+        if name in exact and dtype != exact[name]
     ]
     problems = [
         f"{title} {'; '.join(fold_layers(names))}"
@@ -310,7 +265,8 @@ def verify(
             ("missing tensors:", missing),
             ("unexpected tensors:", unexpected),
             ("wrong shapes:", shapes),
-            (f"unreadable dtypes (readable: {', '.join(_READABLE)}):", dtypes),
+            (f"unreadable dtypes (readable: {', '.join(_READABLE)}):", unreadable),
+            ("wrong dtypes:", wrong),
         )
         if names
     ]
@@ -336,11 +292,6 @@ def fold_layers(names: Iterable[str]) -> list[str]:
         text = ",".join(f"{a}-{b}" if a < b else str(a) for a, b in ranges)
         folded.append(start + (f"{{{text}}}" if len(numbers) > 1 else text) + end)
     return folded
-
-
-def config_of(manifest: Manifest, config: ModelConfig) -> ModelConfig:
-    """A configuration with what the checkpoint decides: whether the output head is the embedding."""
-    return dataclasses.replace(config, tied_embeddings=manifest.tied_head != "untied")
 
 
 def _find_rename(family: Family, config: ModelConfig, names: Iterable[str]) -> tuple[str, str]:

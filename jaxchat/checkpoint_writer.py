@@ -12,23 +12,27 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from jaxchat.checkpoint import Meter, Progress, layers_of
-from jaxchat.checkpoint_source import (
-    EMBED,
-    HEAD,
-    MANIFEST,
-    NATIVE_FILE,
-    Manifest,
-    Source,
-    check_directory,
-    open_source,
-    weight_dtype,
+from jaxchat.checkpoint import Meter, Progress, convert_into, layers_of, storages
+from jaxchat.checkpoint_manifest import MANIFEST, NATIVE_FILE, Manifest, check_directory, weight_dtype
+from jaxchat.checkpoint_quantized import (
+    Quant,
+    Storage,
+    TensorSpec,
+    choose_format,
+    named_arrays,
+    quantization_entry,
+    stored_format,
+    tensor_specs,
 )
+from jaxchat.checkpoint_source import EMBED, HEAD, Source, open_source
 from jaxchat.config import Param, read_json
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import Family, family_of
+from jaxchat.quant import QuantizedTensor
+from jaxchat.quant import dequantize as dequantize_tensor
 from jaxchat.safetensors_file import ALIGNMENT, SafetensorsWriter
 from jaxchat.tokenizer import TOKENIZER_FILES
 
@@ -38,6 +42,7 @@ except ImportError:  # Windows: leftovers of a running conversion are not told f
     fcntl = None  # type: ignore[assignment]
 
 FORMATS = ("native", "orbax")
+_DEQUANTIZED = 1 << 22  # weights dequantized at a time
 _CONFIG_FILES = ("config.json", "generation_config.json")
 
 
@@ -61,6 +66,7 @@ def convert(
     dst: str | Path,
     *,
     dtype: str | None = None,
+    quant: Quant = "auto",
     format: str = "native",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -70,8 +76,9 @@ def convert(
     Args:
       src: a Hugging Face, native or Orbax directory.
       dst: the directory to create.
-      dtype: `float32`, `bfloat16` or `float16`; None keeps what is stored.
-      format: `native` or `orbax`.
+      dtype: `float32`, `bfloat16` or `float16`, of what is not quantized; None keeps what is stored.
+      quant: the format to quantize to, None for plain numbers, or `auto` for what `src` has.
+      format: `native` or, of plain numbers, `orbax`.
       overwrite: replace an existing checkpoint.
       progress: called after every layer.
 
@@ -87,11 +94,21 @@ def convert(
     target = None if dtype is None else weight_dtype(dtype)
     src, dst = check_directory(src), Path(dst)
     source = open_source(src)
-    dtypes = {p.name: target or source.dtype(p) for p in source.table}
-    names = {name: value.name for name, value in dtypes.items()}
-    manifest = dataclasses.replace(source.manifest, format=format, dtypes=names)
+    fmt = choose_format(src, source.manifest, quant)
+    if fmt is not None and format == "orbax":
+        raise UsageError(
+            f"--format orbax holds no quantized weights ({fmt}); use --format native, or leave --quant out "
+            "here and give it when the model is loaded"
+        )
+    stored_as = storages(source, target, fmt)
+    manifest = dataclasses.replace(
+        source.manifest,
+        format=format,
+        dtypes={p.name: (target or source.dtype(p)).name for p in source.table},
+        quantization=source.manifest.quantization or quantization_entry(fmt, source.table),
+    )
     with _new_directory(src, dst, overwrite) as directory:
-        _write_native(source, directory / NATIVE_FILE, dtypes, progress)
+        _write_native(source, directory / NATIVE_FILE, stored_as, progress)
         manifest.write(directory)
         _copy_files(src, directory, dtype)
         if format == "orbax":
@@ -106,15 +123,20 @@ def to_hf(
     dst: str | Path,
     *,
     max_shard_bytes: int = 5_000_000_000,
+    dequantize: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Writes a converted checkpoint back in Hugging Face's layout, every tensor byte for byte as it was.
 
+    Of quantized weights the layout knows nothing: they are written as the numbers they stand for, in the
+    dtype they had, if `dequantize` says so.
+
     Args:
       src: a native or Orbax directory.
       dst: the directory to create.
       max_shard_bytes: larger models are split into files of at most this size (a larger tensor has its own).
+      dequantize: whether `src` may be quantized.
       overwrite: replace an existing checkpoint.
       progress: called after every layer.
 
@@ -123,6 +145,11 @@ def to_hf(
     """
     src, dst = check_directory(src), Path(dst)
     source = open_source(src)
+    if (fmt := stored_format(source.manifest)) is not None and not dequantize:
+        raise UsageError(
+            f"{src}: holds {fmt} weights, which Hugging Face's layout has no place for; add --dequantize to "
+            "write the numbers they stand for (the original weights are not in there any more)"
+        )
     tensors = _hf_tensors(source)
     shards = _split(tensors, max_shard_bytes)
     with _new_directory(src, dst, overwrite) as directory:
@@ -144,13 +171,18 @@ def to_hf(
     return source.manifest
 
 
-def _write_native(source: Source, path: Path, dtypes: dict[str, np.dtype], progress: Progress | None) -> None:
-    specs = {p.name: (dtypes[p.name], p.stacked_shape(source.config)) for p in source.table}
+def _write_native(
+    source: Source, path: Path, stored_as: dict[str, Storage], progress: Progress | None
+) -> None:
+    specs: dict[str, TensorSpec] = {}
+    for param in source.table:
+        specs |= tensor_specs(param.name, param.stacked_shape(source.config), stored_as[param.name])
     meter = Meter(source, progress)
     with SafetensorsWriter(path, specs, metadata={"format": "jaxchat"}, alignment=ALIGNMENT) as writer:
         for param in source.table:
-            for index, values in layers_of(source, param, dtypes[param.name], meter):
-                writer.write(param.name, values, index if param.per_layer else None)
+            for index, values in layers_of(source, param, stored_as[param.name], meter):
+                for name, array in named_arrays(param.name, values).items():
+                    writer.write(name, array, index if param.per_layer else None)
 
 
 def _hf_tensors(source: Source) -> list[_HfTensor]:
@@ -194,12 +226,26 @@ def _write_hf_file(source: Source, path: Path, tensors: list[_HfTensor], meter: 
     specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in ordered}
     with SafetensorsWriter(path, specs, metadata={"format": "pt"}) as writer:
         for tensor in ordered:
-            values = [source.layer(param, tensor.layer) for param in tensor.parts]
+            stored = [source.layer(param, tensor.layer) for param in tensor.parts]
+            values = [_plain(value, tensor) for value in stored]
             fused = np.concatenate(values) if len(values) > 1 else values[0]
             writer.write(tensor.name, fused.T if tensor.parts[0].transposed else fused)
             for param in tensor.parts:
                 source.release(param, tensor.layer)
-            meter.add(tensor.nbytes)
+            meter.add(sum(value.nbytes for value in stored))
+
+
+def _plain(values: np.ndarray | QuantizedTensor, tensor: _HfTensor) -> np.ndarray:
+    """A parameter's numbers; quantized ones in the tensor's dtype, some rows at a time."""
+    if not isinstance(values, QuantizedTensor):
+        return values
+    out = np.empty(values.shape, tensor.dtype)
+    step = max(1, _DEQUANTIZED // values.columns)
+    for start in range(0, len(out), step):
+        rows = slice(start, start + step)
+        part = jax.tree.map(lambda array, rows=rows: array[rows], values)
+        convert_into(out[rows], dequantize_tensor(part), tensor.name)
+    return out
 
 
 def _copy_files(src: Path, dst: Path, dtype: str | None) -> None:

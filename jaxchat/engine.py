@@ -123,7 +123,7 @@ def _placement(params: Params, mesh: jax.sharding.Mesh | None) -> jax.sharding.S
     """
     if mesh is not None:
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    devices = params["embed.weight"].devices()
+    devices = params["norm.weight"].devices()
     return jax.sharding.SingleDeviceSharding(next(iter(devices))) if len(devices) == 1 else None
 
 

@@ -13,14 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxchat.checkpoint_source import (
-    NATIVE_FILE,
-    ORBAX_FOLDER,
-    Manifest,
-    NativeSource,
-    config_of,
-    verify,
-)
+from jaxchat.checkpoint_manifest import NATIVE_FILE, ORBAX_FOLDER, Manifest, config_of
+from jaxchat.checkpoint_source import NativeSource, verify
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table

@@ -14,12 +14,14 @@ import numpy as np
 
 from jaxchat.chat import ChatTemplate, Conversation
 from jaxchat.checkpoint import Progress, load_params
+from jaxchat.checkpoint_quantized import Quant
 from jaxchat.compilation_cache import enable_compilation_cache
 from jaxchat.config import ModelConfig
 from jaxchat.engine import ContextOverflowError, Engine, FinishReason, Generation, Overflow, Session
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import GenerateOptions
+from jaxchat.quant import QuantFormat
 from jaxchat.sampling import SamplingParams
 from jaxchat.tokenizer import Detokenizer, Tokenizer, has_tokenizer, load_tokenizer
 
@@ -454,6 +456,8 @@ def load(
     plan: str | LayerPlan | None = None,
     *,
     dtype: str | None = None,
+    quant: str | QuantFormat | None = None,
+    kernels: str = "auto",
     max_length: int | None = None,
     max_slots: int = 0,
     mesh: jax.sharding.Mesh | None = None,
@@ -466,6 +470,9 @@ def load(
       path: the directory.
       plan: a layer plan or `--layer_spec` string; default every layer once, in order.
       dtype: of the weights, `float32`, `bfloat16` or `float16`; default as stored.
+      quant: quantizes the weights while they are read: `int8`, `int4`, `int4:64`, ... (`QuantFormat.parse`);
+        default as stored.
+      kernels: `auto`, `reference`, `native` or `pallas`: which implementations of the operations run.
       max_length: the longest context in tokens (the KV cache grows up to it); default the model's own.
       max_slots: cache slots to reserve, so that longer plans chosen later need no new executable.
       mesh: shards the model over its `model` axis and batches over its `data` axis.
@@ -475,17 +482,20 @@ def load(
     Raises:
       UsageError, JaxchatError: one line that says what is wrong with the directory, plan or setting.
 
-    >>> model = jaxchat.load("path/to/model", plan="0:8,4:12,8:")  # doctest: +SKIP
+    >>> model = jaxchat.load("path/to/model", plan="0:8,4:12,8:", quant="int4")  # doctest: +SKIP
     """
     directory = Path(path)
+    wanted: Quant = QuantFormat.parse(quant) if isinstance(quant, str) else quant or "auto"
     enable_compilation_cache(compilation_cache_dir)
     config = ModelConfig.from_directory(directory)
     chosen = as_plan(plan, config)
     # Before the weights: what is wrong with a small file should not be told after minutes of loading.
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     template = ChatTemplate.load(directory, tokenizer) if tokenizer else None
-    config, params = load_params(directory, config=config, dtype=dtype, mesh=mesh, progress=progress)
-    engine = Engine(config, params, max_length=max_length, mesh=mesh)
+    config, params = load_params(
+        directory, config=config, dtype=dtype, quant=wanted, mesh=mesh, progress=progress
+    )
+    engine = Engine(config, params, max_length=max_length, kernels=kernels, mesh=mesh)
     return Model(engine, chosen, tokenizer=tokenizer, template=template, max_slots=max_slots)
 
 

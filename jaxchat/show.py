@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxchat.checkpoint_source import MANIFEST, WEIGHT_DTYPES, Manifest, load_config
+from jaxchat.checkpoint_manifest import MANIFEST, WEIGHT_DTYPES, Manifest, load_config
 from jaxchat.config import GLOBAL_WINDOW, ModelConfig, read_json
 from jaxchat.errors import UsageError
 from jaxchat.families import parameter_table

@@ -31,7 +31,7 @@ from rich.progress import (
 
 from jaxchat import checkpoint_writer
 from jaxchat.checkpoint import Progress as Report
-from jaxchat.checkpoint_source import WEIGHT_DTYPES
+from jaxchat.checkpoint_manifest import WEIGHT_DTYPES
 from jaxchat.errors import JaxchatError, UsageError
 
 INTERRUPTED = 130
