@@ -1,0 +1,360 @@
+"""The library: text in, text out, conversations, scores, and the reference values of real models."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny_chat import write_tiny_chat
+
+import jaxchat
+from jaxchat.engine import ContextOverflowError
+from jaxchat.errors import UsageError
+from jaxchat.layer_plan import LayerPlan
+
+GREEDY = {"max_new_tokens": 24}
+SAMPLED = {"max_new_tokens": 12, "temperature": 1.2, "top_k": 50}
+PLAN = "2,0,1"  # not longer than the model, so that it shares its executables
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_tiny_chat(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    return jaxchat.load(directory)
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    """What the model continues "hello" with: ASCII for the most part, so that it can be cut anywhere."""
+    return model.generate("hello", max_new_tokens=60, temperature=1.0, seed=1)[0].text
+
+
+def stream_of(model, **options):
+    stream = model.stream("hello", max_new_tokens=60, temperature=1.0, seed=1, **options)
+    return list(stream), stream.result
+
+
+def fresh_logits(model, ids):
+    session = model.engine.session(model.plan)
+    session.set_ids(ids)
+    return np.asarray(session.prefill()[0])
+
+
+# --- generate and stream
+
+
+def test_a_stream_is_the_text_of_generate_in_pieces(model, text):
+    pieces, result = stream_of(model)
+    assert len(pieces) > 10
+    assert "".join(pieces) == result.text == text
+    assert result.finish_reason == "length"
+    assert len(result.token_ids) == 60
+
+
+def test_one_prompt_is_a_list_of_one(model):
+    assert model.generate("hello", **GREEDY)[0].token_ids == model.generate(["hello"], **GREEDY)[0].token_ids
+
+
+def test_token_ids_are_the_prompt_they_encode(model):
+    ids = model.encode("hello")
+    assert model.generate(token_ids=[ids], **GREEDY)[0].text == model.generate("hello", **GREEDY)[0].text
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_stop_string_across_tokens_ends_the_text_before_it(model, text, length):
+    at = next(i for i in range(8, 50) if "\ufffd" not in text[i : i + length])
+    stop = text[at : at + length]
+    pieces, result = stream_of(model, stop=stop)
+    assert result.finish_reason == "stop"
+    assert "".join(pieces) == result.text == text[: text.index(stop)]
+
+
+def test_what_might_become_a_stop_string_is_held_back_only_as_long(model, text):
+    at = next(i for i in range(8, 50) if "\ufffd" not in text[i : i + 3])
+    never = text[at : at + 3] + "\0never"
+    pieces, result = stream_of(model, stop=[never])
+    assert "".join(pieces) == result.text == text
+    assert any(text[at : at + 3] in piece for piece in pieces)  # released as one
+
+
+def test_the_earliest_of_several_stop_strings_counts(model, text):
+    at = next(i for i in range(8, 40) if "\ufffd" not in text[i : i + 6])
+    _, result = stream_of(model, stop=[text[at + 3 : at + 6], text[at : at + 3]])
+    assert result.text == text[: min(text.index(text[at : at + 3]), text.index(text[at + 3 : at + 6]))]
+
+
+def test_a_stop_token_ends_the_text_and_is_kept(model):
+    ids = model.generate("hello", **GREEDY)[0].token_ids
+    result = model.generate("hello", stop_token_ids=[ids[5]], **GREEDY)[0]
+    assert result.finish_reason == "stop"
+    assert result.token_ids == ids[: ids.index(ids[5]) + 1]
+
+
+def test_end_of_text_tokens_stop_unless_ignored(model, directory, tmp_path):
+    ids = model.generate("hello", **GREEDY)[0].token_ids
+    other = write_tiny_chat(tmp_path / "m")
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [ids[5]]}))
+    ending = jaxchat.load(other)
+    stopped = ending.generate("hello", **GREEDY)[0]
+    assert (stopped.finish_reason, stopped.token_ids) == ("stop", ids[: ids.index(ids[5]) + 1])
+    ignoring = ending.generate("hello", ignore_eos=True, **GREEDY)[0]
+    assert (ignoring.finish_reason, ignoring.token_ids) == ("length", ids)
+
+
+def test_log_probabilities_are_those_of_a_score(model):
+    prompt = model.encode("hello")
+    result = model.generate(token_ids=[prompt], **SAMPLED)[0]
+    score = model.score(token_ids=[prompt + result.token_ids])[0]
+    np.testing.assert_allclose(result.logprobs, score.logprobs[len(prompt) - 1 :], atol=1e-4)
+    assert score.total == pytest.approx(sum(score.logprobs), rel=1e-5)
+
+
+def test_a_batch_gives_what_single_runs_give(model):
+    prompts = ["a", "longer than the others", "mid size"]
+    batched = model.generate(prompts, seed=5, batch_size=2, **SAMPLED)
+    for number, prompt in enumerate(prompts):
+        single = model.generate(prompt, seed=5 + number, **SAMPLED)[0]
+        assert single.token_ids == batched[number].token_ids
+
+
+def test_a_seed_repeats_a_text_and_another_does_not(model):
+    first, again, other = (model.generate("hello", seed=s, **SAMPLED)[0].token_ids for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_results_tell_prompt_tokens_and_timings(model):
+    result = model.generate("hello", **GREEDY)[0]
+    assert result.prompt_tokens == result.timings.prefill_tokens == 5
+    assert result.timings.decode_tokens == 23
+    assert result.timings.decode_rate > 0
+
+
+def test_a_full_context_ends_with_the_reason_context(model):
+    result = model.generate("hello", ignore_eos=True)[0]
+    assert result.finish_reason == "context"
+    assert result.prompt_tokens + len(result.token_ids) == model.engine.max_length
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.generate(), UsageError, "give either prompts or token_ids"),
+        (lambda m: m.generate("a", token_ids=[[1]]), UsageError, "give either prompts or token_ids"),
+        (lambda m: m.generate(["a", ""]), UsageError, "prompt 1 is empty"),
+        (lambda m: m.generate("a", temprature=1.0), TypeError, "unknown option 'temprature'"),
+        (lambda m: m.generate("a", temperature=-1.0), UsageError, "temperature: got -1.0"),
+        (lambda m: m.generate("a" * 96), UsageError, None),
+        (lambda m: m.generate("a" * 200), ContextOverflowError, "200 tokens but the context holds 96"),
+        (lambda m: m.with_plan("9"), UsageError, "layer 9 is out of range"),
+    ],
+)
+def test_wrong_requests(model, call, error, message):
+    if message is None:
+        assert call(model)[0].finish_reason == "context"
+        return
+    with pytest.raises(error, match=message):
+        call(model)
+
+
+def test_a_directory_without_a_tokenizer_works_on_token_ids(tmp_path):
+    directory = write_tiny_chat(tmp_path / "m")
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+    bare = jaxchat.load(directory)
+    result = bare.generate(token_ids=[[1, 5, 9]], max_new_tokens=4)[0]
+    assert (result.text, len(result.token_ids)) == (None, 4)
+    for call in (
+        lambda: bare.generate("text"),
+        lambda: bare.generate(token_ids=[[1]], stop="x"),
+        lambda: bare.chat("hello"),
+    ):
+        with pytest.raises(UsageError, match="tokenizer"):
+            call()
+
+
+# --- plans
+
+
+def test_a_view_under_another_plan_equals_a_model_loaded_with_it(model, directory):
+    view = model.with_plan(PLAN)
+    assert view.engine is model.engine
+    expected = jaxchat.load(directory, PLAN).generate("hello", **GREEDY)[0].token_ids
+    assert view.generate("hello", **GREEDY)[0].token_ids == expected
+    assert model.generate("hello", **GREEDY)[0].token_ids != expected
+
+
+def test_a_plan_may_be_given_as_an_object(model):
+    plan = LayerPlan.parse(PLAN, 3)
+    assert model.with_plan(plan).score("hello")[0] == model.with_plan(PLAN).score("hello")[0]
+
+
+def test_two_models_in_one_process_are_independent(model, tmp_path):
+    other = jaxchat.load(write_tiny_chat(tmp_path / "m", seed=1))
+    alone = [m.generate("hello", **GREEDY)[0] for m in (model, other)]
+    streams = [m.stream("hello", **GREEDY) for m in (model, other)]
+    for _ in itertools.zip_longest(*streams):
+        pass
+    assert [s.result.token_ids for s in streams] == [result.token_ids for result in alone]
+    assert alone[0].token_ids != alone[1].token_ids
+
+
+# --- chats
+
+
+def reply(chat, message, **options):
+    stream = chat.send(message, **{"max_new_tokens": 6, **options})
+    pieces = list(stream)
+    assert "".join(pieces) == stream.result.text
+    return stream.result
+
+
+def assert_consistent(chat, model):
+    """The cache holds the conversation, token for token, and gives the logits of a fresh one."""
+    assert chat.session.ids[0] == chat.conversation.token_ids
+    np.testing.assert_allclose(
+        np.asarray(chat.session.prefill()[0]), fresh_logits(model, chat.conversation.token_ids), atol=1e-4
+    )
+
+
+def test_chat_is_the_first_turn_of_a_session(model):
+    assert model.chat("hi", **GREEDY).token_ids == reply(model.chat_session(), "hi", **GREEDY).token_ids
+
+
+def test_chat_takes_a_whole_conversation(model):
+    chat = model.chat_session(system="be")
+    first = reply(chat, "hi", stop_token_ids=[])
+    messages = chat.conversation.messages
+    assert [m["role"] for m in messages] == ["system", "user", "assistant"]
+    prompt = model.template.render([*messages, {"role": "user", "content": "yo"}], add_generation_prompt=True)
+    assert prompt.startswith("<s><|system|>be</s><|user|>hi</s><|assistant|>" + first.text)
+    result = model.chat([*messages, {"role": "user", "content": "yo"}], max_new_tokens=3)
+    assert result.prompt_tokens == len(model.encode(prompt, parse_special=True))
+
+
+def test_after_every_turn_the_cache_equals_the_conversation(model):
+    chat = model.chat_session(system="be")
+    for message in ("hi", "and?", "<|user|> is text", "ok"):
+        reply(chat, message)
+        assert_consistent(chat, model)
+
+
+def test_a_reply_that_is_stopped_stays_in_the_history(model):
+    chat = model.chat_session()
+    stream = chat.send("hi", max_new_tokens=30)
+    next(iter(stream))
+    stream.close()
+    shown = stream.result
+    assert 1 <= len(shown.token_ids) < 30
+    assert chat.conversation.messages[-1] == {"role": "assistant", "content": shown.text}
+    reply(chat, "go on")
+    assert_consistent(chat, model)
+
+
+def test_a_plan_set_in_mid_chat_equals_a_fresh_session_under_it(model):
+    chat = model.chat_session()
+    reply(chat, "hi")
+    chat.set_plan(PLAN)
+    second = reply(chat, "and?")
+    prompt = chat.conversation.token_ids[: -len(second.token_ids)]
+    fresh = model.with_plan(PLAN).generate(token_ids=[prompt], max_new_tokens=6)[0]
+    assert second.token_ids == fresh.token_ids
+    assert_consistent(chat, model.with_plan(PLAN))
+
+
+def test_a_message_that_does_not_fit_is_taken_back(model):
+    chat = model.chat_session()
+    first = reply(chat, "hi")
+    with pytest.raises(ContextOverflowError, match=r"too many for the context of 96; .*truncate_oldest"):
+        chat.send("x" * 100)
+    assert len(chat.conversation.messages) == 2
+    again = model.chat_session()
+    assert reply(again, "hi").token_ids == first.token_ids
+    assert reply(chat, "ok").token_ids == reply(again, "ok").token_ids
+
+
+def test_truncate_oldest_forgets_whole_turns_but_not_the_system_prompt(model):
+    chat = model.chat_session(system="be")
+    for number in range(12):
+        reply(chat, f"message {number}", overflow="truncate_oldest")
+    contents = [m["content"] for m in chat.conversation.messages]
+    roles = [m["role"] for m in chat.conversation.messages]
+    assert contents[0] == "be"
+    assert "message 11" in contents
+    assert "message 0" not in contents
+    assert roles == ["system", *["user", "assistant"] * (len(roles) // 2)]
+    assert len(chat.session.ids[0]) <= 96
+    assert_consistent(chat, model)
+
+
+def test_restart_forgets_all_but_the_system_prompt(model):
+    chat = model.chat_session(system="be")
+    first = reply(chat, "hi")
+    reply(chat, "and?")
+    chat.restart()
+    assert reply(chat, "hi").token_ids == first.token_ids
+
+
+def test_two_chats_over_one_model_do_not_meet(model):
+    one, two = model.chat_session(system="a"), model.chat_session(system="b")
+    streams = [one.send("hi", max_new_tokens=6), two.send("hi", max_new_tokens=6)]
+    for _ in itertools.zip_longest(*streams):
+        pass
+    for chat, system in ((one, "a"), (two, "b")):
+        assert chat.conversation.messages[0]["content"] == system
+        assert_consistent(chat, model)
+
+
+def test_a_template_without_a_place_for_the_system_prompt_refuses_it(tmp_path):
+    template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    plain = jaxchat.load(write_tiny_chat(tmp_path / "m", template=template))
+    with pytest.raises(UsageError, match="ignores the system prompt"):
+        plain.chat_session(system="be")
+
+
+# --- real models
+
+
+def test_stories260k_continues_greedily_like_llama2c(shared_data):
+    expected = json.loads((shared_data / "oracles/llama2.c/stories260K_greedy_ids.json").read_text())
+    model = jaxchat.load(shared_data / "models/stories260K-hf")
+    result = model.generate(token_ids=[expected[:1]], max_new_tokens=len(expected) - 1)[0]
+    assert result.token_ids == expected[1:]
+    text = (shared_data / "oracles/llama2.c/stories260K_expected_stdout_200steps.txt").read_text()
+    assert result.text.strip().startswith(text.strip())
+
+
+def test_stories260k_scores_held_out_stories_like_its_reference(shared_data):
+    model = jaxchat.load(shared_data / "models/stories260K-hf")
+    corpus = (shared_data / "corpora/tinystories_2MiB.txt").read_text(encoding="utf-8")
+    stories = [story.strip() for story in corpus.split("<|endoftext|>")[500:560]]
+    scores = model.score(token_ids=[model.encode(story)[: model.engine.max_length] for story in stories])
+    assert -np.mean(np.concatenate([s.logprobs for s in scores])) == pytest.approx(1.552, abs=0.001)
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_craftgpt_agrees_with_its_emulator(shared_data, number):
+    (case,) = json.loads((shared_data / f"oracles/craftgpt/craftgpt_emulator_{number}.json").read_text())
+    model = jaxchat.load(shared_data / "models/CraftGPT-hf")
+    assert model.chat(case["prompt"]).token_ids == case["greedy_ids"]
+    ids = case["prompt_ids"] + case["greedy_ids"]
+    for length, top in enumerate(case["top8_per_position"], start=1):
+        wanted = dict(top)
+        probabilities = np.asarray(jax.nn.softmax(fresh_logits(model, ids[:length])))
+        # The emulator computes in narrow fixed-point numbers.
+        np.testing.assert_allclose(probabilities[list(wanted)], list(wanted.values()), atol=0.015)
+
+
+def test_tinystories656k_is_the_same_in_bfloat16_and_float32(shared_data):
+    wide, narrow = (jaxchat.load(shared_data / "models/TinyStories-656K" / d) for d in ("fp32", "bf16"))
+    prompt = "Once upon a time"
+    one, two = (m.generate(prompt, max_new_tokens=64)[0] for m in (wide, narrow))
+    assert one.token_ids == two.token_ids
+    np.testing.assert_allclose(
+        one.logprobs, two.logprobs, atol=1e-5
+    )  # the float32 file holds bfloat16 values
+    assert "Lily" in one.text
