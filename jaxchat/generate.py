@@ -9,12 +9,17 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
+
+if __name__ == "__main__":
+    # Ctrl-C while modules load just ends the program: an exception there would surface as a failed import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import flags
 
@@ -29,6 +34,7 @@ BROKEN_PIPE = 141
 
 _DEFAULTS = GenerateOptions()
 _DTYPES = ("float32", "bfloat16", "float16")
+_KERNELS = ("auto", "reference", "native", "pallas")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _USAGE = """\
 usage: python -m jaxchat.generate -m DIR (-p TEXT | --prompt_file FILE | -i) [...]
@@ -39,6 +45,7 @@ standard output, everything else to standard error.
   python -m jaxchat.generate -m llama-3-8b -p "Why is the sky blue?"
   python -m jaxchat.generate -m llama-3-8b -i --layer_spec 0:20,10:32
   python -m jaxchat.generate -m llama-3-8b --show --layer_spec 0:10,10:20:2,20:
+  python -m jaxchat.generate -m llama-3-8b -i --quant int4
 """
 
 
@@ -84,6 +91,23 @@ _GROUPS: dict[str, tuple[_Flag, ...]] = {
             "Convert the weights to float32, bfloat16 or float16; as stored if not given, e.g. "
             "--dtype bfloat16",
             more={"enum_values": _DTYPES},
+        ),
+        _Flag(
+            "quant",
+            flags.DEFINE_string,
+            "FORMAT",
+            "Quantize the weights while loading: int8 or int4, optionally with a group :32 :64 :128 :channel "
+            "and with :affine :plain :f32, or llama.cpp's q8_0 q4_0 q4_1; as stored if not given. "
+            "tools/convert.py --quant does it once and for all, e.g. --quant int4, --quant int8:channel",
+        ),
+        _Flag(
+            "kernels",
+            flags.DEFINE_enum,
+            "WHICH",
+            "What computes: reference is plain XLA, native the C++ of CPUs, pallas that of GPUs and TPUs, "
+            "auto the fastest there is, e.g. --kernels reference",
+            default="auto",
+            more={"enum_values": _KERNELS},
         ),
         _Flag(
             "max_length",
@@ -342,15 +366,23 @@ def _run(values: flags.FlagValues) -> int:
             'e.g. python -m jaxchat.generate -m models/llama-3-8b -p "Hello"'
         )
     if values.show:
-        report = show.describe_directory(values.model, values.layer_spec, max_length=values.max_length)
+        report = _describe(values)
         print(json.dumps(show.as_json(report), indent=2) if values.json else show.render(report))
         return 0
     request = _request(values)
-    show.describe_directory(values.model, values.layer_spec, max_length=values.max_length)  # errors at once
+    _describe(values)  # errors at once
     # Not at the top: it imports JAX, which --help, --show and usage errors need not wait for.
     from jaxchat import terminal
 
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return terminal.run(request)
+
+
+def _describe(values: flags.FlagValues) -> show.Report:
+    return show.describe_directory(
+        values.model, values.layer_spec, max_length=values.max_length, quant=values.quant
+    )
 
 
 # --- flags -> a request
@@ -402,6 +434,8 @@ def _request(values: flags.FlagValues) -> Request:
         model=values.model,
         layer_spec=values.layer_spec,
         dtype=values.dtype,
+        quant=values.quant,
+        kernels=values.kernels,
         max_length=values.max_length,
         compilation_cache_dir=values.compilation_cache_dir,
         format=values.format,

@@ -1,4 +1,7 @@
-"""`--show`: what a model is under a layer plan, from its `config.json` alone. Needs no weights and no JAX."""
+"""`--show`: what a model is under a layer plan, from its `config.json` alone. Needs no weights.
+
+JAX is imported only where there is a quantization to show.
+"""
 
 import dataclasses
 import math
@@ -7,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.checkpoint_manifest import MANIFEST, WEIGHT_DTYPES, Manifest, load_config
-from jaxchat.config import GLOBAL_WINDOW, ModelConfig, read_json
+from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param, read_json
 from jaxchat.errors import UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
@@ -52,8 +55,10 @@ class Report:
         slot for every source layer even if the plan is shorter, so that another plan can follow it.
       parameters: with a layer counted as often as the plan uses it, tied embeddings once.
       stored_parameters: with every layer counted once.
-      stored_dtype: of the weights, as far as the files say.
-      weight_bytes: of the stored parameters, by dtype.
+      stored_dtype: of the weights, as far as the files say; of quantized ones the format.
+      weight_bytes: of the stored parameters, by dtype, not quantized.
+      quantization: the format as stored or asked for, None for plain numbers.
+      quantized_bytes: of the stored parameters in that format, scales included, by group and in `total`.
       max_length: the context that `kv_bytes` is for, in tokens.
       kv_bytes_per_token, kv_bytes: of the executed slots, by dtype.
       kv_bytes_allocated: of the allocated slots, by dtype.
@@ -73,6 +78,8 @@ class Report:
     stored_parameters: int
     stored_dtype: str | None
     weight_bytes: dict[str, int]
+    quantization: str | None
+    quantized_bytes: dict[str, int] | None
     max_length: int
     kv_bytes_per_token: dict[str, int]
     kv_bytes: dict[str, int]
@@ -81,12 +88,22 @@ class Report:
 
 
 def describe_directory(
-    directory: str | Path, layer_spec: str | None = None, *, max_length: int | None = None
+    directory: str | Path,
+    layer_spec: str | None = None,
+    *,
+    max_length: int | None = None,
+    quant: str | None = None,
 ) -> Report:
     """The report on a model directory, of which `config.json` is enough.
 
+    Args:
+      directory: the model.
+      layer_spec: the plan; None is every layer once.
+      max_length: the context that the KV cache is counted for; None is the model's own.
+      quant: the format to count weights in; None is as stored.
+
     Raises:
-      UsageError: no such directory, or a bad plan or length.
+      UsageError: no such directory, or a bad plan, length or format.
       JaxchatError: a file is missing or malformed.
     """
     directory = Path(directory)
@@ -96,8 +113,45 @@ def describe_directory(
         if layer_spec is None
         else LayerPlan.parse(layer_spec, config.num_layers)
     )
-    name = directory.resolve().name
-    return describe(config, plan, name=name, max_length=max_length, stored_dtype=_stored_dtype(directory))
+    stored_dtype = _stored_dtype(directory)
+    report = describe(
+        config, plan, name=directory.resolve().name, max_length=max_length, stored_dtype=stored_dtype
+    )
+    manifest = Manifest.read(directory) if (directory / MANIFEST).exists() else None
+    if quant is None and (manifest is None or manifest.quantization is None):
+        return report
+    manifest = manifest or Manifest(
+        format="native",
+        dtypes={p.name: stored_dtype or "float32" for p in parameter_table(config)},
+        source=report.model,
+    )
+    return dataclasses.replace(report, **_quantized(directory, config, manifest, quant))
+
+
+def _quantized(directory: Path, config: ModelConfig, manifest: Manifest, quant: str | None) -> dict[str, Any]:
+    """The fields of a report that a format decides."""
+    # Imports JAX, half a second that `--show` without a format does not need.
+    from jaxchat.checkpoint_quantized import choose_format, stored_bytes
+    from jaxchat.quant import QuantFormat, format_for
+
+    fmt = choose_format(directory, manifest, "auto" if quant is None else QuantFormat.parse(quant))
+    if fmt is None:
+        return {}
+    sizes: dict[str, int] = {}
+    for param in parameter_table(config):
+        storage = format_for(param, fmt) or WEIGHT_DTYPES[manifest.dtypes[param.name]]
+        group = _group(param)
+        sizes[group] = sizes.get(group, 0) + stored_bytes(param.stacked_shape(config), storage)
+    return {"quantization": str(fmt), "quantized_bytes": {**sizes, "total": sum(sizes.values())}}
+
+
+def _group(param: Param) -> str:
+    """What a parameter is a part of, for people."""
+    if not param.per_layer and param.shape.startswith(("V ", "C ")):
+        return "output head" if param.name == "lm_head.weight" else "embedding"
+    if not param.quantizable:
+        return "norms and biases"
+    return "attention" if param.name.split(".")[1] in ("q", "k", "v", "o") else "MLP"
 
 
 def describe(
@@ -135,6 +189,8 @@ def describe(
         stored_parameters=stored,
         stored_dtype=stored_dtype,
         weight_bytes={name: stored * dtype.itemsize for name, dtype in WEIGHT_DTYPES.items()},
+        quantization=None,
+        quantized_bytes=None,
         max_length=length,
         kv_bytes_per_token=per_token,
         kv_bytes={d: n * length for d, n in per_token.items()},
@@ -184,7 +240,7 @@ def render(report: Report) -> str:
         ("layers", _layers_line(report)),
         ("parameters", f"{report.parameters:,} ({short_count(report.parameters)}) as run"),
         ("", f"{report.stored_parameters:,} ({short_count(report.stored_parameters)}) as stored"),
-        ("weights", _by_dtype(report.weight_bytes, mark=report.stored_dtype)),
+        *_weight_facts(report),
         ("KV cache", f"{_by_dtype(report.kv_bytes_per_token)} a token"),
         ("", f"{_by_dtype(report.kv_bytes)} at {report.max_length:,} tokens"),
     ]  # fmt: skip
@@ -193,6 +249,19 @@ def render(report: Report) -> str:
     facts.append(("", "float32 on CPU and with float32 weights, else bfloat16; grows as it fills"))
     lines = [f"{label:<12}{text}" for label, text in facts]
     return "\n".join([*lines, "", *_table(report)])
+
+
+def _weight_facts(report: Report) -> Iterator[tuple[str, str]]:
+    plain = _by_dtype(report.weight_bytes, mark=report.stored_dtype)
+    if report.quantized_bytes is None:
+        yield "weights", plain
+        return
+    sizes = dict(report.quantized_bytes)
+    mark = " (as stored)" if report.stored_dtype == report.quantization else ""
+    yield "weights", f"{report.quantization} {short_bytes(sizes.pop('total'))}{mark}, scales included:"
+    groups = ", ".join(f"{name} {short_bytes(size)}" for name, size in sizes.items())
+    yield from (("", line) for line in _wrap(groups, 66))
+    yield "", f"not quantized {plain}"
 
 
 def _shapes(config: ModelConfig) -> dict[str, int | bool]:
@@ -211,7 +280,10 @@ def _shapes(config: ModelConfig) -> dict[str, int | bool]:
 def _stored_dtype(directory: Path) -> str | None:
     """What a converted model's description, or `config.json`, says of the weights."""
     if (directory / MANIFEST).exists():
-        found = set(Manifest.read(directory).dtypes.values())
+        manifest = Manifest.read(directory)
+        if manifest.quantization is not None:
+            return str(manifest.quantization.get("format"))
+        found = set(manifest.dtypes.values())
         return found.pop() if len(found) == 1 else None
     config = read_json(directory / "config.json")
     text = config.get("text_config")

@@ -52,6 +52,8 @@ def run(request: Request) -> int:
             request.model,
             request.layer_spec,
             dtype=request.dtype,
+            quant=request.quant,
+            kernels=request.kernels,
             max_length=request.max_length,
             compilation_cache_dir=request.compilation_cache_dir,
             progress=progress,

@@ -2,6 +2,7 @@
 
 Examples:
   python tools/convert.py --src Llama-3.2-1B-Instruct --dst llama-1b --dtype bfloat16
+  python tools/convert.py --src Llama-3.2-1B-Instruct --dst llama-1b-int4 --quant int4
   python tools/convert.py --src Llama-3.2-1B-Instruct --dst llama-1b-orbax --format orbax
   python tools/convert.py --src llama-1b --dst llama-1b-hf --to_hf
 """
@@ -32,10 +33,19 @@ from rich.progress import (
 from jaxchat import checkpoint_writer
 from jaxchat.checkpoint import Progress as Report
 from jaxchat.checkpoint_manifest import WEIGHT_DTYPES
+from jaxchat.checkpoint_quantized import Quant
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.quant import QuantFormat
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
+
+
+_FLAGS = (
+    "src", "dst", "dtype", "quant", "format", "to_hf", "max_shard_bytes", "dequantize", "overwrite", "help",
+)  # fmt: skip
+_ONLY_TO_HF = ("max_shard_bytes", "dequantize")
+_NEVER_TO_HF = ("dtype", "quant", "format")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +82,15 @@ def _flags() -> flags.FlagValues:
         "dtype",
         None,
         list(WEIGHT_DTYPES),
-        "Store the weights in this type instead of the one they have, e.g. --dtype bfloat16",
+        "Store what is not quantized in this type instead of the one it has, e.g. --dtype bfloat16",
+        values,
+    )
+    flags.DEFINE_string(
+        "quant",
+        None,
+        "Quantize the weights: int8 or int4, optionally with a group :32 :64 :128 :channel and with :affine "
+        ":plain :f32, or llama.cpp's q8_0 q4_0 q4_1; norms stay as they are, and at 4 bits embedding and "
+        "head get 8, e.g. --quant int4, --quant int8:channel",
         values,
     )
     flags.DEFINE_enum(
@@ -97,6 +115,12 @@ def _flags() -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_bool(
+        "dequantize",
+        False,
+        "With --to_hf: write quantized weights as the numbers they stand for, e.g. --to_hf --dequantize",
+        values,
+    )
+    flags.DEFINE_bool(
         "overwrite", False, "Replace --dst if it is a model directory already, e.g. --overwrite", values
     )
     flags.DEFINE_bool("help", False, "Show this text, e.g. --help", values, short_name="h")
@@ -112,7 +136,7 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> list[str]:
 
 def _help(values: flags.FlagValues) -> str:
     lines = [(__doc__ or "").rstrip(), "", "Flags:"]
-    for name in ("src", "dst", "dtype", "format", "to_hf", "max_shard_bytes", "overwrite", "help"):
+    for name in _FLAGS:
         flag = values[name]
         default = "" if flag.default in (None, False) else f" (default: {flag.default})"
         lines += [f"  --{name}", f"      {flag.help}{default}"]
@@ -125,12 +149,11 @@ def _run(values: flags.FlagValues, rest: list[str]) -> None:
     missing = [f"--{name}" for name in ("src", "dst") if not values[name].value]
     if missing:
         raise UsageError(f"{' and '.join(missing)} must be given; --help shows examples")
-    unused = [name for name in ("dtype", "format") if values[name].present] if values.to_hf else []
-    if not values.to_hf and values["max_shard_bytes"].present:
-        unused = ["max_shard_bytes"]
-    if unused:
+    refused = [name for name in (_NEVER_TO_HF if values.to_hf else _ONLY_TO_HF) if values[name].present]
+    if refused:
         reason = "cannot be combined with --to_hf" if values.to_hf else "needs --to_hf"
-        raise UsageError(f"--{unused[0]} {reason}")
+        raise UsageError(f"--{refused[0]} {reason}")
+    quant: Quant = "auto" if values.quant is None else QuantFormat.parse(values.quant)
     if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
@@ -140,6 +163,7 @@ def _run(values: flags.FlagValues, rest: list[str]) -> None:
                 values.src,
                 values.dst,
                 max_shard_bytes=values.max_shard_bytes,
+                dequantize=values.dequantize,
                 overwrite=values.overwrite,
                 progress=report,
             )
@@ -148,6 +172,7 @@ def _run(values: flags.FlagValues, rest: list[str]) -> None:
                 values.src,
                 values.dst,
                 dtype=values.dtype,
+                quant=quant,
                 format=values.format,
                 overwrite=values.overwrite,
                 progress=report,
