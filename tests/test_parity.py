@@ -7,13 +7,18 @@ and converting the weights are part of what is compared. `test_goldens.py` compa
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
+
 from jaxchat.config import ModelConfig  # noqa: E402
+from jaxchat.rope import inverse_frequencies  # noqa: E402
 from tests.make_goldens import reference, reference_greedy, reference_logits, reference_model  # noqa: E402
 from tests.parity_cases import (  # noqa: E402
     CASES,
@@ -92,6 +97,47 @@ def test_config_saved_by_transformers_reads_like_the_one_it_was_made_from(pair: 
     saved = dataclasses.replace(ModelConfig.from_directory(pair.directory), bos_id=None, eos_ids=())
     original = dataclasses.replace(ModelConfig.from_hf(CASES[pair.case]), bos_id=None, eos_ids=())
     assert saved == original
+
+
+# --- rotary frequencies at the sizes of real models, where every bound of a blend falls between two of them
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    },
+    "yarn": YARN,
+    "yarn-betas": {**YARN, "beta_fast": 20.0, "beta_slow": 3.0},
+    "yarn-not-truncated": {**YARN, "truncate": False},
+    "yarn-mscale": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
+    "yarn-attention-factor": {**YARN, "attention_factor": 0.9},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096,
+        "short_factor": [1 + i / 99 for i in range(64)], "long_factor": [1 + i for i in range(64)],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [4096, 4097, 40000])
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_frequencies_of_real_sizes_equal_the_reference(name: str, length: int):
+    hf = transformers.LlamaConfig(
+        hidden_size=1024, num_attention_heads=8, head_dim=128, max_position_embeddings=8192,
+        rope_parameters=dict(ROPES[name]),
+    )  # fmt: skip
+    if name == "default":
+        expected, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(hf)
+    else:
+        kind = ROPES[name]["rope_type"]
+        expected, factor = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"), seq_len=length)
+    rope = ModelConfig.from_hf(hf.to_dict()).ropes[0]
+    ours = inverse_frequencies(rope, jnp.array([length]))[0]
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=2e-6)
+    assert rope.attention_factor == pytest.approx(factor)
 
 
 # --- the text half of a multimodal checkpoint
