@@ -1,0 +1,341 @@
+"""What the benchmarks share: shapes, random weights, read bandwidth, byte counts, facts about the machine."""
+
+import math
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxchat import engine as engine_module
+from jaxchat.config import ModelConfig, Param
+from jaxchat.engine import Session
+from jaxchat.families import parameter_table
+from jaxchat.layer_plan import LayerPlan
+from jaxchat.model import Params
+from jaxchat.sampling import SamplingParams
+
+REPEATS = 5
+"""Every figure is the median of so many runs."""
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "llama",
+        "vocab_size": 101,
+        "hidden_size": 48,
+        "intermediate_size": 88,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
+    "tinyllama-1.1b": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
+    "llama-3-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
+}
+"""The `config.json` of each shape; the weights are random."""
+
+_ALIGNMENT = 64  # bytes; an array that starts there becomes a CPU device array without a copy
+_TILE = (1 << 20) + 7  # random values drawn; arrays repeat them, no two starting at the same place
+_MLP_PARAMS = ("gate", "up", "down", "mlp_norm", "mlp_post_norm")
+
+
+# --- models
+
+
+def shape_config(name: str) -> ModelConfig:
+    """The configuration of a named shape."""
+    return ModelConfig.from_hf(SHAPES[name], source=f"shape {name}")
+
+
+def random_params(config: ModelConfig, dtype: str, seed: int = 0) -> Params:
+    """Random parameters in the form that loading gives: on CPU, bfloat16 as its bits in uint16."""
+    rng = np.random.default_rng(seed)
+    tile = rng.standard_normal(_TILE, dtype=np.float32)
+    params: Params = {}
+    for param in parameter_table(config):
+        shape = param.stacked_shape(config)
+        values = tile / math.sqrt(shape[-1]) if param.quantizable else 0.1 * tile
+        if param.name.endswith("norm.weight"):
+            values = values + 1
+        params[param.name] = to_device(_tiled(values.astype(DTYPES[dtype]), int(rng.integers(_TILE)), shape))
+    return params
+
+
+def gathered_params(params: Params, layers: Sequence[int]) -> Params:
+    """The unrolled checkpoint of a plan: every stack holds copies of the plan's layers, in order."""
+    return {
+        name: to_device(_gathered(np.asarray(value), layers)) if name.startswith("layers.") else value
+        for name, value in params.items()
+    }
+
+
+def to_device(values: np.ndarray) -> jax.Array:
+    """An array on the default device, without a copy on CPU if it is aligned."""
+    if values.dtype == ml_dtypes.bfloat16 and jax.default_backend() == "cpu":
+        values = values.view(np.uint16)
+    return jax.device_put(values, may_alias=True)
+
+
+def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An uninitialised array that starts at a multiple of 64 bytes."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _tiled(tile: np.ndarray, offset: int, shape: Sequence[int]) -> np.ndarray:
+    out = aligned_empty(shape, tile.dtype)
+    flat, tile = out.reshape(-1), np.roll(tile, -offset)
+    for start in range(0, flat.size, tile.size):
+        part = flat[start : start + tile.size]
+        part[:] = tile[: part.size]
+    return out
+
+
+def _gathered(stack: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+    out = aligned_empty((len(layers), *stack.shape[1:]), stack.dtype)
+    for position, layer in enumerate(layers):
+        out[position] = stack[layer]
+    return out
+
+
+# --- bytes that must move
+
+
+def weight_bytes_per_step(config: ModelConfig, params: Params, plan: LayerPlan) -> int:
+    """Bytes of weights that one decode step must read: the plan's layers, final norm and head.
+
+    A half of a slot that is scaled by 0 is not read, nor is the embedding beyond a row a sequence. A batch
+    shares the step: these bytes serve one token of each sequence.
+    """
+    total = 0
+    for param in parameter_table(config):
+        nbytes = params[param.name].nbytes
+        if param.per_layer:
+            is_mlp = param.name.split(".")[1] in _MLP_PARAMS
+            scales = [s.mlp_scale if is_mlp else s.attn_scale for s in plan.executed()]
+            total += nbytes // config.num_layers * sum(scale != 0 for scale in scales)
+        elif _read_whole(param, config):
+            total += nbytes
+    return total
+
+
+def kv_bytes_per_step(config: ModelConfig, plan: LayerPlan, context: float, itemsize: int) -> int:
+    """Bytes of keys and values that one sequence's attention reads in a decode step at a context length."""
+    row = 2 * config.num_kv_heads * config.head_dim * itemsize
+    rows = 0.0
+    for slot in plan.executed():
+        if slot.attn_scale != 0:
+            window = config.layer_windows[slot.layer]
+            rows += min(context, window) if window else context
+    return round(row * rows)
+
+
+def _read_whole(param: Param, config: ModelConfig) -> bool:
+    if param.name == "embed.weight":
+        return config.tied_embeddings
+    return param.name != "positions.weight"
+
+
+# --- measuring
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure measured several times."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """What is reported."""
+        return statistics.median(self.values)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Smallest and largest: how disturbed the machine was."""
+        return min(self.values), max(self.values)
+
+
+class ReadBandwidth:
+    """How fast all cores together can read memory: the most that decoding could use.
+
+    One thread a core takes the maximum of its part of a buffer far larger than any cache, as int32: numpy
+    does that with vector loads and without the interpreter lock. It reads as fast here as memchr, BLAS dot
+    and integer sums (within noise), and faster than XLA's reductions. Nothing is written.
+    """
+
+    def __init__(self, mebibytes: int = 1024):
+        self._cores = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+        tile = np.random.default_rng(0).integers(0, 1 << 30, 1 << 18, dtype=np.int32)
+        buffer = _tiled(tile, 0, (mebibytes << 18,))
+        self._nbytes = buffer.nbytes
+        self._parts = np.array_split(buffer, self._cores)
+        self._pool = ThreadPoolExecutor(self._cores)
+        self.gb_s()  # starts the threads
+
+    def gb_s(self) -> float:
+        """One reading, the median of three passes, in 1e9 bytes a second."""
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            list(self._pool.map(np.max, self._parts))
+            times.append(time.perf_counter() - start)
+        return self._nbytes / statistics.median(times) / 1e9
+
+
+def compile_decode(session: Session) -> tuple[float, int]:
+    """Compiles the session's decode step anew, as for the first token of a process without a cache.
+
+    Returns:
+      Seconds it takes to trace and compile, and the bytes of temporaries the executable needs.
+    """
+    engine, rows = session.engine, session.batch
+    start = time.perf_counter()
+    compiled = engine_module._decode.lower(
+        engine.config,
+        engine.dtype,
+        engine.kernels,
+        engine.params,
+        session._cache,
+        session._plan_arrays,
+        *(np.zeros(rows, np.int32) for _ in range(3)),
+        SamplingParams.make(rows, temperature=0.0),
+        jax.vmap(jax.random.key)(np.zeros(rows, np.uint32)),
+        jnp.zeros((rows, engine.config.vocab_size), bool),
+        jnp.zeros((rows, engine.config.vocab_size), jnp.int32),
+    ).compile()
+    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    assert memory is not None
+    return seconds, memory.temp_size_in_bytes
+
+
+def set_prompts(session: Session, prompts: Sequence[Sequence[int]]) -> None:
+    """Makes the prompts the sequences' contexts, with nothing cached."""
+    for row, ids in enumerate(prompts):
+        session.rollback(0, row)
+        session.set_ids(ids, row)
+
+
+def prefill_s(session: Session, prompts: Sequence[Sequence[int]]) -> float:
+    """Seconds to prefill the prompts from nothing."""
+    set_prompts(session, prompts)
+    start = time.perf_counter()
+    session.prefill().block_until_ready()
+    return time.perf_counter() - start
+
+
+def decode_step_s(session: Session, prompt: int, new: int) -> float:
+    """Seconds a greedy decode step takes, right after prompts of `prompt` tokens.
+
+    Timed from the first of `new` tokens to the last, so that it is decode steps only.
+    """
+    for row in range(session.batch):
+        session.rollback(prompt, row)
+    times = [time.perf_counter() for token in session.generate(max_new_tokens=new) if token.row == 0]
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def random_prompts(config: ModelConfig, batch: int, length: int) -> list[list[int]]:
+    """Random token ids, [batch][length]."""
+    rng = np.random.default_rng(1)
+    return rng.integers(0, config.vocab_size, (batch, length)).tolist()
+
+
+# --- facts
+
+
+def facts() -> dict[str, Any]:
+    """The versions and the machine a run belongs to."""
+    return {
+        "jax": jax.__version__,
+        "jaxlib": sys.modules["jaxlib"].__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name and, as some are vague, its family and model numbers."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name", platform.machine())
+    return f"{name} (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else name
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def print_table(rows: Sequence[tuple[str, str]]) -> None:
+    """Two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
