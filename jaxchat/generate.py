@@ -15,7 +15,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 if __name__ == "__main__":
     # Ctrl-C while modules load just ends the program: an exception there would surface as a failed import.
@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
         return 1
     except Exception as error:
-        return _internal_error(error, debug=values.log_level == "debug")
+        return _internal_error(error, debug=values["log_level"].value == "debug")
 
 
 def define_flags() -> flags.FlagValues:
@@ -557,5 +557,14 @@ def _internal_error(error: Exception, *, debug: bool) -> int:
     return 1
 
 
+def _exit(code: int) -> NoReturn:
+    """Ends the process."""
+    if code in (INTERRUPTED, BROKEN_PIPE):
+        # XLA's threads may be in the middle of a step, and ending the interpreter under them can crash.
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())
