@@ -5,6 +5,8 @@ VENV ?= .venv
 # Any Hugging Face or converted model directory; this one serves until a model ships in the box.
 MODEL ?= ../shared/data/models/CraftGPT-hf
 BIN := $(VENV)/bin
+# What the install compiles: a change of these rebuilds the native kernels.
+NATIVE := CMakeLists.txt $(wildcard $(foreach ext,cc h,jaxchat/pallas/*.$(ext) jaxchat/pallas/*/*.$(ext)))
 
 .PHONY: setup chat test parity lint format clean
 
@@ -32,7 +34,7 @@ format: setup
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "jaxchat needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,84 @@
+"""Loads `_native.so`, the C++ kernels for CPUs, and registers its functions with XLA.
+
+The library is an optional part of an install: without it, or where it does not fit, `why_not` says why and
+the plain XLA path serves. What the functions compute is in `jaxchat/pallas/*/cpu.py`.
+"""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+import jaxchat
+
+TARGETS = {
+    "jaxchat_stacked_matmul": "JaxchatStackedMatmul",
+}
+"""XLA target name -> the library's symbol."""
+
+
+class _Native(NamedTuple):
+    """What loading the library came to: an instruction set, or the reason why there is none."""
+
+    instruction_set: str = ""
+    why_not: str = ""
+
+
+def available() -> bool:
+    """Whether the native kernels can run here. The first call loads and registers them."""
+    return not _native().why_not
+
+
+def instruction_set() -> str:
+    """The instruction set the kernels use, `avx512`, `avx2` or `portable`; empty when unavailable.
+
+    The best the processor has, unless the environment variable JAXCHAT_CPU_ISA names another (for tests).
+    """
+    return _native().instruction_set
+
+
+def why_not() -> str:
+    """One line on why the native kernels are unavailable; empty when they are available."""
+    return _native().why_not
+
+
+@functools.cache
+def _native() -> _Native:
+    path = _find()
+    if path is None:
+        return _Native(why_not="no native kernels: jaxchat was installed without a C++ compiler")
+    return load(path)
+
+
+def _find() -> Path | None:
+    # An editable install has two folders: the sources' and the one the library was installed to.
+    candidates = (Path(folder) / "_native.so" for folder in jaxchat.__path__)
+    return next((path for path in candidates if path.exists()), None)
+
+
+def load(path: Path) -> _Native:
+    """Loads one library and registers its functions; never raises."""
+    try:
+        library = ctypes.CDLL(str(path))
+        name = library.JaxchatInstructionSet
+        functions = {target: getattr(library, symbol) for target, symbol in TARGETS.items()}
+    except (OSError, AttributeError) as error:
+        return _Native(why_not=f"no native kernels: {_one_line(error)}; reinstall jaxchat")
+    name.restype = ctypes.c_char_p
+    isa = name().decode()
+    if not isa:
+        wanted = os.environ.get("JAXCHAT_CPU_ISA")
+        return _Native(why_not=f"no native kernels: JAXCHAT_CPU_ISA={wanted} names none that runs here")
+    try:
+        for target, function in functions.items():
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
+    except Exception as error:  # of no documented type: the library was built against another jaxlib
+        return _Native(why_not=f"no native kernels: {_one_line(error)}; reinstall jaxchat")
+    return _Native(instruction_set=isa)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,507 @@
+// x @ w.T for quantized and float weights on processors without AVX-512 VNNI: this source is compiled once per
+// instruction set (x86-64 baseline, AVX2 with FMA, NEON, anything else GCC and Clang know).
+//
+// Quantized weights: activations become 16-bit integers, one scale per 32 columns, and meet the codes as 16-bit
+// integers. "Multiply, add neighbours" (pmaddwd) on those is exact, and every SIMD instruction set has it.
+// Vectors are the compiler's (GCC's vector extension): arithmetic on them needs no intrinsics.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "cpu_kernels.h"
+
+namespace jaxchat {
+namespace {
+
+// ---------------------------------------------------------------- vectors
+
+#if defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kLanes = kBytes / 4;
+
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef int16_t Shorts __attribute__((vector_size(kBytes)));
+typedef uint16_t UShorts __attribute__((vector_size(kBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));  // kLanes bfloat16 or float16
+
+template <typename Vector>
+inline Vector Load(const void* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename Vector>
+inline void Store(void* to, Vector v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <typename To, typename From>
+inline To Bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline Floats ToFloats(Ints v) { return __builtin_convertvector(v, Floats); }
+
+// a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in lane i.
+inline Ints MultiplyPairs(Shorts a, Shorts b) {
+#if defined(__AVX2__)
+  return Bits<Ints>(_mm256_madd_epi16(Bits<__m256i>(a), Bits<__m256i>(b)));
+#elif defined(__x86_64__)
+  return Bits<Ints>(_mm_madd_epi16(Bits<__m128i>(a), Bits<__m128i>(b)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  const int16x8_t x = Bits<int16x8_t>(a), y = Bits<int16x8_t>(b);
+  return Bits<Ints>(vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
+#else
+  Ints sum;
+  for (int i = 0; i < kLanes; ++i) sum[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return sum;
+#endif
+}
+
+inline float Sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// float16 bits -> float32. In integers except for subnormals, whose offset trick also works where the thread
+// flushes float32 subnormals to zero.
+inline Floats WidenHalf(Halves half) {
+#if defined(__AVX2__)
+  return Bits<Floats>(_mm256_cvtph_ps(Bits<__m128i>(half)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return Bits<Floats>(vcvt_f32_f16(Bits<float16x4_t>(half)));
+#else
+  const Ints h = __builtin_convertvector(half, Ints);
+  const Ints exponent = h & 0x7c00, shifted = (h & 0x7fff) << 13;
+  const Ints normal = shifted + (112 << 23) + (exponent == 0x7c00 ? Ints{} + (112 << 23) : Ints{});
+  const Floats small = Bits<Floats>(shifted + (113 << 23)) - 0x1p-14f;
+  const Ints magnitude = exponent == 0 ? Bits<Ints>(small) : normal;
+  return Bits<Floats>(magnitude | (h & 0x8000) << 16);
+#endif
+}
+
+inline float LoadScale(const void* scales, int64_t i, bool wide) {
+  if (wide) return static_cast<const float*>(scales)[i];
+  return WidenHalf(Halves{static_cast<const uint16_t*>(scales)[i]})[0];
+}
+
+// ---------------------------------------------------------------- float weights, a few rows of x
+
+template <Kind kind>
+inline Floats LoadFloats(const void* codes, int64_t i) {
+  if constexpr (kind == Kind::kF32) return Load<Floats>(static_cast<const float*>(codes) + i);
+  const Halves half = Load<Halves>(static_cast<const uint16_t*>(codes) + i);
+  if constexpr (kind == Kind::kF16) return WidenHalf(half);
+  return Bits<Floats>(__builtin_convertvector(half, Ints) << 16);
+}
+
+template <Kind kind, int M>
+void FloatRow(const Weights& w, const float* x, int64_t row, float* y) {
+  constexpr int kUnroll = 4;  // independent sums: one would wait for its own last addition
+  constexpr int kWidth = kind == Kind::kF32 ? 4 : 2;
+  const int64_t n = w.inputs;
+  const char* from = static_cast<const char*>(w.codes) + row * w.cols * kWidth;
+  Floats acc[M][kUnroll] = {};
+  int64_t k = 0;
+  for (; k + kUnroll * kLanes <= n; k += kUnroll * kLanes)
+    for (int u = 0; u < kUnroll; ++u) {
+      const Floats weights = LoadFloats<kind>(from, k + u * kLanes);
+      for (int m = 0; m < M; ++m) acc[m][u] += weights * Load<Floats>(x + m * n + k + u * kLanes);
+    }
+  for (; k < n; k += kLanes) {  // the rest; zeros stand beyond the end
+    const int64_t left = std::min<int64_t>(kLanes, n - k);
+    char weights[kLanes * kWidth] = {};
+    std::memcpy(weights, from + k * kWidth, left * kWidth);
+    for (int m = 0; m < M; ++m) {
+      float inputs[kLanes] = {};
+      std::memcpy(inputs, x + m * n + k, left * sizeof(float));
+      acc[m][0] += LoadFloats<kind>(weights, 0) * Load<Floats>(inputs);
+    }
+  }
+  for (int m = 0; m < M; ++m) y[m * w.rows + row] = Sum((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
+}
+
+// Calls work.template operator()<M>(i) for rows i.. of x, up to kMost at a time, until all m are done.
+template <int kMost, typename Work>
+void InSteps(int64_t m, const Work& work) {
+  int64_t i = 0;
+  for (; i + kMost <= m; i += kMost) work(std::integral_constant<int, kMost>(), i);
+  if constexpr (kMost > 1) InSteps<kMost - 1>(m - i, [&](auto count, int64_t j) { work(count, i + j); });
+}
+
+template <Kind kind>
+void FloatRows(const Weights& w, const float* x, int64_t m, float* y, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    InSteps<2>(m, [&](auto count, int64_t i) {
+      FloatRow<kind, decltype(count)::value>(w, x + i * w.inputs, row, y + i * w.rows);
+    });
+}
+
+// ---------------------------------------------------------------- activations as integers
+
+constexpr int64_t kSub = 32;  // columns of x that share a scale, whatever the weights' group
+
+struct Quantized {
+  int16_t q[kSub];
+  float scale;
+  float sum;  // of the values, for affine weights
+};
+
+// 32 values, `count` of them real, the others zero. NaN and infinity make the scale NaN.
+Quantized Quantize(const float* from, int64_t count) {
+  float values[kSub] = {};
+  if (count > 0) std::memcpy(values, from, std::min(count, kSub) * sizeof(float));
+  Quantized out;
+  Ints top{};
+  Floats sum{};
+  for (int64_t i = 0; i < kSub; i += kLanes) {
+    // Magnitudes compare like their bits, which puts NaN on top.
+    const Ints magnitude = Load<Ints>(values + i) & 0x7fffffff;
+    top = magnitude > top ? magnitude : top;
+    sum += Load<Floats>(values + i);
+  }
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits = std::max<int32_t>(bits, top[i]);
+  const float largest = Bits<float>(bits);
+  constexpr float kSteps = 32767;
+  const bool finite = bits < 0x7f800000, nonzero = largest > 1e-30f;
+  out.scale = !finite ? std::numeric_limits<float>::quiet_NaN() : nonzero ? largest / kSteps : 0.0f;
+  out.sum = Sum(sum);
+  const float inverse = finite && nonzero ? kSteps / largest : 0.0f;
+  for (int64_t i = 0; i < kSub; ++i) {
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits; NaN leaves some, and its scale is NaN.
+    constexpr float kMagic = 12582912.0f;
+    out.q[i] = static_cast<int16_t>(Bits<int32_t>(values[i] * inverse + kMagic));
+  }
+  return out;
+}
+
+// The scales (or minimums) of a row of weights, one per 32 columns.
+class Groups {
+ public:
+  Groups(const Weights& w, const void* values)
+      : values_(values), wide_(w.wide_scales), per_row_(w.cols / w.group), shift_(0) {
+    // Groups are 32, 64 or 128 columns, or the row.
+    while (w.cols > w.group ? (kSub << shift_) < w.group : (w.cols / kSub) >> shift_ > 0) ++shift_;
+  }
+  float At(int64_t row, int64_t sub) const { return LoadScale(values_, row * per_row_ + (sub >> shift_), wide_); }
+
+ private:
+  const void* values_;
+  bool wide_;
+  int64_t per_row_;
+  int shift_;
+};
+
+// ---------------------------------------------------------------- quantized weights, a few rows of x
+
+// Columns are taken in blocks. One vector of codes is several planes of 16-bit integers: plane p has the codes at
+// bits [16 / planes * p, 16 / planes * (p + 1)) of each 16.
+template <Kind kind>
+struct Shape {
+  static constexpr int kPlanes = kind == Kind::kInt4 ? 4 : 2;       // in a vector
+  static constexpr int64_t kColumns = kPlanes * kBytes / 2;         // in a vector
+  static constexpr int64_t kBlock = std::max(kColumns, kSub);       // columns
+  static constexpr int kVectors = kBlock / kColumns;                // in a block
+  static constexpr int kSubs = kBlock / kSub;                       // in a block
+};
+
+// One block of one row of x, in the order in which the codes meet it.
+template <Kind kind>
+struct alignas(kBytes) Block {
+  Shorts q[Shape<kind>::kVectors * Shape<kind>::kPlanes];
+  Floats scale;  // of each lane of the sums
+  Floats sum;    // of a sub-group's values, once per sub-group
+};
+
+template <Kind kind, bool kSigned>
+inline Shorts Plane(UShorts codes, int p) {
+  constexpr int kBits = 16 / Shape<kind>::kPlanes;
+  const int above = 16 - kBits * (p + 1);
+  if constexpr (kSigned) return Bits<Shorts>(codes << above) >> (16 - kBits);
+  return Bits<Shorts>((codes << above) >> (16 - kBits));
+}
+
+// Lane i of the result is values[sub-group of lane i].
+template <Kind kind>
+inline Floats Spread(const float* values) {
+  if constexpr (Shape<kind>::kSubs == 1) return Floats{} + values[0];
+  Floats v;
+  for (int i = 0; i < kLanes; ++i) v[i] = values[i * Shape<kind>::kSubs / kLanes];
+  return v;
+}
+
+template <Kind kind>
+struct Precise {
+  using S = Shape<kind>;
+  static int64_t Blocks(const Weights& w) { return (w.cols + S::kBlock - 1) / S::kBlock; }
+
+  static void Prepare(const Weights& w, const float* x, int64_t m, void* out) {
+    auto* block = static_cast<Block<kind>*>(out);
+    for (int64_t i = 0; i < m; ++i, x += w.inputs)
+      for (int64_t b = 0; b < Blocks(w); ++b, ++block) {
+        float scales[S::kSubs];
+        alignas(kBytes) int16_t q[S::kVectors * S::kPlanes][kBytes / 2];
+        Floats sum{};
+        for (int s = 0; s < S::kSubs; ++s) {
+          const int64_t start = b * S::kBlock + s * kSub;
+          const Quantized sub = Quantize(x + start, w.inputs - start);
+          scales[s] = sub.scale;
+          sum[s * kLanes / S::kSubs] = sub.sum;
+          for (int64_t c = 0; c < kSub; ++c) {
+            const int64_t in_block = s * kSub + c, in_vector = in_block % S::kColumns;
+            q[in_block / S::kColumns * S::kPlanes + in_vector % S::kPlanes][in_vector / S::kPlanes] = sub.q[c];
+          }
+        }
+        std::memcpy(block->q, q, sizeof q);
+        block->scale = Spread<kind>(scales);
+        block->sum = sum;
+      }
+  }
+
+  template <int M, bool kAffine>
+  static void Row(const Weights& w, const Groups& scales, const Groups& mins, const Block<kind>* x, int64_t row,
+                  float* y) {
+    const int64_t blocks = Blocks(w), subs = w.cols / kSub;
+    const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols;
+    constexpr int kBlockBytes = S::kVectors * kBytes;
+    constexpr bool kSigned = !(kAffine && kind == Kind::kInt4);  // affine 4-bit codes are 0 .. 15
+    const auto* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
+    Floats acc[M] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* from = codes + b * kBlockBytes;
+      uint8_t last[kBlockBytes];
+      if ((b + 1) * kBlockBytes > bytes) {
+        std::memset(last, 0, sizeof last);
+        std::memcpy(last, from, bytes - b * kBlockBytes);
+        from = last;
+      }
+      Ints sum[M] = {};
+      for (int v = 0; v < S::kVectors; ++v) {
+        const UShorts raw = Load<UShorts>(from + v * kBytes);
+        for (int p = 0; p < S::kPlanes; ++p) {
+          const Shorts plane = Plane<kind, kSigned>(raw, p);
+          for (int m = 0; m < M; ++m) sum[m] += MultiplyPairs(plane, x[m * blocks + b].q[v * S::kPlanes + p]);
+        }
+      }
+      float scale[S::kSubs], min[S::kSubs];
+      for (int s = 0; s < S::kSubs; ++s) {
+        const int64_t sub = std::min(b * S::kSubs + s, subs - 1);  // beyond the last, x is zero
+        scale[s] = scales.At(row, sub);
+        if constexpr (kAffine) min[s] = mins.At(row, sub);
+      }
+      const Floats spread = Spread<kind>(scale);
+      for (int m = 0; m < M; ++m) {
+        acc[m] += ToFloats(sum[m]) * (spread * x[m * blocks + b].scale);
+        if constexpr (kAffine) acc[m] += Spread<kind>(min) * x[m * blocks + b].sum;
+      }
+    }
+    for (int m = 0; m < M; ++m) y[m * w.rows + row] = Sum(acc[m]);
+  }
+
+  template <bool kAffine>
+  static void Rows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
+    const auto* x = static_cast<const Block<kind>*>(prepared);
+    const Groups scales(w, w.scales), mins(w, w.mins);
+    for (int64_t row = begin; row < end; ++row)
+      InSteps<4>(m, [&](auto count, int64_t i) {
+        Row<decltype(count)::value, kAffine>(w, scales, mins, x + i * Blocks(w), row, y + i * w.rows);
+      });
+  }
+};
+
+int64_t PreciseBytes(const Weights& w, int64_t m) {
+  if (w.kind == Kind::kInt4) return m * Precise<Kind::kInt4>::Blocks(w) * sizeof(Block<Kind::kInt4>);
+  if (w.kind == Kind::kInt8) return m * Precise<Kind::kInt8>::Blocks(w) * sizeof(Block<Kind::kInt8>);
+  return 0;
+}
+
+void PrecisePrepare(const Weights& w, const float* x, int64_t m, void* out) {
+  if (w.kind == Kind::kInt4) Precise<Kind::kInt4>::Prepare(w, x, m, out);
+  if (w.kind == Kind::kInt8) Precise<Kind::kInt8>::Prepare(w, x, m, out);
+}
+
+template <Kind kind>
+void QuantizedRows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
+  if (w.mins)
+    Precise<kind>::template Rows<true>(w, prepared, m, y, begin, end);
+  else
+    Precise<kind>::template Rows<false>(w, prepared, m, y, begin, end);
+}
+
+void PreciseRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
+                 int64_t end) {
+  switch (w.kind) {
+    case Kind::kF32: return FloatRows<Kind::kF32>(w, x, m, y, begin, end);
+    case Kind::kBf16: return FloatRows<Kind::kBf16>(w, x, m, y, begin, end);
+    case Kind::kF16: return FloatRows<Kind::kF16>(w, x, m, y, begin, end);
+    case Kind::kInt8: return QuantizedRows<Kind::kInt8>(w, prepared, m, y, begin, end);
+    case Kind::kInt4: return QuantizedRows<Kind::kInt4>(w, prepared, m, y, begin, end);
+  }
+}
+
+// ---------------------------------------------------------------- quantized weights, many rows of x
+
+// A tile of weight rows is unpacked once to pairs of 16-bit integers and then meets all of x from the cache:
+// lanes are weight rows, each step is two columns, and x's pair is broadcast.
+constexpr int kVectors = 2;
+constexpr int64_t kTileRows = kVectors * kLanes;
+constexpr int kSteps = kSub / 2;
+
+// Prepared x: q [m, cols], then scale and sum [m, cols / 32].
+struct TiledX {
+  int16_t* q;
+  float* scale;
+  float* sum;
+};
+
+int64_t TiledBytes(const Weights& w, int64_t m) { return m * (w.cols * 2 + w.cols / kSub * 8); }
+
+TiledX TiledView(const Weights& w, void* prepared, int64_t m) {
+  auto* q = static_cast<int16_t*>(prepared);
+  auto* scale = reinterpret_cast<float*>(q + m * w.cols);
+  return {q, scale, scale + m * (w.cols / kSub)};
+}
+
+void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, int64_t end, void* out) {
+  const TiledX view = TiledView(w, out, m);
+  const int64_t subs = w.cols / kSub;
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t s = 0; s < subs; ++s) {
+      const Quantized sub = Quantize(x + i * w.inputs + s * kSub, w.inputs - s * kSub);
+      std::memcpy(view.q + i * w.cols + s * kSub, sub.q, sizeof sub.q);
+      view.scale[i * subs + s] = sub.scale;
+      view.sum[i * subs + s] = sub.sum;
+    }
+}
+
+// Pairs of codes [sub-group][step][row][2 columns], scales and minimums [sub-group][row].
+struct Tile {
+  int16_t* codes;
+  float* scale;
+  float* min;
+};
+
+int64_t TiledScratchBytes(const Weights& w) { return kTileRows * (w.cols * 2 + w.cols / kSub * 8); }
+
+Tile TileView(const Weights& w, void* scratch) {
+  auto* codes = static_cast<int16_t*>(scratch);
+  auto* scale = reinterpret_cast<float*>(codes + kTileRows * w.cols);
+  return {codes, scale, scale + kTileRows * (w.cols / kSub)};
+}
+
+template <Kind kind, bool kAffine>
+void Pack(const Weights& w, int64_t begin, const Tile& tile) {
+  const int64_t subs = w.cols / kSub, bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols;
+  const Groups scales(w, w.scales), mins(w, w.mins);
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    const int64_t row = std::min(begin + r, w.rows - 1);  // past the end: repeat the last, store nothing
+    const auto* from = static_cast<const uint8_t*>(w.codes) + row * bytes;
+    for (int64_t s = 0; s < subs; ++s) {
+      int16_t* out = tile.codes + s * kSub * kTileRows + r * 2;
+      for (int j = 0; j < kSteps; ++j, out += 2 * kTileRows) {
+        if constexpr (kind == Kind::kInt8) {
+          out[0] = static_cast<int8_t>(*from++);
+          out[1] = static_cast<int8_t>(*from++);
+        } else {
+          const int byte = *from++;
+          out[0] = kAffine ? byte & 15 : static_cast<int8_t>(byte << 4) >> 4;
+          out[1] = kAffine ? byte >> 4 : static_cast<int8_t>(byte) >> 4;
+        }
+      }
+      tile.scale[s * kTileRows + r] = scales.At(row, s);
+      if constexpr (kAffine) tile.min[s * kTileRows + r] = mins.At(row, s);
+    }
+  }
+}
+
+template <int M, bool kAffine>
+void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t i, float* y, int64_t begin,
+              int64_t end) {
+  const int64_t subs = w.cols / kSub;
+  Floats acc[M][kVectors] = {};
+  for (int64_t s = 0; s < subs; ++s) {
+    Ints sum[M][kVectors] = {};
+    const int16_t* codes = tile.codes + s * kSub * kTileRows;
+    for (int j = 0; j < kSteps; ++j, codes += 2 * kTileRows) {
+      Shorts weights[kVectors];
+      for (int v = 0; v < kVectors; ++v) weights[v] = Load<Shorts>(codes + v * 2 * kLanes);
+      for (int m = 0; m < M; ++m) {
+        int32_t pair;
+        std::memcpy(&pair, x.q + (i + m) * w.cols + s * kSub + 2 * j, sizeof pair);
+        const Shorts inputs = Bits<Shorts>(Ints{} + pair);
+        for (int v = 0; v < kVectors; ++v) sum[m][v] += MultiplyPairs(weights[v], inputs);
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = s * kTileRows + v * kLanes;
+        acc[m][v] += ToFloats(sum[m][v]) * (Load<Floats>(tile.scale + at) * x.scale[(i + m) * subs + s]);
+        if constexpr (kAffine) acc[m][v] += Load<Floats>(tile.min + at) * x.sum[(i + m) * subs + s];
+      }
+  }
+  for (int m = 0; m < M; ++m) {
+    float out[kTileRows];
+    for (int v = 0; v < kVectors; ++v) Store(out + v * kLanes, acc[m][v]);
+    std::memcpy(y + (i + m) * w.rows + begin, out, std::min(kTileRows, end - begin) * sizeof(float));
+  }
+}
+
+template <Kind kind, bool kAffine>
+void TiledRows(const Weights& w, const TiledX& x, int64_t m, float* y, int64_t begin, int64_t end, void* scratch) {
+  const Tile tile = TileView(w, scratch);
+  for (int64_t row = begin; row < end; row += kTileRows) {
+    Pack<kind, kAffine>(w, row, tile);
+    InSteps<4>(m, [&](auto count, int64_t i) {
+      Multiply<decltype(count)::value, kAffine>(w, x, tile, i, y, row, end);
+    });
+  }
+}
+
+void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end, void* scratch) {
+  const TiledX x = TiledView(w, const_cast<void*>(prepared), m);
+  if (w.kind == Kind::kInt4) {
+    if (w.mins) return TiledRows<Kind::kInt4, true>(w, x, m, y, begin, end, scratch);
+    return TiledRows<Kind::kInt4, false>(w, x, m, y, begin, end, scratch);
+  }
+  if (w.mins) return TiledRows<Kind::kInt8, true>(w, x, m, y, begin, end, scratch);
+  return TiledRows<Kind::kInt8, false>(w, x, m, y, begin, end, scratch);
+}
+
+constexpr Kernels Table(const char* name) {
+  return {name,       PreciseBytes, PrecisePrepare, PreciseRows,
+          TiledBytes, TiledPrepare, Tiled,          TiledScratchBytes};
+}
+
+}  // namespace
+
+#if defined(__AVX2__)
+const Kernels& Avx2Kernels() {
+  static constexpr Kernels kernels = Table("avx2");
+  return kernels;
+}
+#else
+const Kernels& PortableKernels() {
+  static constexpr Kernels kernels = Table("portable");
+  return kernels;
+}
+#endif
+
+}  // namespace jaxchat
