@@ -4,6 +4,7 @@ A quantized parameter `name` is stored as the tensors `name.codes`, `name.scales
 `name.mins`: the arrays of a `QuantizedTensor`. `jaxchat.json` says which parameters have which format.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -74,7 +75,7 @@ def quantization_entry(fmt: QuantFormat | None, table: Sequence[Param]) -> dict[
 
 def stored_format(manifest: Manifest) -> QuantFormat | None:
     """The format a checkpoint was quantized to; None for plain numbers."""
-    return None if manifest.quantization is None else _parsed(manifest, manifest.quantization.get("format"))
+    return None if manifest.quantization is None else _parsed(manifest.quantization.get("format"))
 
 
 def stored_format_of(manifest: Manifest, param: Param) -> QuantFormat | None:
@@ -84,14 +85,14 @@ def stored_format_of(manifest: Manifest, param: Param) -> QuantFormat | None:
     formats = manifest.quantization.get("parameters")
     if not isinstance(formats, dict):
         raise JaxchatError("jaxchat.json: quantization has no parameters; convert the model again")
-    return _parsed(manifest, formats[param.name]) if param.name in formats else None
+    return _parsed(formats[param.name]) if param.name in formats else None
 
 
-def _parsed(manifest: Manifest, text: object) -> QuantFormat:
-    fmt = QuantFormat.parse(text) if isinstance(text, str) else None
-    if fmt is None:
-        raise JaxchatError(f"jaxchat.json: quantization format {text!r} is not one; convert the model again")
-    return fmt
+def _parsed(text: object) -> QuantFormat:
+    with contextlib.suppress(UsageError):
+        if isinstance(text, str) and (fmt := QuantFormat.parse(text)) is not None:
+            return fmt
+    raise JaxchatError(f"jaxchat.json: {text!r} is no quantization format; convert the model again")
 
 
 def choose_format(directory: str | Path, manifest: Manifest, wanted: Quant) -> QuantFormat | None:

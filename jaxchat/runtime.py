@@ -21,6 +21,7 @@ from jaxchat.engine import ContextOverflowError, Engine, FinishReason, Generatio
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import GenerateOptions
+from jaxchat.pallas import select as select_kernels
 from jaxchat.quant import QuantFormat
 from jaxchat.sampling import SamplingParams
 from jaxchat.tokenizer import Detokenizer, Tokenizer, has_tokenizer, load_tokenizer
@@ -489,7 +490,8 @@ def load(
     enable_compilation_cache(compilation_cache_dir)
     config = ModelConfig.from_directory(directory)
     chosen = as_plan(plan, config)
-    # Before the weights: what is wrong with a small file should not be told after minutes of loading.
+    # Before the weights: what is wrong with a setting or a small file is not told after minutes of loading.
+    select_kernels(kernels, jax.default_backend())
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     template = ChatTemplate.load(directory, tokenizer) if tokenizer else None
     config, params = load_params(

@@ -20,7 +20,7 @@ from jaxchat.checkpoint_source import Manifest
 from jaxchat.checkpoint_writer import convert, to_hf
 from jaxchat.errors import UsageError
 from jaxchat.safetensors_file import PAD_PREFIX, SafetensorsFile
-from tools.convert import main
+from tools.convert import _FLAGS, main
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT.parent / "shared/data/models"
@@ -314,7 +314,7 @@ def test_command_writes_orbax_quietly_and_reads_it_back(tmp_path: Path) -> None:
 def test_help_explains_every_flag_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "--help"]) == 0
     text = capsys.readouterr().out
-    for name in ("src", "dst", "dtype", "format", "to_hf", "max_shard_bytes", "overwrite", "help"):
+    for name in _FLAGS:
         assert f"\n  --{name}\n" in text
         explanation = text.split(f"\n  --{name}\n")[1].splitlines()[0]
         assert f"--{name}" in explanation.split("e.g.")[1]
