@@ -1,10 +1,13 @@
 """Which implementation of each operation an engine uses: a table, chosen once."""
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable
 
 import jax
 
+from jaxchat import native
 from jaxchat.errors import UsageError
 from jaxchat.pallas import cache_attention, stacked_matmul
 
@@ -36,9 +39,45 @@ class Kernels:
 REFERENCE = Kernels("reference")
 
 
-def _available() -> dict[tuple[str, str], Kernels]:
-    """(platform, name) -> kernels that can run here."""
-    return {(platform, "reference"): REFERENCE for platform in ("cpu", "gpu", "tpu")}
+def _available() -> dict[tuple[str, str], Callable[[], Kernels]]:
+    """(platform, name) -> what makes the kernels that can run here."""
+    return {
+        **{(platform, "reference"): lambda: REFERENCE for platform in ("cpu", "gpu", "tpu")},
+        **({("cpu", "native"): native_cpu} if native.available() else {}),
+        ("tpu", "pallas"): pallas_tpu,
+    }
+
+
+@functools.cache
+def native_cpu() -> Kernels:
+    """The C++ kernels, where the installed library fits this machine."""
+    return Kernels(
+        "native",
+        stacked_matmul=stacked_matmul.cpu.stacked_matmul,
+        decode_attention=cache_attention.cpu.attend,
+        prefill_attention=cache_attention.cpu.attend,
+    )
+
+
+@functools.cache
+def pallas_tpu() -> Kernels:
+    """The Mosaic TPU kernels. Importing Pallas takes a third of a second, which no CPU should wait for."""
+    from jaxchat.pallas.cache_attention import tpu as attention
+    from jaxchat.pallas.stacked_matmul import tpu as matmul
+
+    return Kernels(
+        "pallas",
+        stacked_matmul=matmul.stacked_matmul,
+        decode_attention=attention.attend,
+        prefill_attention=attention.attend,
+        write_rows=attention.write_rows,
+        prepare=matmul.prepare,
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.getLogger("jaxchat").warning("%s; plain XLA serves, which is slower", message)
 
 
 def select(name: str, platform: str) -> Kernels:
@@ -51,8 +90,10 @@ def select(name: str, platform: str) -> Kernels:
     if name not in NAMES:
         raise UsageError(f"--kernels is {name!r}; expected one of {', '.join(NAMES)}")
     wanted = ("native", "pallas", "reference") if name == "auto" else (name,)
+    if platform == "cpu" and name != "reference" and not native.available():
+        _warn_once(native.why_not())
     for candidate in wanted:
         if (platform, candidate) in available:
-            return available[platform, candidate]
+            return available[platform, candidate]()
     here = ", ".join(n for p, n in available if p == platform)
     raise UsageError(f"--kernels {name} is not available on {platform}; available: {here}")

@@ -1,0 +1,613 @@
+"""Matrix products over stacked weights on TPU: Mosaic kernels that read one layer straight out of the stack.
+
+The layer index is a prefetched scalar and appears only in the block index maps: no slice, no copy. Weights
+are widened in the kernel (weight-only quantization): codes become bfloat16 exactly, sums are float32, and
+scales stay float32 where few rows of x make that affordable. `prepare` puts quantized weights into the
+layout the kernels read. Checked against the reference in interpret mode, and compiled ahead of time for v5e,
+v6e and tpu7x; it has not been run on hardware, so the block sizes are reasoned, not tuned.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxchat import quant
+from jaxchat.pallas.stacked_matmul import reference
+from jaxchat.pallas.tpu_mesh import mesh_of, split
+from jaxchat.quant import QuantizedTensor
+
+Array = jax.Array
+
+_LANES = 128
+_MIB = 1 << 20
+
+_VMEM_LIMIT = 48 * _MIB
+"""Of 128 MiB on v5e and v6e and 64 on tpu7x; the compiler's default of 16 would halve the blocks."""
+
+_X_BLOCK_BYTES = 8 * _MIB
+"""Rows of x held at once; more rows mean fewer passes over the weights in prefill."""
+
+_WEIGHT_BLOCK_BYTES = (_MIB // 4, 2 * _MIB)
+"""Least and most weight bytes a grid step reads; between them an eighth of the matrix.
+
+A step costs about 0.35 us beside its reads (JAX's Pallas TPU guide), which asks for large blocks; the first
+block's read overlaps with nothing, which asks for small ones. On v5e (0.82 TB/s) 2 MiB are 2.6 us.
+"""
+
+_SPREAD_ROWS = 256
+"""Rows of x, times groups a step of the inner loop covers, up to which x is spread; see `_spread_product`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedTensor:
+    """A quantized weight [..., O, I] as the TPU kernels read it: the contraction axis first.
+
+    Ip is I rounded up to a multiple of G and of 128, Op is O rounded up to one of 128 (on each device), Gp
+    the number of groups rounded up to one of 8: whole tiles. XLA keeps an array that is not made of whole
+    tiles in another order of its axes, if that is smaller, and copies it whenever a kernel reads it. The
+    padding is 0.
+
+    Attributes:
+      codes: 8 bits: int8 [..., Ip, Op]. 4 bits: uint8 [..., Ip/2, Op], rows 2j and 2j+1 in the low and high
+        nibble of byte j, two's complement: what `pltpu.bitcast` turns into int4 [Ip, Op] in the kernel.
+      scales: float32, or the bits of float16 as uint16 (Mosaic has no float16), [..., Gp, Op]; one row if
+        the whole row of weights shares a scale.
+      mins: None, or like `scales`. Affine 4-bit codes are stored minus 8, so that they are signed; the
+        kernels add 8 scales to the minimum.
+      bits: 8 or 4, static.
+      group: G, static.
+      rows, columns: O and I, static.
+      axes: static, the mesh axes that O and I are split over.
+    """
+
+    codes: Array
+    scales: Array
+    mins: Array | None
+    bits: int = dataclasses.field(metadata={"static": True})
+    group: int = dataclasses.field(metadata={"static": True})
+    rows: int = dataclasses.field(metadata={"static": True})
+    columns: int = dataclasses.field(metadata={"static": True})
+    axes: tuple[str | None, str | None] = dataclasses.field(default=(None, None), metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight this stands for: [..., O, I]."""
+        return (*self.codes.shape[:-2], self.rows, self.columns)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def padded_columns(self) -> int:
+        """Ip."""
+        return self.codes.shape[-2] * 8 // self.bits
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory: codes, scales and offsets."""
+        parts = (self.codes, self.scales, self.mins)
+        return sum(part.size * part.dtype.itemsize for part in parts if part is not None)
+
+
+def prepare(params: dict[str, Any]) -> dict[str, Any]:
+    """Puts quantized weights into the kernels' layout, once, one tensor at a time.
+
+    The token and position embeddings stay as they are: their rows are looked up. Where the output head is
+    tied to the embedding the product reads that layout. Weights that are not quantized are read as they lie
+    too.
+
+    Args:
+      params: name -> array or QuantizedTensor, of jax arrays or, to compile ahead of time, ShapeDtypeStructs.
+    """
+    return {
+        name: _prepare_tensor(value)
+        if isinstance(value, QuantizedTensor) and name not in ("embed.weight", "positions.weight")
+        else value
+        for name, value in params.items()
+    }
+
+
+def stacked_matmul(
+    x: Array,
+    w: Array | QuantizedTensor | PreparedTensor,
+    layer: Array | int,
+    *,
+    interpret: Any = False,
+) -> Array:
+    """`x @ w[layer].T`; the definition is `reference.stacked_matmul`.
+
+    Args:
+      x: [..., I], float32 or bfloat16. With bfloat16 every product is of bfloat16 values.
+      w: [L, O, I]: bfloat16 or float32; prepared; or an unprepared 8-bit tensor (a tied embedding). Others
+        are right but slow: unprepared 4-bit weights are laid out anew on each call, float16 takes XLA's path.
+      layer: int scalar, traced.
+      interpret: for tests without a TPU: True or `pltpu.InterpretParams`.
+
+    Returns:
+      float32 [..., O].
+    """
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    x = x.astype(jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16)
+    if isinstance(w, QuantizedTensor) and w.bits == 4:
+        w = _relayout(quant.layer_slice(w, layer[0]))
+        w, layer = jax.tree.map(lambda array: array[None], w), jnp.zeros_like(layer)
+    if isinstance(w, PreparedTensor):
+        x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, w.padded_columns - w.columns),))
+        return _on_shards(functools.partial(_packed_matmul, interpret=interpret), x, w, layer, w.axes)
+    if isinstance(w, QuantizedTensor):
+        x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, w.padded_columns - w.columns),))
+        mesh = mesh_of(x, w.codes)
+        axes = (split(mesh, "model", w.shape[-2]) if mesh else None, None)  # as embeddings are sharded
+        return _on_shards(functools.partial(_rows_matmul, interpret=interpret), x, w, layer, axes)
+    if w.dtype not in (jnp.bfloat16, jnp.float32) or mesh_of(x, w):
+        # XLA partitions its own dot, and reads bfloat16 out of the stack without a copy as well.
+        return reference.stacked_matmul(x, w, layer[0])
+    return _float_matmul(x, w, layer, interpret=interpret)
+
+
+# --- layout
+
+
+def _prepare_tensor(q: QuantizedTensor) -> PreparedTensor:
+    sharding = getattr(q.codes, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return _laid_out(q, _relayout, jax.tree.map(lambda part: sharding, jax.eval_shape(_relayout, q)))
+    mesh, spec = sharding.mesh, (*sharding.spec, *(None,) * (q.ndim - len(sharding.spec)))
+    parts = [mesh.shape[axis] if axis else 1 for axis in spec[-2:]]
+    # The contraction axis is split between groups and tiles only, else it is whole on every device.
+    if _padded_columns(q) % (parts[1] * max(_LANES, q.group if q.scales.shape[-1] > 1 else 1)):
+        spec, parts = (*spec[:-1], None), [parts[0], 1]
+    axes = (spec[-2], spec[-1])
+    relayout = functools.partial(_relayout, axes=axes, parts=(parts[0], parts[1]))
+    shardings = jax.tree.map(
+        lambda part: NamedSharding(mesh, PartitionSpec(*spec[:-2], *_part_spec(axes, part))),
+        jax.eval_shape(relayout, q),
+    )
+    return _laid_out(q, relayout, shardings)
+
+
+def _laid_out(
+    q: QuantizedTensor, relayout: Callable[[QuantizedTensor], PreparedTensor], shardings: PreparedTensor
+) -> PreparedTensor:
+    """The prepared tensor in its shardings; abstract if `q` is."""
+    if not isinstance(q.codes, jax.ShapeDtypeStruct):
+        return jax.jit(relayout, out_shardings=shardings)(q)
+    return jax.tree.map(
+        lambda part, sharding: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding),
+        jax.eval_shape(relayout, q),
+        shardings,
+    )
+
+
+def _part_spec(axes: tuple[str | None, str | None], part: Any) -> tuple[str | None, str | None]:
+    """How codes, scales or mins [.., rows, O] are split: a single row of scales is whole on each device."""
+    return (axes[1] if part.shape[-2] > 1 else None, axes[0])
+
+
+def _relayout(
+    q: QuantizedTensor,
+    *,
+    axes: tuple[str | None, str | None] = (None, None),
+    parts: tuple[int, int] = (1, 1),
+) -> PreparedTensor:
+    """Turns, flips and pads; `axes` and `parts`: the mesh axes O and I are split over, and into how many."""
+    padded = _padded_columns(q)
+    grouped = q.scales.shape[-1] > 1
+
+    def turned_codes() -> Array:
+        turned = jnp.swapaxes(q.codes, -1, -2)
+        if q.bits == 4 and q.affine:
+            turned = turned ^ jnp.uint8(0x88)
+        turned = _pad_end(turned, -2, padded * q.bits // 8)
+        return _pad_parts(turned, -1, parts[0], _LANES)
+
+    def turned_scales(part: quant.Array) -> Array:
+        turned = jnp.swapaxes(_without_float16(part), -1, -2)
+        if grouped:
+            turned = _pad_parts(_pad_end(turned, -2, padded // q.group), -2, parts[1], 8)
+        return _pad_parts(turned, -1, parts[0], _LANES)
+
+    return PreparedTensor(
+        codes=turned_codes(),
+        scales=turned_scales(q.scales),
+        mins=None if q.mins is None else turned_scales(q.mins),
+        bits=q.bits,
+        group=q.group if grouped else padded,
+        rows=q.shape[-2],
+        columns=q.columns,
+        axes=axes,
+    )
+
+
+def _padded_columns(q: QuantizedTensor) -> int:
+    return -(-q.padded_columns // _LANES) * _LANES
+
+
+def _pad_end(array: Array, axis: int, size: int) -> Array:
+    pads = [(0, 0)] * array.ndim
+    pads[axis] = (0, size - array.shape[axis])
+    return jnp.pad(array, pads)
+
+
+def _pad_parts(array: Array, axis: int, parts: int, multiple: int) -> Array:
+    """Pads each of the equal parts of an axis to a multiple."""
+    axis %= array.ndim
+    size = array.shape[axis] // parts
+    if size % multiple == 0:
+        return array
+    split_up = array.reshape(*array.shape[:axis], parts, size, *array.shape[axis + 1 :])
+    padded = _pad_end(split_up, axis + 1, -(-size // multiple) * multiple)
+    return padded.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
+
+
+def _without_float16(part: quant.Array) -> Array:
+    part = jnp.asarray(part)
+    return lax.bitcast_convert_type(part, jnp.uint16) if part.dtype == jnp.float16 else part
+
+
+def _widen_scales(bits: Array) -> Array:
+    """float32 values of float16 bits (IEEE 754 binary16, finite ones), by arithmetic; float32 as is."""
+    if bits.dtype == jnp.float32:
+        return bits
+    wide = bits.astype(jnp.int32)
+    magnitude = wide & 0x7FFF
+    normal = lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
+    subnormal = magnitude.astype(jnp.float32) * jnp.float32(2**-24)
+    value = jnp.where(magnitude < 0x400, subnormal, normal)
+    return jnp.where(wide > 0x7FFF, -value, value)
+
+
+# --- shards
+
+
+def _on_shards(
+    matmul: Callable[..., Array], x: Array, w: Any, layer: Array, axes: tuple[str | None, str | None]
+) -> Array:
+    """Runs a product on each device's part of the weights; parts of a split contraction are summed."""
+    mesh = mesh_of(x, w.codes)
+    columns = w.shape[-2]  # outputs, without the padding
+    if mesh is None:
+        return matmul(x, w, layer)[..., :columns]
+    rows, inner = axes
+    columns //= mesh.shape[rows] if rows else 1
+    natural = isinstance(w, QuantizedTensor)
+    lead = (split(mesh, "data", x.shape[0]), *(None,) * (x.ndim - 2)) if x.ndim > 1 else ()
+    spec = jax.tree.map(
+        lambda part: PartitionSpec(None, *((rows, inner) if natural else _part_spec(axes, part))), w
+    )
+
+    def local(x: Array, w: Any, layer: Array) -> Array:
+        y = matmul(x, w, layer)[..., :columns]
+        return lax.psum(y, inner) if inner else y
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*lead, inner), spec, PartitionSpec()),
+        out_specs=PartitionSpec(*lead, rows),
+        check_vma=False,
+    )(x, w, layer)
+
+
+# --- quantized weights, prepared: codes [L, Ip, O]
+
+
+def _packed_matmul(x: Array, w: PreparedTensor, layer: Array, *, interpret: Any) -> Array:
+    flat = x.reshape(-1, x.shape[-1])
+    rows, inner = flat.shape
+    out = w.codes.shape[-1]
+    column_bytes = w.nbytes // (w.codes.shape[0] * out)
+    bm, bo = _row_block(flat), _column_block(column_bytes, out)
+    operands = [w.codes, w.scales] + ([] if w.mins is None else [w.mins])
+    group = inner if w.scales.shape[-2] == 1 else w.group
+    kernel = functools.partial(_packed_kernel, bits=w.bits, group=group, chunk=_chunk(bm, inner, group))
+    y = _call(
+        kernel,
+        grid=(pl.cdiv(rows, bm), pl.cdiv(out, bo)),
+        in_specs=[
+            pl.BlockSpec((bm, inner), lambda i, j, layer: (i, 0)),
+            *(
+                pl.BlockSpec((None, part.shape[1], bo), lambda i, j, layer: (layer[0], 0, j))
+                for part in operands
+            ),
+        ],
+        out_specs=pl.BlockSpec((bm, bo), lambda i, j, layer: (i, j)),
+        out_shape=(rows, out),
+        cost=_cost(flat, out, column_bytes * out),
+        interpret=interpret,
+    )(layer, flat, *operands)
+    return y.reshape(*x.shape[:-1], out)
+
+
+def _packed_kernel(
+    layer_ref: Any,
+    x_ref: Any,
+    codes_ref: Any,
+    scales_ref: Any,
+    *refs: Any,
+    bits: int,
+    group: int,
+    chunk: int,
+) -> None:
+    """x [bm, Ip], codes [Ip*bits/8, bo], scales [Ip/G, bo] (and mins) -> out [bm, bo]."""
+    *mins_ref, out_ref = refs
+    inner = x_ref.shape[1]
+    per_channel = group == inner
+
+    def add(span: Span, size: int) -> None:
+        x, codes = x_ref[:, span(1)], codes_ref[span(8 // bits), :]
+        if bits == 4:
+            codes = pltpu.bitcast(codes, jnp.int4)
+        if per_channel:
+            out_ref[...] += _dot(x, codes)
+            return
+        scales = _widen_scales(scales_ref[span(group), :])
+        mins = _minimum(mins_ref[0][span(group), :], scales, bits) if mins_ref else None
+        product = _spread_product if _is_spread(x.shape[0], size // group) else _scaled_product
+        out_ref[...] += product(x, codes, scales, mins, group)
+
+    out_ref[...] = jnp.zeros_like(out_ref)
+    _for_chunks(inner, chunk, add)
+    if per_channel:
+        scales = _widen_scales(scales_ref[...])
+        mins = _minimum(mins_ref[0][...], scales, bits) if mins_ref else None
+        _apply_channel(out_ref, x_ref, scales, mins)
+
+
+def _apply_channel(out_ref: Any, x_ref: Any, scales: Array, mins: Array | None = None) -> None:
+    """Scales sums of codes [bm, bo] by one scale (and minimum) an output, [1, bo]."""
+    y = out_ref[...] * scales
+    if mins is not None:
+        y += x_ref[...].astype(jnp.float32).sum(1, keepdims=True) * mins
+    out_ref[...] = y
+
+
+def _minimum(bits_of_mins: Array, scales: Array, bits: int) -> Array:
+    mins = _widen_scales(bits_of_mins)
+    return mins + 8 * scales if bits == 4 else mins  # 4-bit codes are stored minus 8
+
+
+def _spread_product(
+    x: Array, codes: Array, scales: Array, mins: Array | None, group: int, *, transposed: bool = False
+) -> Array:
+    """Few rows of x: each is spread to one row a group, zero elsewhere; scales meet sums and not weights.
+
+    sum_i x[m, i] s[g(i), o] c[i, o] = sum_g s[g, o] (sum_i X[m, g, i] c[i, o]) with X[m, g, i] = x[m, i]
+    where i is in group g, else 0. The matrix unit takes up to 128 rows in the time of 8, while a
+    multiplication per weight on the vector unit would take longer than the weight's read; and nothing is
+    rounded but x.
+
+    Args:
+      x: [M, C].
+      codes: [C, bo], integers; [bo, C] if transposed.
+      scales, mins: float32 [C/G, bo].
+      group: G.
+    """
+    rows, cols = x.shape
+    groups = cols // group
+    # Position within the group of each row. (Mosaic divides integers, but slowly.)
+    offset = lax.broadcasted_iota(jnp.int32, (groups, cols), 1)
+    offset -= group * lax.broadcasted_iota(jnp.int32, (groups, cols), 0)
+    own = (offset >= 0) & (offset < group)
+    spread = jnp.where(own[None], x.astype(jnp.float32)[:, None, :], 0.0)  # [M, C/G, C]
+    sums = _dot(spread.reshape(rows * groups, cols).astype(x.dtype), codes, transposed=transposed)
+    y = sums.reshape(rows, groups, -1) * scales
+    if mins is not None:
+        y += spread.sum(2, keepdims=True) * mins
+    return y.sum(1)
+
+
+def _scaled_product(x: Array, codes: Array, scales: Array, mins: Array | None, group: int) -> Array:
+    """Many rows of x: the weights are dequantized, to the dtype of x, and multiplied. Shapes as above."""
+    cols, out = codes.shape
+    w = codes.astype(jnp.float32).reshape(cols // group, group, out) * scales[:, None, :]
+    if mins is not None:
+        w += mins[:, None, :]
+    return _dot(x, w.reshape(cols, out))
+
+
+def _is_spread(rows: int, groups: int) -> bool:
+    return groups % 8 == 0 and rows * groups <= _SPREAD_ROWS
+
+
+def _chunk(rows: int, inner: int, group: int) -> int:
+    """Weights of a column the inner loop handles at once: a multiple of 256, and of 8 groups if grouped."""
+    if group >= inner:
+        return min(1024, inner)
+    groups = 8
+    while groups * 2 * group <= 1024 and rows * groups * 2 <= _SPREAD_ROWS // 2:
+        groups *= 2
+    return groups * group
+
+
+# --- weights as they lie: [L, O, I]
+
+
+def _rows_matmul(x: Array, w: QuantizedTensor, layer: Array, *, interpret: Any) -> Array:
+    """8-bit codes [L, O, Ip], scales [L, O, Ip/G]: an embedding that is the output head too."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows, inner = flat.shape
+    out = w.codes.shape[1]
+    column_bytes = w.nbytes // (w.codes.shape[0] * out)
+    bm, bo = min(_row_block(flat), 32), _column_block(column_bytes, out)
+    scales = [_without_float16(part) for part in (w.scales, w.mins) if part is not None]
+    groups = scales[0].shape[-1]
+    y = _call(
+        functools.partial(_rows_kernel, group=w.group, chunk=_chunk(bm, inner, w.group)),
+        grid=(pl.cdiv(rows, bm), pl.cdiv(out, bo)),
+        in_specs=[
+            pl.BlockSpec((bm, inner), lambda i, j, layer: (i, 0)),
+            *(
+                pl.BlockSpec((None, bo, part.shape[2]), lambda i, j, layer: (layer[0], j, 0))
+                for part in (w.codes, *scales)
+            ),
+        ],
+        out_specs=pl.BlockSpec((bm, bo), lambda i, j, layer: (i, j)),
+        out_shape=(rows, out),
+        scratch_shapes=[pltpu.VMEM((groups, bo), jnp.float32) for _ in scales],
+        cost=_cost(flat, out, column_bytes * out),
+        interpret=interpret,
+    )(layer, flat, w.codes, *scales)
+    return y.reshape(*x.shape[:-1], out)
+
+
+def _rows_kernel(
+    layer_ref: Any, x_ref: Any, codes_ref: Any, scales_ref: Any, *refs: Any, group: int, chunk: int
+) -> None:
+    """x [bm, Ip], codes [bo, Ip], scales [bo, Ip/G] (and mins) -> out [bm, bo]; scratch [Ip/G, bo]."""
+    affine = len(refs) == 4
+    out_ref, scratch = refs[1 if affine else 0], refs[2 if affine else 1 :]
+    for source, turned in zip((scales_ref, *refs[: len(scratch) - 1]), scratch, strict=True):
+        turned[...] = _widen_scales(source[...]).T
+    out_ref[...] = jnp.zeros_like(out_ref)
+
+    per_channel = group == x_ref.shape[1]
+
+    def add(span: Span, size: int) -> None:
+        if per_channel:
+            out_ref[...] += _dot(x_ref[:, span(1)], codes_ref[:, span(1)], transposed=True)
+            return
+        parts = [part[span(group), :] for part in scratch]
+        mins = parts[1] if affine else None
+        out_ref[...] += _spread_product(
+            x_ref[:, span(1)], codes_ref[:, span(1)], parts[0], mins, group, transposed=True
+        )
+
+    _for_chunks(x_ref.shape[1], chunk, add)
+    if per_channel:
+        _apply_channel(out_ref, x_ref, *(part[...] for part in scratch))
+
+
+def _float_matmul(x: Array, w: Array, layer: Array, *, interpret: Any) -> Array:
+    """Float weights [L, O, I]."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows, inner = flat.shape
+    out = w.shape[1]
+    column_bytes = inner * w.dtype.itemsize
+    bm, bo = _row_block(flat), _column_block(column_bytes, out)
+    y = _call(
+        _float_kernel,
+        grid=(pl.cdiv(rows, bm), pl.cdiv(out, bo)),
+        in_specs=[
+            pl.BlockSpec((bm, inner), lambda i, j, layer: (i, 0)),
+            pl.BlockSpec((None, bo, inner), lambda i, j, layer: (layer[0], j, 0)),
+        ],
+        out_specs=pl.BlockSpec((bm, bo), lambda i, j, layer: (i, j)),
+        out_shape=(rows, out),
+        cost=_cost(flat, out, column_bytes * out),
+        interpret=interpret,
+    )(layer, flat, w)
+    return y.reshape(*x.shape[:-1], out)
+
+
+def _float_kernel(layer_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any) -> None:
+    out_ref[...] = jnp.zeros_like(out_ref)
+
+    def add(span: Span, size: int) -> None:
+        out_ref[...] += _dot(x_ref[:, span(1)], w_ref[:, span(1)], transposed=True)
+
+    _for_chunks(x_ref.shape[1], 1024, add)
+
+
+# --- shared
+
+
+def _call(
+    kernel: Callable[..., None],
+    *,
+    grid: tuple[int, int],
+    in_specs: list[Any],
+    out_specs: Any,
+    out_shape: tuple[int, int],
+    cost: pl.CostEstimate,
+    interpret: Any,
+    scratch_shapes: tuple[Any, ...] | list[Any] = (),
+) -> Callable[..., Array]:
+    """A kernel over (blocks of rows of x, blocks of outputs) whose index maps see the layer."""
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch_shapes,
+        ),
+        out_shape=jax.ShapeDtypeStruct(out_shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM_LIMIT
+        ),
+        cost_estimate=cost,
+        interpret=interpret,
+        name="stacked_matmul",
+    )
+
+
+def _dot(x: Array, w: Array, *, transposed: bool = False) -> Array:
+    """x [M, C] times w [C, bo], or [bo, C] if transposed, in the dtype of x, summed in float32."""
+    w = w.astype(jnp.float32).astype(x.dtype) if w.dtype == jnp.int4 else w.astype(x.dtype)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dims = (((1,), (1 if transposed else 0,)), ((), ()))
+    return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+Span = Callable[[int], Any]
+"""Of a part of the contraction axis: its slice along an axis where so many weights share an entry."""
+
+
+def _for_chunks(length: int, chunk: int, add: Callable[[Span, int], None]) -> None:
+    """Calls `add(span, size)` over [0, length): a loop over whole chunks, then what is left."""
+    whole = length // chunk
+
+    def static(start: int, size: int) -> None:
+        add(lambda per: pl.ds(start // per, size // per), size)
+
+    def body(i: Array, _: None) -> None:
+        add(lambda per: pl.ds(pl.multiple_of(i * (chunk // per), chunk // per), chunk // per), chunk)
+
+    if whole == 1:
+        static(0, chunk)
+    elif whole:
+        lax.fori_loop(0, whole, body, None)
+    if length % chunk:
+        static(whole * chunk, length % chunk)
+
+
+def _row_block(x: Array) -> int:
+    """Rows of x [M, I] a block holds: all, or a multiple of 16 that fits."""
+    fitting = _X_BLOCK_BYTES // (x.shape[1] * x.dtype.itemsize)
+    return x.shape[0] if x.shape[0] <= fitting else max(fitting // 16 * 16, 16)
+
+
+def _column_block(column_bytes: int, columns: int) -> int:
+    """Outputs a block of weights holds: all, or a multiple of 128, by the bytes of one output's weights."""
+    least, most = _WEIGHT_BLOCK_BYTES
+    target = min(max(column_bytes * columns // 8, least), most)
+    fitting = max(min(target // column_bytes, 1024) // _LANES, 1) * _LANES
+    return columns if columns <= fitting else fitting
+
+
+def _cost(x: Array, out: int, weight_bytes: int) -> pl.CostEstimate:
+    rows, inner = x.shape
+    return pl.CostEstimate(
+        flops=2 * rows * inner * out,
+        bytes_accessed=weight_bytes + x.size * x.dtype.itemsize + rows * out * 4,
+        transcendentals=0,
+    )
