@@ -106,27 +106,65 @@ class PreparedTensor:
         return sum(part.size * part.dtype.itemsize for part in parts if part is not None)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EmbeddingTensor:
+    """A quantized embedding [V, D] as it was loaded; indexing it gives rows, dequantized.
+
+    A lookup of a single row becomes a dynamic slice, for which XLA copies all the 8-bit codes into another
+    tiling; a gather of two rows it does in place.
+    """
+
+    weight: QuantizedTensor
+
+    def __getitem__(self, ids: Array) -> Array:
+        """Rows `ids` [...], float32 [..., D]."""
+        if ids.size > 1:
+            return quant.rows(self.weight, ids)
+        return quant.rows(self.weight, jnp.repeat(ids.reshape(1), 2))[:1].reshape(*ids.shape, -1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[V, D]."""
+        return self.weight.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self.weight.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.weight.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.weight.nbytes
+
+
 def prepare(params: dict[str, Any]) -> dict[str, Any]:
     """Puts quantized weights into the kernels' layout, once, one tensor at a time.
 
-    The token and position embeddings stay as they are: their rows are looked up. Where the output head is
-    tied to the embedding the product reads that layout. Weights that are not quantized are read as they lie
-    too.
+    The token embedding keeps its layout, for its rows are looked up; where the output head is tied to it, the
+    product reads that layout. So do those with weights that are not quantized.
 
     Args:
       params: name -> array or QuantizedTensor, of jax arrays or, to compile ahead of time, ShapeDtypeStructs.
     """
-    return {
-        name: _prepare_tensor(value)
-        if isinstance(value, QuantizedTensor) and name not in ("embed.weight", "positions.weight")
-        else value
-        for name, value in params.items()
-    }
+
+    def prepared(name: str, value: Any) -> Any:
+        if not isinstance(value, QuantizedTensor):
+            return value
+        return EmbeddingTensor(value) if name == "embed.weight" else _prepare_tensor(value)
+
+    return {name: prepared(name, value) for name, value in params.items()}
 
 
 def stacked_matmul(
     x: Array,
-    w: Array | QuantizedTensor | PreparedTensor,
+    w: Array | QuantizedTensor | PreparedTensor | EmbeddingTensor,
     layer: Array | int,
     *,
     interpret: Any = False,
@@ -143,11 +181,13 @@ def stacked_matmul(
     Returns:
       float32 [..., O].
     """
+    if isinstance(w, EmbeddingTensor):
+        return stacked_matmul(x, w.weight, layer, interpret=interpret)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     x = x.astype(jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16)
     if isinstance(w, QuantizedTensor) and w.bits == 4:
-        w = _relayout(quant.layer_slice(w, layer[0]))
-        w, layer = jax.tree.map(lambda array: array[None], w), jnp.zeros_like(layer)
+        stack = jax.tree.map(lambda part: part[None], _relayout(quant.layer_slice(w, layer[0])))
+        return stacked_matmul(x, stack, 0, interpret=interpret)
     if isinstance(w, PreparedTensor):
         x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, w.padded_columns - w.columns),))
         return _on_shards(functools.partial(_packed_matmul, interpret=interpret), x, w, layer, w.axes)
@@ -157,7 +197,7 @@ def stacked_matmul(
         axes = (split(mesh, "model", w.shape[-2]) if mesh else None, None)  # as embeddings are sharded
         return _on_shards(functools.partial(_rows_matmul, interpret=interpret), x, w, layer, axes)
     if w.dtype not in (jnp.bfloat16, jnp.float32) or mesh_of(x, w):
-        # XLA partitions its own dot, and reads bfloat16 out of the stack without a copy as well.
+        # XLA partitions its own dot, and fuses the read of one layer into it.
         return reference.stacked_matmul(x, w, layer[0])
     return _float_matmul(x, w, layer, interpret=interpret)
 

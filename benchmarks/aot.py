@@ -1,0 +1,307 @@
+"""Compiles the engine's decode and prefill steps for a chip that is not here, and says what they need.
+
+    python -m benchmarks.aot --target v5e --shape llama-3-8b --quant int4
+    python -m benchmarks.aot --target v6e --shape llama-3-8b --quant int8 --mesh 2x2
+
+Nothing is run. TPU targets need `pip install "jaxchat[tpu]"` (libtpu compiles without a TPU). The last line
+is one JSON object. Its roofline is bandwidth alone: the bytes of a decode step at the rate the chip reads
+memory.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from benchmarks import common
+from jaxchat import engine, quant, sharding
+from jaxchat.config import ModelConfig
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.families import parameter_table
+from jaxchat.layer_plan import LayerPlan
+from jaxchat.model import KVCache, Params
+from jaxchat.pallas import Kernels
+from jaxchat.pallas.backends import pallas_tpu
+from jaxchat.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A device to compile for.
+
+    Attributes:
+      chip: `--target`.
+      platform: of `jax.experimental.topologies`.
+      one, four: topology names of one device and of a 2x2 mesh.
+      bandwidth: bytes a second a device reads from its memory.
+      kernels: what makes the implementations that run there.
+    """
+
+    chip: str
+    platform: str
+    one: str
+    four: str
+    bandwidth: float
+    kernels: Callable[[], Kernels]
+
+
+TARGETS = {
+    target.chip: target
+    for target in (
+        # Bandwidths: `pltpu.get_tpu_info_for_chip` of JAX 0.10.2. A tpu7x chip shows as two devices, and has
+        # 7.4 TB/s for both.
+        Target("v5e", "tpu", "v5e:1x1", "v5e:2x2", 0.82e12, pallas_tpu),
+        Target("v6e", "tpu", "v6e:1x1", "v6e:2x2", 1.64e12, pallas_tpu),
+        Target("tpu7x", "tpu", "tpu7x:1x1x1", "tpu7x:2x2x1", 3.7e12, pallas_tpu),
+    )
+}
+"""What `--target` accepts."""
+
+MESHES = {"1x1": 1, "2x2": 4}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", default="v5e", help=f"chip: {', '.join(TARGETS)}")
+    parser.add_argument("--shape", choices=sorted(common.SHAPES), default="llama-3-8b", help="model shape")
+    parser.add_argument(
+        "--quant", default="int4", help="of the weights, as in jaxchat.generate; none: bfloat16"
+    )
+    parser.add_argument("--mesh", choices=sorted(MESHES), default="1x1", help="2x2: four devices, one model")
+    parser.add_argument("--batch", type=int, default=1, help="sequences decoded together")
+    parser.add_argument("--context", type=int, default=2048, help="rows of the KV cache")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the prefill step")
+    parser.add_argument("--layers", type=int, help="only so many layers; default the shape's own")
+    args = parser.parse_args(argv)
+    for name in ("batch", "context", "prompt"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    return args
+
+
+def devices_of(target: Target, mesh: str) -> Sequence[Any]:
+    """The devices to compile for, described by libtpu.
+
+    Raises:
+      UsageError: libtpu is not installed, or knows no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UsageError('--target needs libtpu to compile with: pip install "jaxchat[tpu]"')
+    # Keeps libtpu from looking for a TPU, and for the cloud machine around it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    from jax.experimental import topologies
+
+    count = MESHES[mesh]
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
+    name = target.one if count == 1 else target.four
+    topology = topologies.get_topology_desc(platform=target.platform, topology_name=name, **options)
+    return topology.devices[:count]
+
+
+class Steps:
+    """The abstract arguments of the engine's steps: shapes, dtypes and where they lie; no data."""
+
+    def __init__(self, config: ModelConfig, target: Target, mesh: str, fmt: quant.QuantFormat | None):
+        devices = np.array(devices_of(target, mesh)).reshape(1, -1)
+        self.config = config
+        self.mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        self.kernels = target.kernels()
+        self.dtype = jnp.dtype(jnp.bfloat16)
+        loaded = {param.name: self._parameter(param, fmt) for param in parameter_table(config)}
+        self.params: Params = self.kernels.prepare(loaded)
+
+    def _parameter(self, param: Any, fmt: quant.QuantFormat | None) -> Any:
+        where = sharding.param_sharding(param, self.config, self.mesh)
+        shape = param.stacked_shape(self.config)
+        chosen = quant.format_for(param, fmt)
+        if chosen is None:
+            return jax.ShapeDtypeStruct(shape, self.dtype, sharding=where)
+        return jax.tree.map(lambda part: self._part(part, where), quant.empty(shape, chosen))
+
+    def _part(self, part: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+        # A scale a row cannot be split along the row.
+        spec = (*where.spec, *(None,) * (part.ndim - len(where.spec)))
+        spec = tuple(
+            axis if axis and size % self.mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, part.shape, strict=True)
+        )
+        placed = NamedSharding(self.mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=placed)
+
+    def cache(self, batch: int, capacity: int) -> KVCache:
+        """The KV cache [P, B, K, S, H], sharded as the engine does."""
+        config = self.config
+        shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
+        where = sharding.cache_sharding(config, self.mesh, batch)
+        part: Any = jax.ShapeDtypeStruct(shape, self.dtype, sharding=where)
+        return KVCache(part, part)
+
+    def everywhere(self, tree: Any) -> Any:
+        """Small state: whole on each device."""
+        where = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+
+    def compile_decode(self, batch: int, capacity: int) -> Any:
+        """The executable that turns one token of each sequence into the next."""
+        ints, vocab = np.zeros(batch, np.int32), self.config.vocab_size
+        keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(ints.astype(np.uint32)))
+        mask, counts = (jax.ShapeDtypeStruct((batch, vocab), dtype) for dtype in (bool, jnp.int32))
+        state = (self._plan(), ints, ints, ints, SamplingParams.make(batch), keys, mask, counts)
+        return self._compile(engine._decode, self.cache(batch, capacity), state)
+
+    def compile_prefill(self, batch: int, capacity: int, tokens: int) -> Any:
+        """The executable that appends a chunk of a prompt."""
+        ints = np.zeros(batch, np.int32)
+        state = (self._plan(), np.zeros((batch, tokens), np.int32), ints, ints, ints)
+        return self._compile(engine._prefill, self.cache(batch, capacity), state)
+
+    def _plan(self) -> Any:
+        return LayerPlan.identity(self.config.num_layers).arrays(self.config.num_layers)
+
+    def _compile(self, step: Any, cache: KVCache, state: Any) -> Any:
+        lowered = step.lower(
+            self.config, self.dtype, self.kernels, self.params, cache, *self.everywhere(state)
+        )
+        return lowered.compile()
+
+
+def large_copies(compiled: Any, least_bytes: int) -> list[str]:
+    """Instructions of an executable that copy, or lay out anew, arrays of at least so many bytes."""
+    found = []
+    for match in _COPY.finditer(compiled.as_text()):
+        kind, dims = match["type"], [int(n) for n in match["dims"].split(",") if n]
+        bits = int(re.sub(r"\D", "", kind.replace("bf16", "16").replace("pred", "8"))[-2:] or 8)
+        if int(np.prod(dims, dtype=np.int64)) * bits // 8 >= least_bytes:
+            found.append(match[0])
+    return found
+
+
+_COPY = re.compile(
+    r"%\S+ = \(?(?P<type>[a-z]+\d*)\[(?P<dims>[\d,]*)\]\S* (?:copy|copy-start|transpose|all-gather)\("
+)
+
+
+def figures(compiled: Any, seconds: float) -> dict[str, Any]:
+    """What `memory_analysis` says of an executable, in bytes on each device."""
+    memory = compiled.memory_analysis()
+    return {
+        "compile_s": seconds,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "large_copies": len(large_copies(compiled, 1 << 24)),
+    }
+
+
+def timed(compile_step: Callable[[], Any]) -> dict[str, Any]:
+    start = time.perf_counter()
+    compiled = compile_step()
+    return figures(compiled, time.perf_counter() - start)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Compiles both steps; the result is the JSON object."""
+    if args.target not in TARGETS:
+        raise UsageError(f"--target {args.target} is not supported; choose one of {', '.join(TARGETS)}")
+    target, config = TARGETS[args.target], common.shape_config(args.shape)
+    if args.layers:
+        config = dataclasses.replace(
+            config,
+            num_layers=args.layers,
+            layer_ropes=config.layer_ropes[: args.layers],
+            layer_windows=config.layer_windows[: args.layers],
+            layer_attn_scales=config.layer_attn_scales[: args.layers],
+        )
+    steps = Steps(config, target, args.mesh, quant.QuantFormat.parse(args.quant))
+    decode = timed(lambda: steps.compile_decode(args.batch, args.context))
+    prefill = timed(lambda: steps.compile_prefill(args.batch, args.context, args.prompt))
+
+    plan = LayerPlan.identity(config.num_layers)
+    weight_bytes = common.weight_bytes_per_step(config, _with_nbytes(steps.params), plan)
+    kv_bytes = common.kv_bytes_per_step(config, plan, args.context, steps.dtype.itemsize)
+    step_bytes = weight_bytes + args.batch * kv_bytes
+    devices = MESHES[args.mesh]
+    return {
+        "ok": True,
+        "target": args.target,
+        "shape": args.shape,
+        "layers": config.num_layers,
+        "quant": args.quant,
+        "mesh": args.mesh,
+        "batch": args.batch,
+        "context": args.context,
+        "prompt": args.prompt,
+        "argument_bytes": decode["argument_bytes"],
+        "temp_bytes": decode["temp_bytes"],
+        "weight_bytes_per_token": weight_bytes // args.batch,
+        "bytes_per_token": step_bytes // args.batch,
+        "bandwidth_gb_s": devices * target.bandwidth / 1e9,
+        "roofline_tok_s": args.batch * devices * target.bandwidth / step_bytes,
+        "decode": decode,
+        "prefill": prefill,
+        "run_on_hardware": False,
+        "jax": jax.__version__,
+    }
+
+
+def _with_nbytes(params: Params) -> Params:
+    """The parameters as zero-stride numpy arrays: abstract ones do not say how many bytes they take."""
+    return jax.tree.map(lambda part: np.broadcast_to(np.zeros((), part.dtype), part.shape), params)
+
+
+def print_report(result: dict[str, Any]) -> None:
+    """The result for a person."""
+    r = result
+    rows = [
+        ("model", f"{r['shape']}, {r['quant']}, {r['layers']} layers, batch {r['batch']}"),
+        ("target", f"{r['target']}, mesh {r['mesh']}; compiled, not run"),
+        (
+            "bytes per token",
+            f"{r['bytes_per_token'] / 1e6:.1f} MB, {r['weight_bytes_per_token'] / 1e6:.1f} of them weights "
+            f"(KV cache of {r['context']} rows)",
+        ),
+        ("roofline", f"{r['roofline_tok_s']:.1f} tokens/s at {r['bandwidth_gb_s']:.0f} GB/s"),
+    ]
+    for name in ("decode", "prefill"):
+        step = r[name]
+        rows.append(
+            (
+                f"{name} step",
+                f"{step['argument_bytes'] / 1e6:.1f} MB arguments and {step['temp_bytes'] / 1e6:.1f} MB "
+                f"temporaries a device, {step['large_copies']} large copies, "
+                f"compiles in {step['compile_s']:.1f} s",
+            )
+        )
+    common.print_table(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    # The CPU is where arrays of this process live; a TPU plugin would look for its hardware.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        result = measure(args)
+    except (UsageError, JaxchatError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print_report(result)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
