@@ -77,6 +77,8 @@ class Engine:
                 f"positions; choose at most {config.max_position_embeddings}"
             )
         self.config = config
+        if kernels == "auto" and mesh is not None and platform_of(params) == "cpu":
+            kernels = "reference"  # XLA does not partition calls of native functions
         self.kernels = pallas.select(kernels, platform_of(params))
         self.params = self.kernels.prepare(params)
         self.max_length = max_length or config.max_position_embeddings
@@ -634,10 +636,10 @@ def _grow(cache: KVCache, capacity: int) -> KVCache:
 
 
 def _chunk_length(remaining: int) -> int:
-    """The bucket for the next chunk: the next one up unless that is more than half padding."""
+    """The bucket for the next chunk: the next one up unless half of it would be padding."""
     up = next((b for b in PREFILL_BUCKETS if b >= remaining), None)
     down = max((b for b in PREFILL_BUCKETS if b <= remaining), default=None)
-    if up is not None and (down is None or up <= 2 * remaining):
+    if up is not None and (down is None or up < 2 * remaining):
         return up
     assert down is not None
     return down

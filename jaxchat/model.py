@@ -29,7 +29,11 @@ Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every slot of a plan. Rows beyond a sequence's length are stale and never read."""
+    """Keys and values of every slot of a plan.
+
+    Rows beyond a sequence's length are stale. Their weight is 0, so they must be finite: all that a working
+    model writes is, and the engine drops a cache after non-finite logits.
+    """
 
     k: jax.Array  # [P, B, K, S, H]
     v: jax.Array  # [P, B, K, S, H]

@@ -16,6 +16,7 @@ import jaxchat
 
 TARGETS = {
     "jaxchat_stacked_matmul": "JaxchatStackedMatmul",
+    "jaxchat_cache_attention": "JaxchatCacheAttention",
 }
 """XLA target name -> the library's symbol."""
 
@@ -73,9 +74,12 @@ def load(path: Path) -> _Native:
         wanted = os.environ.get("JAXCHAT_CPU_ISA")
         return _Native(why_not=f"no native kernels: JAXCHAT_CPU_ISA={wanted} names none that runs here")
     try:
+        # XLA refuses functions built against another API: here if its CPU backend is up, otherwise when that
+        # starts, which then fails.
+        jax.devices("cpu")
         for target, function in functions.items():
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
-    except Exception as error:  # of no documented type: the library was built against another jaxlib
+    except Exception as error:  # its type is not documented
         return _Native(why_not=f"no native kernels: {_one_line(error)}; reinstall jaxchat")
     return _Native(instruction_set=isa)
 

@@ -231,7 +231,6 @@ def test_rollback_sets_a_length_and_copies_nothing(engine):
     [
         ("k", np.nan),
         ("v", 1e30),
-        pytest.param("v", np.nan, marks=pytest.mark.xfail(reason="attention multiplies stale values by 0")),
     ],
 )
 def test_stale_rows_are_never_read(engine, part, poison):

@@ -28,12 +28,6 @@ def write_rows(
     # Rows out of range are dropped: padding is sent there.
     position = jnp.where(step < new[:, None], lengths[:, None] + step, cache.shape[3])  # [B, T]
     rows = rows.astype(cache.dtype)
-    if b == 1 and t == 1:
-        # One row: a plain slice update, kept as it was where the row is padding.
-        start = (slot, 0, 0, jnp.minimum(position[0, 0], cache.shape[3] - 1), 0)
-        row = rows.transpose(0, 2, 1, 3)[None]
-        old = lax.dynamic_slice(cache, start, row.shape)
-        return lax.dynamic_update_slice(cache, jnp.where(new[0] > 0, row, old), start)
     index = jnp.arange(b)[:, None, None], jnp.arange(k)[None, None], position[:, :, None]
     return cache.at[(slot, *index)].set(rows, mode="drop")
 

@@ -14,9 +14,6 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Up to so many rows of x the weights' bytes are the cost, and the exact kernels are used.
-constexpr int64_t kPreciseRows = 8;
-
 const Kernels* Pick() {
   switch (InstructionSet()) {
 #if defined(__x86_64__)
@@ -43,7 +40,7 @@ const void* AtLayer(const ffi::AnyBuffer& stack, int64_t layer) {
 
 ffi::Error StackedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer codes, ffi::AnyBuffer scales,
                          ffi::AnyBuffer mins, ffi::Buffer<ffi::S32> layer, ffi::Result<ffi::Buffer<ffi::F32>> y,
-                         int64_t kind, int64_t cols, int64_t group, bool affine) {
+                         int64_t kind, int64_t cols, int64_t group, bool affine, bool exact) {
   static const Kernels* const kernels = Pick();
   if (kernels == nullptr) return ffi::Error::Internal("no kernel for this processor");
   const int64_t stack = codes.dimensions()[0];
@@ -62,8 +59,7 @@ ffi::Error StackedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Any
   const int64_t m = x.dimensions()[0];
   const float* in = x.typed_data();
   float* out = y->typed_data();
-  const bool quantized = w.kind == Kind::kInt8 || w.kind == Kind::kInt4;
-  if (m <= kPreciseRows || !quantized) {
+  if (exact) {
     Memory prepared = Allocate(kernels->precise_bytes(w, m));
     kernels->precise_prepare(w, in, m, prepared.get());
     const int64_t chunk = std::clamp<int64_t>(w.rows / 16, 8, 512);
@@ -99,4 +95,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxchatStackedMatmul, jaxchat::StackedMatmul,
                                   .Attr<int64_t>("kind")
                                   .Attr<int64_t>("cols")
                                   .Attr<int64_t>("group")
-                                  .Attr<bool>("affine"));
+                                  .Attr<bool>("affine")
+                                  .Attr<bool>("exact"));

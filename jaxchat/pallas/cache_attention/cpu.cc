@@ -1,0 +1,71 @@
+// XLA foreign function: attention of new tokens over one slot of the slot-stacked KV cache.
+#include <memory>
+#include <vector>
+
+#include "../cpu_isa.h"
+#include "../cpu_parallel.h"
+#include "cpu_kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxchat {
+namespace {
+
+namespace ffi = xla::ffi;
+
+const AttentionKernels* Pick() {
+  switch (InstructionSet()) {
+#if defined(__x86_64__)
+    case Isa::kAvx512: return &Avx512AttentionKernels();
+    case Isa::kAvx2: return &Avx2AttentionKernels();
+#endif
+    case Isa::kPortable: return &PortableAttentionKernels();
+    default: return nullptr;
+  }
+}
+
+ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                          ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> scale,
+                          ffi::Buffer<ffi::S32> window, ffi::Result<ffi::Buffer<ffi::F32>> out, float softcap) {
+  static const AttentionKernels* const kernels = Pick();
+  if (kernels == nullptr) return ffi::Error::Internal("no kernel for this processor");
+  const auto q_dims = q.dimensions(), k_dims = k.dimensions();
+  Attention a{};
+  a.batch = q_dims[0];
+  a.tokens = q_dims[1];
+  a.heads = q_dims[2];
+  a.head_dim = q_dims[3];
+  a.kv_heads = k_dims[2];
+  a.capacity = k_dims[3];
+  const int64_t at = slot.typed_data()[0];
+  if (at < 0 || at >= k_dims[0]) return ffi::Error::InvalidArgument("slot out of range");
+  a.bfloat16 = k.element_type() != ffi::F32;  // cpu.py passes nothing else
+  const int64_t bytes = a.batch * a.kv_heads * a.capacity * a.head_dim * ffi::ByteWidth(k.element_type());
+  a.q = q.typed_data();
+  a.k = static_cast<const char*>(k.untyped_data()) + at * bytes;
+  a.v = static_cast<const char*>(v.untyped_data()) + at * bytes;
+  a.out = out->typed_data();
+  a.lengths = lengths.typed_data();
+  a.scale = scale.typed_data()[0];
+  a.window = window.typed_data()[0];
+  a.softcap = softcap;
+  std::vector<float> partial(kernels->partial_floats(a));
+  ParallelFor(pool, kernels->tasks(a), [&](int64_t task) { kernels->run(a, task, partial.data()); });
+  kernels->merge(a, partial.data());
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxchat
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxchatCacheAttention, jaxchat::CacheAttention,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<float>("softcap"));

@@ -1,0 +1,34 @@
+// One call of cache attention, and the kernel over it. Each instruction set compiles cpu_portable.cc once.
+#pragma once
+#include <cstdint>
+
+namespace jaxchat {
+
+struct Attention {
+  const float* q;  // [B, T, N, H]
+  const void* k;   // [B, K, S, H] of one slot
+  const void* v;
+  bool bfloat16;   // the cache holds the bits of bfloat16, else float32
+  float* out;      // [B, T, N, H]
+  int64_t batch, tokens, heads, kv_heads, capacity, head_dim;
+  const int32_t* lengths;  // [B], rows before the first new token
+  float scale, softcap;    // softcap 0: none
+  int64_t window;          // 0: all
+};
+
+// A task is one key/value head of one sequence, a tile of its new tokens and a split of the keys. Tiles and
+// splits depend on the shapes only, never on the threads, so neither do the results.
+struct AttentionKernels {
+  int64_t (*tasks)(const Attention&);
+  int64_t (*partial_floats)(const Attention&);  // room that the splits of a decode step need, may be 0
+  void (*run)(const Attention&, int64_t task, float* partial);
+  void (*merge)(const Attention&, const float* partial);  // after all tasks
+};
+
+const AttentionKernels& PortableAttentionKernels();
+#if defined(__x86_64__)
+const AttentionKernels& Avx2AttentionKernels();
+const AttentionKernels& Avx512AttentionKernels();
+#endif
+
+}  // namespace jaxchat
