@@ -107,57 +107,87 @@ class PreparedTensor:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingTensor:
-    """A quantized embedding [V, D] as it was loaded; indexing it gives rows, dequantized.
+    """An 8-bit embedding [V, D]: indexing gives rows, dequantized; if it is the output head too, a product.
 
-    A lookup of a single row becomes a dynamic slice, for which XLA copies all the 8-bit codes into another
-    tiling; a gather of two rows it does in place.
+    Attributes:
+      codes: int8 [V, Dp], Dp being D rounded up to a multiple of G and of 128.
+      scales: float16 or float32 [V * D/G]: in one dimension, which no tiling pads.
+      mins: None, or like `scales`.
+      head: () or what the product reads: scales (and minimums) as `PreparedTensor` has them, [Gp, Vp].
+      group, columns: G and D, static.
+      axes: static, the mesh axis that V is split over, and None.
     """
 
-    weight: QuantizedTensor
+    codes: Array
+    scales: Array
+    mins: Array | None
+    head: tuple[Array, ...]
+    group: int = dataclasses.field(metadata={"static": True})
+    columns: int = dataclasses.field(metadata={"static": True})
+    axes: tuple[str | None, str | None] = dataclasses.field(default=(None, None), metadata={"static": True})
 
     def __getitem__(self, ids: Array) -> Array:
         """Rows `ids` [...], float32 [..., D]."""
-        if ids.size > 1:
-            return quant.rows(self.weight, ids)
-        return quant.rows(self.weight, jnp.repeat(ids.reshape(1), 2))[:1].reshape(*ids.shape, -1)
+        # A lookup of one row becomes a dynamic slice, for which XLA copies all the codes into another tiling;
+        # a gather of two rows it does in place.
+        flat = jnp.repeat(ids.reshape(1), 2) if ids.size == 1 else ids.reshape(-1)
+        groups = self.scales.shape[0] // self.codes.shape[0]
+        where = flat[:, None] * groups + jnp.arange(groups)
+        rows = QuantizedTensor(
+            codes=self.codes[flat][:, : groups * self.group],
+            scales=self.scales[where],
+            mins=None if self.mins is None else self.mins[where],
+            bits=8,
+            group=self.group,
+            columns=self.columns,
+        )
+        return quant.dequantize(rows)[: ids.size].reshape(*ids.shape, self.columns)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[V, D]."""
-        return self.weight.shape
+        return (*self.codes.shape[:-1], self.columns)
 
     @property
     def ndim(self) -> int:
         """Number of axes."""
-        return self.weight.ndim
+        return self.codes.ndim
 
     @property
     def size(self) -> int:
         """Number of weights."""
-        return self.weight.size
+        return math.prod(self.shape)
+
+    @property
+    def padded_columns(self) -> int:
+        """Dp."""
+        return self.codes.shape[-1]
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return self.weight.nbytes
+        return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self))
 
 
 def prepare(params: dict[str, Any]) -> dict[str, Any]:
     """Puts quantized weights into the kernels' layout, once, one tensor at a time.
 
-    The token embedding keeps its layout, for its rows are looked up; where the output head is tied to it, the
-    product reads that layout. So do those with weights that are not quantized.
+    The token embedding keeps its order, for its rows are looked up; where the output head is tied to it, the
+    product reads that order. So do those with weights that are not quantized.
 
     Args:
       params: name -> array or QuantizedTensor, of jax arrays or, to compile ahead of time, ShapeDtypeStructs.
     """
+    tied = "lm_head.weight" not in params
 
     def prepared(name: str, value: Any) -> Any:
         if not isinstance(value, QuantizedTensor):
             return value
-        return EmbeddingTensor(value) if name == "embed.weight" else _prepare_tensor(value)
+        if name == "embed.weight":
+            return _prepare_embedding(value, tied) if value.bits == 8 else value
+        return _prepare_tensor(value)
 
     return {name: prepared(name, value) for name, value in params.items()}
 
@@ -173,29 +203,23 @@ def stacked_matmul(
 
     Args:
       x: [..., I], float32 or bfloat16. With bfloat16 every product is of bfloat16 values.
-      w: [L, O, I]: bfloat16 or float32; prepared; or an unprepared 8-bit tensor (a tied embedding). Others
-        are right but slow: unprepared 4-bit weights are laid out anew on each call, float16 takes XLA's path.
+      w: [L, O, I]: prepared, or bfloat16 or float32. Others are right but slow: quantized weights that are
+        not prepared are laid out anew on each call, float16 takes XLA's path.
       layer: int scalar, traced.
       interpret: for tests without a TPU: True or `pltpu.InterpretParams`.
 
     Returns:
       float32 [..., O].
     """
-    if isinstance(w, EmbeddingTensor):
-        return stacked_matmul(x, w.weight, layer, interpret=interpret)
+    if isinstance(w, QuantizedTensor):
+        stack = jax.tree.map(lambda part: part[None], _relayout(quant.layer_slice(w, layer)))
+        return stacked_matmul(x, stack, 0, interpret=interpret)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     x = x.astype(jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16)
-    if isinstance(w, QuantizedTensor) and w.bits == 4:
-        stack = jax.tree.map(lambda part: part[None], _relayout(quant.layer_slice(w, layer[0])))
-        return stacked_matmul(x, stack, 0, interpret=interpret)
-    if isinstance(w, PreparedTensor):
-        x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, w.padded_columns - w.columns),))
-        return _on_shards(functools.partial(_packed_matmul, interpret=interpret), x, w, layer, w.axes)
-    if isinstance(w, QuantizedTensor):
-        x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, w.padded_columns - w.columns),))
-        mesh = mesh_of(x, w.codes)
-        axes = (split(mesh, "model", w.shape[-2]) if mesh else None, None)  # as embeddings are sharded
-        return _on_shards(functools.partial(_rows_matmul, interpret=interpret), x, w, layer, axes)
+    if isinstance(w, PreparedTensor | EmbeddingTensor):
+        x = _pad_end(x, -1, w.padded_columns)
+        matmul = _packed_matmul if isinstance(w, PreparedTensor) else _rows_matmul
+        return _on_shards(functools.partial(matmul, interpret=interpret), x, w, layer)
     if w.dtype not in (jnp.bfloat16, jnp.float32) or mesh_of(x, w):
         # XLA partitions its own dot, and fuses the read of one layer into it.
         return reference.stacked_matmul(x, w, layer[0])
@@ -203,6 +227,56 @@ def stacked_matmul(
 
 
 # --- layout
+
+
+def _prepare_embedding(q: QuantizedTensor, tied: bool) -> EmbeddingTensor:
+    sharding: Any = getattr(q.codes, "sharding", None)
+    named = isinstance(sharding, NamedSharding)
+    axis = sharding.spec[0] if named and len(sharding.spec) else None
+    relayout = functools.partial(
+        _relayout_embedding, axis=axis, parts=sharding.mesh.shape[axis] if axis else 1, tied=tied
+    )
+    specs = _specs(jax.eval_shape(relayout, q))
+    shardings = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec) if named else sharding, specs)
+    return _laid_out(q, relayout, shardings)
+
+
+def _relayout_embedding(q: QuantizedTensor, *, axis: str | None, parts: int, tied: bool) -> EmbeddingTensor:
+    return EmbeddingTensor(
+        codes=_pad_end(jnp.asarray(q.codes), -1, _padded_columns(q)),
+        scales=jnp.ravel(q.scales),
+        mins=None if q.mins is None else jnp.ravel(q.mins),
+        head=tuple(_turned_scales(q, part, (parts, 1)) for part in _scales_of(q)) if tied else (),
+        group=q.group,
+        columns=q.columns,
+        axes=(axis, None),
+    )
+
+
+def _scales_of(q: QuantizedTensor) -> list[quant.Array]:
+    return [q.scales] if q.mins is None else [q.scales, q.mins]
+
+
+def _specs(w: Any) -> Any:
+    """How each part of a PreparedTensor or EmbeddingTensor, or of a stack of them, is split."""
+    outputs, inner = w.axes
+
+    def turned(part: Any) -> PartitionSpec:
+        # A single row of scales serves every part of a split contraction.
+        lead = (None,) * (part.ndim - 2)
+        return PartitionSpec(*lead, inner if part.shape[-2] > 1 else None, outputs)
+
+    if isinstance(w, PreparedTensor):
+        return jax.tree.map(turned, w)
+    lead = (None,) * (w.codes.ndim - 2)
+    flat = PartitionSpec(*lead, outputs)
+    return dataclasses.replace(
+        w,
+        codes=PartitionSpec(*lead, outputs, None),
+        scales=flat,
+        mins=None if w.mins is None else flat,
+        head=tuple(turned(part) for part in w.head),
+    )
 
 
 def _prepare_tensor(q: QuantizedTensor) -> PreparedTensor:
@@ -216,16 +290,12 @@ def _prepare_tensor(q: QuantizedTensor) -> PreparedTensor:
         spec, parts = (*spec[:-1], None), [parts[0], 1]
     axes = (spec[-2], spec[-1])
     relayout = functools.partial(_relayout, axes=axes, parts=(parts[0], parts[1]))
-    shardings = jax.tree.map(
-        lambda part: NamedSharding(mesh, PartitionSpec(*spec[:-2], *_part_spec(axes, part))),
-        jax.eval_shape(relayout, q),
-    )
+    specs = _specs(jax.eval_shape(relayout, q))
+    shardings = jax.tree.map(lambda part: NamedSharding(mesh, part), specs)
     return _laid_out(q, relayout, shardings)
 
 
-def _laid_out(
-    q: QuantizedTensor, relayout: Callable[[QuantizedTensor], PreparedTensor], shardings: PreparedTensor
-) -> PreparedTensor:
+def _laid_out(q: QuantizedTensor, relayout: Callable[[QuantizedTensor], Any], shardings: Any) -> Any:
     """The prepared tensor in its shardings; abstract if `q` is."""
     if not isinstance(q.codes, jax.ShapeDtypeStruct):
         return jax.jit(relayout, out_shardings=shardings)(q)
@@ -236,11 +306,6 @@ def _laid_out(
     )
 
 
-def _part_spec(axes: tuple[str | None, str | None], part: Any) -> tuple[str | None, str | None]:
-    """How codes, scales or mins [.., rows, O] are split: a single row of scales is whole on each device."""
-    return (axes[1] if part.shape[-2] > 1 else None, axes[0])
-
-
 def _relayout(
     q: QuantizedTensor,
     *,
@@ -249,31 +314,27 @@ def _relayout(
 ) -> PreparedTensor:
     """Turns, flips and pads; `axes` and `parts`: the mesh axes O and I are split over, and into how many."""
     padded = _padded_columns(q)
-    grouped = q.scales.shape[-1] > 1
-
-    def turned_codes() -> Array:
-        turned = jnp.swapaxes(q.codes, -1, -2)
-        if q.bits == 4 and q.affine:
-            turned = turned ^ jnp.uint8(0x88)
-        turned = _pad_end(turned, -2, padded * q.bits // 8)
-        return _pad_parts(turned, -1, parts[0], _LANES)
-
-    def turned_scales(part: quant.Array) -> Array:
-        turned = jnp.swapaxes(_without_float16(part), -1, -2)
-        if grouped:
-            turned = _pad_parts(_pad_end(turned, -2, padded // q.group), -2, parts[1], 8)
-        return _pad_parts(turned, -1, parts[0], _LANES)
-
+    codes = jnp.swapaxes(q.codes, -1, -2)
+    if q.bits == 4 and q.affine:
+        codes = codes ^ jnp.uint8(0x88)
     return PreparedTensor(
-        codes=turned_codes(),
-        scales=turned_scales(q.scales),
-        mins=None if q.mins is None else turned_scales(q.mins),
+        codes=_pad_parts(_pad_end(codes, -2, padded * q.bits // 8), -1, parts[0], _LANES),
+        scales=_turned_scales(q, q.scales, parts),
+        mins=None if q.mins is None else _turned_scales(q, q.mins, parts),
         bits=q.bits,
-        group=q.group if grouped else padded,
+        group=q.group if q.scales.shape[-1] > 1 else padded,
         rows=q.shape[-2],
         columns=q.columns,
         axes=axes,
     )
+
+
+def _turned_scales(q: QuantizedTensor, part: quant.Array, parts: tuple[int, int]) -> Array:
+    """Scales (or mins) [..., O, Ip/G] as [..., Gp, Op]."""
+    turned = jnp.swapaxes(_without_float16(part), -1, -2)
+    if turned.shape[-2] > 1:
+        turned = _pad_parts(_pad_end(turned, -2, _padded_columns(q) // q.group), -2, parts[1], 8)
+    return _pad_parts(turned, -1, parts[0], _LANES)
 
 
 def _padded_columns(q: QuantizedTensor) -> int:
@@ -318,20 +379,16 @@ def _widen_scales(bits: Array) -> Array:
 
 
 def _on_shards(
-    matmul: Callable[..., Array], x: Array, w: Any, layer: Array, axes: tuple[str | None, str | None]
+    matmul: Callable[..., Array], x: Array, w: PreparedTensor | EmbeddingTensor, layer: Array
 ) -> Array:
     """Runs a product on each device's part of the weights; parts of a split contraction are summed."""
     mesh = mesh_of(x, w.codes)
     columns = w.shape[-2]  # outputs, without the padding
     if mesh is None:
         return matmul(x, w, layer)[..., :columns]
-    rows, inner = axes
-    columns //= mesh.shape[rows] if rows else 1
-    natural = isinstance(w, QuantizedTensor)
+    outputs, inner = w.axes
+    columns //= mesh.shape[outputs] if outputs else 1
     lead = (split(mesh, "data", x.shape[0]), *(None,) * (x.ndim - 2)) if x.ndim > 1 else ()
-    spec = jax.tree.map(
-        lambda part: PartitionSpec(None, *((rows, inner) if natural else _part_spec(axes, part))), w
-    )
 
     def local(x: Array, w: Any, layer: Array) -> Array:
         y = matmul(x, w, layer)[..., :columns]
@@ -340,8 +397,8 @@ def _on_shards(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(*lead, inner), spec, PartitionSpec()),
-        out_specs=PartitionSpec(*lead, rows),
+        in_specs=(PartitionSpec(*lead, inner), _specs(w), PartitionSpec()),
+        out_specs=PartitionSpec(*lead, outputs),
         check_vma=False,
     )(x, w, layer)
 
@@ -480,59 +537,54 @@ def _chunk(rows: int, inner: int, group: int) -> int:
 # --- weights as they lie: [L, O, I]
 
 
-def _rows_matmul(x: Array, w: QuantizedTensor, layer: Array, *, interpret: Any) -> Array:
-    """8-bit codes [L, O, Ip], scales [L, O, Ip/G]: an embedding that is the output head too."""
+def _rows_matmul(x: Array, w: EmbeddingTensor, layer: Array, *, interpret: Any) -> Array:
+    """8-bit codes [L, O, Ip], scales [L, Gp, Op]: an embedding that is the output head too."""
     flat = x.reshape(-1, x.shape[-1])
     rows, inner = flat.shape
     out = w.codes.shape[1]
-    column_bytes = w.nbytes // (w.codes.shape[0] * out)
+    column_bytes = inner + sum(part.shape[1] * part.dtype.itemsize for part in w.head)
+    # Few rows at a time: scaled are sums, see `_spread_product`. Scaling weights would mean turning them.
     bm, bo = min(_row_block(flat), 32), _column_block(column_bytes, out)
-    scales = [_without_float16(part) for part in (w.scales, w.mins) if part is not None]
-    groups = scales[0].shape[-1]
+    group = inner if w.head[0].shape[1] == 1 else w.group
     y = _call(
-        functools.partial(_rows_kernel, group=w.group, chunk=_chunk(bm, inner, w.group)),
+        functools.partial(_rows_kernel, group=group, chunk=_chunk(bm, inner, group)),
         grid=(pl.cdiv(rows, bm), pl.cdiv(out, bo)),
         in_specs=[
             pl.BlockSpec((bm, inner), lambda i, j, layer: (i, 0)),
+            pl.BlockSpec((None, bo, inner), lambda i, j, layer: (layer[0], j, 0)),
             *(
-                pl.BlockSpec((None, bo, part.shape[2]), lambda i, j, layer: (layer[0], j, 0))
-                for part in (w.codes, *scales)
+                pl.BlockSpec((None, part.shape[1], bo), lambda i, j, layer: (layer[0], 0, j))
+                for part in w.head
             ),
         ],
         out_specs=pl.BlockSpec((bm, bo), lambda i, j, layer: (i, j)),
         out_shape=(rows, out),
-        scratch_shapes=[pltpu.VMEM((groups, bo), jnp.float32) for _ in scales],
         cost=_cost(flat, out, column_bytes * out),
         interpret=interpret,
-    )(layer, flat, w.codes, *scales)
+    )(layer, flat, w.codes, *w.head)
     return y.reshape(*x.shape[:-1], out)
 
 
 def _rows_kernel(
     layer_ref: Any, x_ref: Any, codes_ref: Any, scales_ref: Any, *refs: Any, group: int, chunk: int
 ) -> None:
-    """x [bm, Ip], codes [bo, Ip], scales [bo, Ip/G] (and mins) -> out [bm, bo]; scratch [Ip/G, bo]."""
-    affine = len(refs) == 4
-    out_ref, scratch = refs[1 if affine else 0], refs[2 if affine else 1 :]
-    for source, turned in zip((scales_ref, *refs[: len(scratch) - 1]), scratch, strict=True):
-        turned[...] = _widen_scales(source[...]).T
+    """x [bm, Ip], codes [bo, Ip], scales [Gp, bo] (and mins) -> out [bm, bo]."""
+    *mins_ref, out_ref = refs
+    per_channel = group == x_ref.shape[1]
     out_ref[...] = jnp.zeros_like(out_ref)
 
-    per_channel = group == x_ref.shape[1]
-
     def add(span: Span, size: int) -> None:
+        x, codes = x_ref[:, span(1)], codes_ref[:, span(1)]
         if per_channel:
-            out_ref[...] += _dot(x_ref[:, span(1)], codes_ref[:, span(1)], transposed=True)
+            out_ref[...] += _dot(x, codes, transposed=True)
             return
-        parts = [part[span(group), :] for part in scratch]
-        mins = parts[1] if affine else None
-        out_ref[...] += _spread_product(
-            x_ref[:, span(1)], codes_ref[:, span(1)], parts[0], mins, group, transposed=True
-        )
+        scales = _widen_scales(scales_ref[span(group), :])
+        mins = _widen_scales(mins_ref[0][span(group), :]) if mins_ref else None
+        out_ref[...] += _spread_product(x, codes, scales, mins, group, transposed=True)
 
     _for_chunks(x_ref.shape[1], chunk, add)
     if per_channel:
-        _apply_channel(out_ref, x_ref, *(part[...] for part in scratch))
+        _apply_channel(out_ref, x_ref, *(_widen_scales(ref[...]) for ref in (scales_ref, *mins_ref)))
 
 
 def _float_matmul(x: Array, w: Array, layer: Array, *, interpret: Any) -> Array:
@@ -578,7 +630,6 @@ def _call(
     out_shape: tuple[int, int],
     cost: pl.CostEstimate,
     interpret: Any,
-    scratch_shapes: tuple[Any, ...] | list[Any] = (),
 ) -> Callable[..., Array]:
     """A kernel over (blocks of rows of x, blocks of outputs) whose index maps see the layer."""
     return pl.pallas_call(
@@ -588,7 +639,6 @@ def _call(
             grid=grid,
             in_specs=in_specs,
             out_specs=out_specs,
-            scratch_shapes=scratch_shapes,
         ),
         out_shape=jax.ShapeDtypeStruct(out_shape, jnp.float32),
         compiler_params=pltpu.CompilerParams(
