@@ -26,7 +26,7 @@ def stacked_matmul(x: jax.Array, w: jax.Array | QuantizedTensor, layer: jax.Arra
     arithmetic. The choice does not depend on B: a sequence's tokens do not depend on its neighbours.
     """
     rows = math.prod(x.shape[:-1])
-    exact = x.ndim == 2 or x.shape[-2] == 1
+    exact = x.ndim <= 2 or x.shape[-2] == 1
     if not isinstance(w, QuantizedTensor):
         if rows > MAX_FLOAT_ROWS or w.dtype.name not in _FLOAT_KINDS:
             return reference.stacked_matmul(x, w, layer)

@@ -100,13 +100,16 @@ struct Precise {
       for (int64_t s = 0; s < kSubs; ++s) {
         const int64_t start = b * kBlock<kind> + s * kSub;
         float top = 0, total = 0, values[kSub];
+        bool finite = true;
         for (int64_t i = 0; i < kSub; ++i) {
           values[i] = start + i < w.inputs ? x[start + i] : 0.0f;
+          finite &= std::isfinite(values[i]);
           top = std::max(top, std::fabs(values[i]));
           total += values[i];
         }
-        // NaN and infinity must come out as such: max() above may have skipped a NaN.
-        const float scale = std::isfinite(total) ? top / 16256.0f : NAN;
+        // NaN and infinity come out as NaN, through the scale.
+        if (!finite) std::fill(values, values + kSub, 0.0f);
+        const float scale = finite ? top / 16256.0f : NAN;
         const float inverse = scale > 0 ? 1 / scale : 0;
         int32_t sum = 0;
         for (int64_t i = 0; i < kSub; ++i) {
@@ -282,9 +285,12 @@ void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, in
       const __mmask16 m0 = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
       const __mmask16 m1 = left >= 32 ? 0xffff : left > 16 ? (1u << (left - 16)) - 1 : 0;
       __m512 a = _mm512_maskz_loadu_ps(m0, from), b = _mm512_maskz_loadu_ps(m1, from + 16);
-      const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+      const __m512 size = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
+      // x - x is 0 unless x is NaN or infinite; those come out as NaN, through the scale.
+      const __m512 zero = _mm512_add_ps(_mm512_sub_ps(a, a), _mm512_sub_ps(b, b));
+      const bool finite = _mm512_cmp_ps_mask(zero, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff;
       const float total = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
-      const float scale = std::isfinite(total) ? top / 127.0f : NAN;
+      const float scale = finite ? _mm512_reduce_max_ps(size) / 127.0f : NAN;
       const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);
       const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
       const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
