@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu_kernels.h"
 
@@ -23,6 +24,73 @@ int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 float LoadScale(const void* p, int64_t i, bool wide) {
   return wide ? static_cast<const float*>(p)[i]
               : _cvtsh_ss(static_cast<const uint16_t*>(p)[i]);
+}
+
+// Calls visit(count, i, row) for every row of the weights and every four (`count`) rows of x from i on. Those four
+// stay in the first-level cache while a few rows of the weights, in the second, pass by.
+template <typename Visit>
+void ForRowsInBlocks(int64_t m, int64_t begin, int64_t end, const Visit& visit) {
+  for (int64_t first = begin; first < end; first += 32) {
+    const int64_t last = std::min(first + 32, end);
+    for (int64_t i = 0; i < m; i += 4) {
+      for (int64_t row = first; row < last; ++row) {
+        switch (std::min<int64_t>(4, m - i)) {
+          case 4: visit(std::integral_constant<int, 4>(), i, row); break;
+          case 3: visit(std::integral_constant<int, 3>(), i, row); break;
+          case 2: visit(std::integral_constant<int, 2>(), i, row); break;
+          case 1: visit(std::integral_constant<int, 1>(), i, row); break;
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- activations as integers
+
+// 32 activations as integers of at most `levels`, with their scale and sums.
+struct SubGroup {
+  __m512i q[2];
+  float scale, sum;
+  int32_t total;
+};
+
+SubGroup LoadSubGroup(const float* from, int64_t left, float levels) {
+  const __mmask16 m0 = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+  const __mmask16 m1 = left >= 32 ? 0xffff : left > 16 ? (1u << (left - 16)) - 1 : 0;
+  const __m512 a = _mm512_maskz_loadu_ps(m0, from), b = _mm512_maskz_loadu_ps(m1, from + 16);
+  const __m512 size = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
+  // x - x is 0 unless x is NaN or infinite; those come out as NaN, through the scale.
+  const __m512 zero = _mm512_add_ps(_mm512_sub_ps(a, a), _mm512_sub_ps(b, b));
+  const bool finite = _mm512_cmp_ps_mask(zero, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff;
+  SubGroup out;
+  out.scale = finite ? _mm512_reduce_max_ps(size) / levels : NAN;
+  out.sum = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
+  const __m512 inverse = _mm512_set1_ps(out.scale > 0 ? 1 / out.scale : 0);
+  const __mmask16 keep = finite ? 0xffff : 0;
+  out.q[0] = _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(a, inverse));
+  out.q[1] = _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(b, inverse));
+  out.total = _mm512_reduce_add_epi32(_mm512_add_epi32(out.q[0], out.q[1]));
+  return out;
+}
+
+__m256i Narrow(__m512i a, __m512i b) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(a)), _mm512_cvtsepi32_epi8(b), 1);
+}
+
+// q = 128 high + low, both signed bytes.
+void SplitBytes(__m512i a, __m512i b, __m256i* high, __m256i* low) {
+  const __m512i half = _mm512_set1_epi32(64);
+  const __m512i ha = _mm512_srai_epi32(_mm512_add_epi32(a, half), 7);
+  const __m512i hb = _mm512_srai_epi32(_mm512_add_epi32(b, half), 7);
+  *high = Narrow(ha, hb);
+  *low = Narrow(_mm512_sub_epi32(a, _mm512_slli_epi32(ha, 7)), _mm512_sub_epi32(b, _mm512_slli_epi32(hb, 7)));
+}
+
+// 32 columns as the nibbles of packed codes unpack: the even ones first.
+__m256i EvenOdd(__m256i bytes) {
+  const __m256i split = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
+                                         0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, split), 0b11011000);
 }
 
 // ---------------------------------------------------------------- float weights, a few rows of x
@@ -59,11 +127,9 @@ void FloatRow(const Weights& w, const float* x, int64_t row, float* y) {
 
 template <Kind kind>
 void FloatRows(const Weights& w, const float* x, int64_t m, float* y, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    int64_t i = 0;
-    for (; i + 4 <= m; i += 4) FloatRow<kind, 4>(w, x + i * w.inputs, row, y + i * w.rows);
-    for (; i < m; ++i) FloatRow<kind, 1>(w, x + i * w.inputs, row, y + i * w.rows);
-  }
+  ForRowsInBlocks(m, begin, end, [&](auto count, int64_t i, int64_t row) {
+    FloatRow<kind, decltype(count)::value>(w, x + i * w.inputs, row, y + i * w.rows);
+  });
 }
 
 // ---------------------------------------------------------------- quantized weights, a few rows of x
@@ -95,38 +161,32 @@ struct Precise {
   static int64_t Blocks(const Weights& w) { return RoundUp(w.cols, kBlock<kind>) / kBlock<kind>; }
 
   static void Prepare(const Weights& w, const float* x, Block<kind>* out, float* sums) {
+    constexpr int64_t lanes = 16 / kSubs;
     for (int64_t b = 0; b < Blocks(w); ++b) {
       Block<kind>& block = out[b];
       for (int64_t s = 0; s < kSubs; ++s) {
         const int64_t start = b * kBlock<kind> + s * kSub;
-        float top = 0, total = 0, values[kSub];
-        bool finite = true;
-        for (int64_t i = 0; i < kSub; ++i) {
-          values[i] = start + i < w.inputs ? x[start + i] : 0.0f;
-          finite &= std::isfinite(values[i]);
-          top = std::max(top, std::fabs(values[i]));
-          total += values[i];
+        const SubGroup x32 = LoadSubGroup(x + start, w.inputs - start, 16256.0f);
+        __m256i high, low;
+        SplitBytes(x32.q[0], x32.q[1], &high, &low);
+        if constexpr (kind == Kind::kInt4) {
+          high = EvenOdd(high);
+          low = EvenOdd(low);
+          for (int part = 0; part < 2; ++part) {
+            auto* at = reinterpret_cast<__m128i*>(block.high[part] + s * 16);
+            _mm_store_si128(at, part ? _mm256_extracti128_si256(high, 1) : _mm256_castsi256_si128(high));
+            at = reinterpret_cast<__m128i*>(block.low[part] + s * 16);
+            _mm_store_si128(at, part ? _mm256_extracti128_si256(low, 1) : _mm256_castsi256_si128(low));
+          }
+        } else {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(block.high[0] + s * kSub), high);
+          _mm256_store_si256(reinterpret_cast<__m256i*>(block.low[0] + s * kSub), low);
         }
-        // NaN and infinity come out as NaN, through the scale.
-        if (!finite) std::fill(values, values + kSub, 0.0f);
-        const float scale = finite ? top / 16256.0f : NAN;
-        const float inverse = scale > 0 ? 1 / scale : 0;
-        int32_t sum = 0;
-        for (int64_t i = 0; i < kSub; ++i) {
-          const int32_t q = static_cast<int32_t>(std::lrintf(values[i] * inverse));
-          const int32_t high = (q + 64) >> 7;
-          const int64_t at = kind == Kind::kInt4 ? s * (kSub / 2) + i / 2 : s * kSub + i;
-          const int part = kind == Kind::kInt4 ? i % 2 : 0;
-          block.high[part][at] = static_cast<int8_t>(high);
-          block.low[part][at] = static_cast<int8_t>(q - 128 * high);
-          sum += q;
-        }
-        constexpr int64_t lanes = 16 / kSubs;
         for (int64_t i = 0; i < lanes; ++i) {
-          block.scale[s * lanes + i] = scale;
-          block.offset[s * lanes + i] = i ? 0 : -(kind == Kind::kInt4 ? 8 : 128) * sum;
+          block.scale[s * lanes + i] = x32.scale;
+          block.offset[s * lanes + i] = i ? 0 : -(kind == Kind::kInt4 ? 8 : 128) * x32.total;
         }
-        if (start < w.cols) sums[start / kSub] = total;
+        if (start < w.cols) sums[start / kSub] = x32.sum;
       }
     }
   }
@@ -209,13 +269,10 @@ struct Precise {
     const int64_t stride = Blocks(w), sum_stride = w.cols / kSub;
     const auto* x = static_cast<const Block<kind>*>(prepared);
     const auto* sums = reinterpret_cast<const float*>(x + m * stride);
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t i = 0;
-      for (; i + 4 <= m; i += 4)
-        Row<4>(w, x + i * stride, stride, sums + i * sum_stride, sum_stride, row, y + i * w.rows);
-      for (; i < m; ++i)
-        Row<1>(w, x + i * stride, stride, sums + i * sum_stride, sum_stride, row, y + i * w.rows);
-    }
+    ForRowsInBlocks(m, begin, end, [&](auto count, int64_t i, int64_t row) {
+      Row<decltype(count)::value>(w, x + i * stride, stride, sums + i * sum_stride, sum_stride, row,
+                                  y + i * w.rows);
+    });
   }
 };
 
@@ -280,32 +337,13 @@ void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, in
   const int32_t lift = w.kind == Kind::kInt4 ? (w.mins ? 0 : 8) : 128;
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t s = 0; s < subs; ++s) {
-      const int64_t left = std::min<int64_t>(kSub, w.inputs - s * kSub);
-      const float* from = x + i * w.inputs + s * kSub;
-      const __mmask16 m0 = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-      const __mmask16 m1 = left >= 32 ? 0xffff : left > 16 ? (1u << (left - 16)) - 1 : 0;
-      __m512 a = _mm512_maskz_loadu_ps(m0, from), b = _mm512_maskz_loadu_ps(m1, from + 16);
-      const __m512 size = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
-      // x - x is 0 unless x is NaN or infinite; those come out as NaN, through the scale.
-      const __m512 zero = _mm512_add_ps(_mm512_sub_ps(a, a), _mm512_sub_ps(b, b));
-      const bool finite = _mm512_cmp_ps_mask(zero, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff;
-      const float total = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
-      const float scale = finite ? _mm512_reduce_max_ps(size) / 127.0f : NAN;
-      const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);
-      const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-      const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-      __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(qa)),
-                                              _mm512_cvtsepi32_epi8(qb), 1);
-      if (w.kind == Kind::kInt4) {  // even columns first, then odd, as the nibbles unpack
-        const __m256i split = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
-                                               0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-        bytes = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, split), 0b11011000);
-      }
+      const SubGroup x32 = LoadSubGroup(x + i * w.inputs + s * kSub, w.inputs - s * kSub, 127.0f);
+      __m256i bytes = Narrow(x32.q[0], x32.q[1]);
+      if (w.kind == Kind::kInt4) bytes = EvenOdd(bytes);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(const_cast<int8_t*>(view.q) + i * w.cols + s * kSub), bytes);
-      const_cast<float*>(view.scale)[i * subs + s] = scale;
-      const_cast<float*>(view.sum)[i * subs + s] = total;
-      const_cast<int32_t*>(view.offset)[i * subs + s] =
-          -lift * _mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb));
+      const_cast<float*>(view.scale)[i * subs + s] = x32.scale;
+      const_cast<float*>(view.sum)[i * subs + s] = x32.sum;
+      const_cast<int32_t*>(view.offset)[i * subs + s] = -lift * x32.total;
     }
   }
 }
