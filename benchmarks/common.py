@@ -1,5 +1,6 @@
 """What the benchmarks share: shapes, random weights, read bandwidth, byte counts, facts about the machine."""
 
+import argparse
 import math
 import os
 import platform
@@ -19,11 +20,14 @@ import ml_dtypes
 import numpy as np
 
 from jaxchat import engine as engine_module
+from jaxchat import native, pallas
+from jaxchat.checkpoint import aligned_quantized
 from jaxchat.config import ModelConfig, Param
-from jaxchat.engine import Session
+from jaxchat.engine import Engine, Session
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.model import Params
+from jaxchat.quant import QuantFormat, QuantizedTensor, format_for
 from jaxchat.sampling import SamplingParams
 
 REPEATS = 5
@@ -96,18 +100,68 @@ _MLP_PARAMS = ("gate", "up", "down", "mlp_norm", "mlp_post_norm")
 # --- models
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `make_engine` reads."""
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tinyllama-1.1b", help="of the model")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), default="bfloat16", help="of the weights that are not quantized"
+    )
+    parser.add_argument(
+        "--quant", default="none", help="of the weights, as in jaxchat.generate: int8, int4, int4:64, ..."
+    )
+    parser.add_argument(
+        "--kernels", choices=pallas.NAMES, default="auto", help="which implementations of the operations run"
+    )
+
+
+def make_engine(args: argparse.Namespace) -> Engine:
+    """An engine with random weights, as the flags say."""
+    config = shape_config(args.shape)
+    return Engine(
+        config, random_params(config, args.dtype, QuantFormat.parse(args.quant)), kernels=args.kernels
+    )
+
+
+def model_fields(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags came to, for the JSON object."""
+    name = engine.kernels.name
+    return {
+        "shape": args.shape,
+        "dtype": args.dtype,
+        "quant": args.quant,
+        "activations": engine.dtype.name,
+        "layers": engine.config.num_layers,
+        "kernels": name,
+        "instruction_set": native.instruction_set() if name == "native" else "",
+    }
+
+
+def model_line(result: dict[str, Any]) -> str:
+    """`model_fields` for a person."""
+    weights = result["dtype"] if result["quant"] == "none" else result["quant"]
+    kernels = " ".join(filter(None, (result["kernels"], result["instruction_set"])))
+    return f"{result['shape']}, {weights}, {result['layers']} layers, {kernels} kernels"
+
+
 def shape_config(name: str) -> ModelConfig:
     """The configuration of a named shape."""
     return ModelConfig.from_hf(SHAPES[name], source=f"shape {name}")
 
 
-def random_params(config: ModelConfig, dtype: str, seed: int = 0) -> Params:
-    """Random parameters in the form that loading gives: on CPU, bfloat16 as its bits in uint16."""
+def random_params(config: ModelConfig, dtype: str, fmt: QuantFormat | None = None, seed: int = 0) -> Params:
+    """Random parameters in the form that loading gives: on CPU, bfloat16 as its bits in uint16.
+
+    Quantized ones are random codes and scales: nothing is quantized, which would take minutes.
+    """
     rng = np.random.default_rng(seed)
     tile = rng.standard_normal(_TILE, dtype=np.float32)
     params: Params = {}
     for param in parameter_table(config):
         shape = param.stacked_shape(config)
+        chosen = format_for(param, fmt)
+        if chosen is not None:
+            params[param.name] = jax.tree.map(to_device, _random_quantized(rng, shape, chosen))
+            continue
         values = tile / math.sqrt(shape[-1]) if param.quantizable else 0.1 * tile
         if param.name.endswith("norm.weight"):
             values = values + 1
@@ -117,8 +171,12 @@ def random_params(config: ModelConfig, dtype: str, seed: int = 0) -> Params:
 
 def gathered_params(params: Params, layers: Sequence[int]) -> Params:
     """The unrolled checkpoint of a plan: every stack holds copies of the plan's layers, in order."""
+
+    def gathered(stack: jax.Array) -> jax.Array:
+        return to_device(_gathered(np.asarray(stack), layers))
+
     return {
-        name: to_device(_gathered(np.asarray(value), layers)) if name.startswith("layers.") else value
+        name: jax.tree.map(gathered, value) if name.startswith("layers.") else value
         for name, value in params.items()
     }
 
@@ -138,13 +196,38 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
+def _random_quantized(rng: np.random.Generator, shape: tuple[int, ...], fmt: QuantFormat) -> QuantizedTensor:
+    """Weights of variance about 1 / I, centred on zero, as numpy arrays."""
+    out = aligned_quantized(shape, fmt)
+    low, high = fmt.code_range
+    if fmt.bits == 8:
+        codes = rng.integers(low, high + 1, _TILE, np.int8)
+    else:
+        codes = rng.integers(0, 256, _TILE, np.uint8)
+    _fill(out.codes, codes, int(rng.integers(_TILE)))
+    out.codes[..., -(-shape[-1] * fmt.bits // 8) :] = 0  # the padding of rows
+    size = math.sqrt(12 / shape[-1]) / (high - low)
+    scales = (rng.uniform(0.8, 1.2, _TILE) * size).astype(out.scales.dtype)
+    if fmt.bits == 4 and not fmt.affine:
+        scales *= rng.choice(np.array([-1, 1], scales.dtype), _TILE)  # the codes' mean is not 0
+    offset = int(rng.integers(_TILE))
+    _fill(out.scales, scales, offset)
+    if out.mins is not None:
+        _fill(out.mins, scales * scales.dtype.type(-(low + high) / 2), offset)
+    return out
+
+
 def _tiled(tile: np.ndarray, offset: int, shape: Sequence[int]) -> np.ndarray:
     out = aligned_empty(shape, tile.dtype)
+    _fill(out, tile, offset)
+    return out
+
+
+def _fill(out: Any, tile: np.ndarray, offset: int) -> None:
     flat, tile = out.reshape(-1), np.roll(tile, -offset)
     for start in range(0, flat.size, tile.size):
         part = flat[start : start + tile.size]
         part[:] = tile[: part.size]
-    return out
 
 
 def _gathered(stack: np.ndarray, layers: Sequence[int]) -> np.ndarray:
@@ -212,6 +295,11 @@ class Measured:
         return min(self.values), max(self.values)
 
 
+def median_ratio(a: Measured, b: Measured) -> float:
+    """The median of the ratios of neighbours in time, which slow drifts of the machine leave alone."""
+    return statistics.median(x / y for x, y in zip(a.values, b.values, strict=True))
+
+
 class ReadBandwidth:
     """How fast all cores together can read memory: the most that decoding could use.
 
@@ -221,9 +309,7 @@ class ReadBandwidth:
     """
 
     def __init__(self, mebibytes: int = 1024):
-        self._cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        self._cores = available_cores()
         tile = np.random.default_rng(0).integers(0, 1 << 30, 1 << 18, dtype=np.int32)
         buffer = _tiled(tile, 0, (mebibytes << 18,))
         self._nbytes = buffer.nbytes
@@ -247,7 +333,7 @@ def compile_decode(session: Session) -> tuple[float, int]:
     Returns:
       Seconds it takes to trace and compile, and the bytes of temporaries the executable needs.
     """
-    engine, rows = session.engine, session.batch
+    engine, rows = session.engine, session._rows
     start = time.perf_counter()
     compiled = engine_module._decode.lower(
         engine.config,
@@ -312,6 +398,11 @@ def facts() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
     }
+
+
+def available_cores() -> int:
+    """How many cores this process may use; only Linux says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:

@@ -1,33 +1,40 @@
 """Tokens per second of a model shape with random weights, beside the memory bandwidth of the same moment.
 
-    python -m benchmarks.decode --shape tinyllama-1.1b --dtype bfloat16 --prompt 512 --new 64 --batch 1
+    python -m benchmarks.decode --shape tinyllama-1.1b --quant int4:32 --prompt 512 --new 64 --batch 1
 
-Prints a table, and as the last line one JSON object. `--layer_spec` runs another layer plan.
+Prints a table, and as the last line one JSON object. `--layer_spec` runs another layer plan. `--batch` above
+1 also times one sequence alone. `--peer llama.cpp` runs llama.cpp on a random model of the same shape, in
+turn with ours: one side works while the other waits, and which of them goes first alternates. Ratios are
+ours over the peer's, the median of neighbours in time.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import common
-from jaxchat.engine import Engine
+from benchmarks.llama_cpp import Peer, Timing
+from jaxchat.engine import Session
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.quant import QuantFormat
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--shape", choices=sorted(common.SHAPES), default="tinyllama-1.1b", help="of the model"
-    )
-    parser.add_argument("--dtype", choices=sorted(common.DTYPES), default="bfloat16", help="of the weights")
+    common.add_model_flags(parser)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate for each sequence")
     parser.add_argument("--batch", type=int, default=1, help="sequences decoded together")
     parser.add_argument("--layer_spec", default="all", help="layer plan, as in jaxchat.generate")
     parser.add_argument("--bandwidth_mib", type=int, default=1024, help="buffer of the bandwidth measurement")
+    parser.add_argument("--peer", choices=("llama.cpp",), help="what to compare with, in the same run")
+    parser.add_argument(
+        "--peer_python", default=sys.executable, help="interpreter with llama_cpp and gguf; default this one"
+    )
     args = parser.parse_args(argv)
     for name, least in (("prompt", 1), ("new", 2), ("batch", 1), ("bandwidth_mib", 1)):
         if getattr(args, name) < least:
@@ -35,37 +42,70 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def start_peer(args: argparse.Namespace, plan: LayerPlan) -> Peer:
+    """A llama.cpp process with a model like the one the flags describe."""
+    if plan != LayerPlan.identity(plan.num_layers):
+        raise UsageError(f"--peer {args.peer} runs whole models: leave --layer_spec out")
+    fmt = QuantFormat.parse(args.quant)
+    return Peer(
+        args.peer_python,
+        common.SHAPES[args.shape],
+        f"int{fmt.bits}" if fmt else args.dtype,
+        threads=common.available_cores(),
+        batch=args.batch,
+        length=args.prompt + args.new,
+    )
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark; the result is the JSON object."""
-    config = common.shape_config(args.shape)
-    plan = LayerPlan.parse(args.layer_spec, config.num_layers)
+    plan = LayerPlan.parse(args.layer_spec, common.shape_config(args.shape).num_layers)
+    with contextlib.ExitStack() as stack:
+        peer = stack.enter_context(start_peer(args, plan)) if args.peer else None
+        return _measure(args, plan, peer)
+
+
+def _measure(args: argparse.Namespace, plan: LayerPlan, peer: Peer | None) -> dict[str, Any]:
+    engine = common.make_engine(args)
+    config = engine.config
     bandwidth = common.ReadBandwidth(args.bandwidth_mib)
-    engine = Engine(config, common.random_params(config, args.dtype))
     session = engine.session(plan, batch=args.batch)
     prompts = common.random_prompts(config, args.batch, args.prompt)
-    common.prefill_s(session, prompts)  # compiles, and so do the first steps, after growing the cache
-    common.decode_step_s(session, args.prompt, args.new)
+    _warm_up(session, prompts, args.new)
+    alone = engine.session(plan) if args.batch > 1 else None
+    if alone is not None:
+        _warm_up(alone, prompts[:1], args.new)
     compile_s, temp_bytes = common.compile_decode(session)
 
-    read, prefills, steps = [], [], []
-    for _ in range(common.REPEATS):
+    read, prefills, steps, alone_steps = [], [], [], []
+    peer_timings: list[Timing] = []
+
+    def time_ours() -> None:
         read.append(bandwidth.gb_s())
         prefills.append(common.prefill_s(session, prompts))
         read.append(bandwidth.gb_s())
         steps.append(common.decode_step_s(session, args.prompt, args.new))
+        if alone is not None:
+            alone_steps.append(common.decode_step_s(alone, args.prompt, args.new))
+
+    def time_peer() -> None:
+        if peer is not None:
+            peer_timings.append(peer.time(args.prompt, args.new))
+
+    for repeat in range(common.REPEATS):
+        for time_side in (time_ours, time_peer) if repeat % 2 == 0 else (time_peer, time_ours):
+            time_side()
     read_gb_s = common.Measured(tuple(read))
     decode = common.Measured(tuple(args.batch / step for step in steps))
     prefill = common.Measured(tuple(args.batch * args.prompt / seconds for seconds in prefills))
+    decode_alone = common.Measured(tuple(1 / step for step in alone_steps)) if alone_steps else decode
 
     weight_bytes = common.weight_bytes_per_step(config, engine.params, plan)
     context = args.prompt + args.new / 2
     kv_bytes = common.kv_bytes_per_step(config, plan, context, engine.dtype.itemsize)
     roofline = args.batch * read_gb_s.median * 1e9 / (weight_bytes + args.batch * kv_bytes)
     return {
-        "shape": args.shape,
-        "dtype": args.dtype,
-        "activations": engine.dtype.name,
-        "layers": config.num_layers,
+        **common.model_fields(engine, args),
         "slots": len(plan.executed()),
         "layer_spec": str(plan),
         "prompt": args.prompt,
@@ -73,6 +113,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "decode_tok_s": decode.median,
         "decode_tok_s_range": decode.range,
+        "batch_1_decode_tok_s": decode_alone.median,
+        "batch_speedup": common.median_ratio(decode, decode_alone),
         "prefill_tok_s": prefill.median,
         "prefill_tok_s_range": prefill.range,
         "weight_bytes_per_token": weight_bytes,
@@ -84,37 +126,90 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "temp_bytes": temp_bytes,
         "compile_s": compile_s,
         "peak_rss_bytes": common.peak_rss_bytes(),
+        **(_peer_fields(args, peer, peer_timings, decode, prefill) if peer is not None else {}),
         **common.facts(),
+    }
+
+
+def _warm_up(session: Session, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Compiles the prefill and then, as they may grow the cache, the decode steps."""
+    common.prefill_s(session, prompts)
+    common.decode_step_s(session, len(prompts[0]), new)
+
+
+def _peer_fields(
+    args: argparse.Namespace,
+    peer: Peer,
+    timings: Sequence[Timing],
+    decode: common.Measured,
+    prefill: common.Measured,
+) -> dict[str, Any]:
+    peer_decode = common.Measured(tuple(args.batch / timing.step_s for timing in timings))
+    peer_prefill = common.Measured(tuple(args.batch * args.prompt / timing.prefill_s for timing in timings))
+    return {
+        "peer": {
+            "name": f"{args.peer} (llama-cpp-python)",
+            "version": peer.version,
+            "build": peer.build,
+            "quant": peer.type,
+            "threads": peer.threads,
+            "decode_tok_s": peer_decode.median,
+            "decode_tok_s_range": peer_decode.range,
+            "prefill_tok_s": peer_prefill.median,
+            "prefill_tok_s_range": peer_prefill.range,
+            "load_s": peer.load_s,
+            "file_bytes": peer.path.stat().st_size,
+        },
+        "decode_ratio": common.median_ratio(decode, peer_decode),
+        "prefill_ratio": common.median_ratio(prefill, peer_prefill),
     }
 
 
 def print_report(result: dict[str, Any]) -> None:
     """The result for a person."""
     r = result
-    common.print_table(
-        [
-            ("model", f"{r['shape']}, {r['dtype']}, {r['slots']} slots over {r['layers']} layers"),
-            ("work", f"batch {r['batch']}, prompt {r['prompt']}, {r['new']} new tokens"),
-            ("decode", f"{r['decode_tok_s']:.2f} tokens/s {_range(r['decode_tok_s_range'])}"),
-            ("prefill", f"{r['prefill_tok_s']:.1f} tokens/s {_range(r['prefill_tok_s_range'])}"),
+    rows = [
+        ("model", f"{common.model_line(r)}, {r['slots']} slots"),
+        ("work", f"batch {r['batch']}, prompt {r['prompt']}, {r['new']} new tokens"),
+        ("decode", _tokens_per_s(r, "decode")),
+        ("prefill", _tokens_per_s(r, "prefill")),
+        (
+            "bytes per step",
+            f"{r['weight_bytes_per_token'] / 1e6:.1f} MB weights + "
+            f"{r['kv_bytes_per_token'] / 1e6:.1f} MB KV a sequence",
+        ),
+        (
+            "read bandwidth",
+            f"{r['read_bandwidth_gb_s']:.1f} GB/s {_range(r['read_bandwidth_range'])}",
+        ),
+        ("roofline", f"{r['roofline_tok_s']:.2f} tokens/s; decode reaches {r['roofline_fraction']:.0%}"),
+        (
+            "decode step",
+            f"{r['temp_bytes'] / 1e6:.1f} MB temporaries, compiles in {r['compile_s']:.1f} s",
+        ),
+        ("peak memory", f"{r['peak_rss_bytes'] / 1e9:.2f} GB (with the bandwidth buffer)"),
+    ]
+    if r["batch"] > 1:
+        rows.append(
             (
-                "bytes per step",
-                f"{r['weight_bytes_per_token'] / 1e6:.1f} MB weights + "
-                f"{r['kv_bytes_per_token'] / 1e6:.1f} MB KV a sequence",
-            ),
-            (
-                "read bandwidth",
-                f"{r['read_bandwidth_gb_s']:.1f} GB/s {_range(r['read_bandwidth_range'])}",
-            ),
-            ("roofline", f"{r['roofline_tok_s']:.2f} tokens/s; decode reaches {r['roofline_fraction']:.0%}"),
-            (
-                "decode step",
-                f"{r['temp_bytes'] / 1e6:.1f} MB temporaries, compiles in {r['compile_s']:.1f} s",
-            ),
-            ("peak memory", f"{r['peak_rss_bytes'] / 1e9:.2f} GB (with the bandwidth buffer)"),
-            ("machine", f"{r['cpu']}, {r['cores']} cores; {r['device']}; jax {r['jax']}"),
+                "batch 1",
+                f"{r['batch_1_decode_tok_s']:.2f} tokens/s; the batch decodes {r['batch_speedup']:.2f} times "
+                "as many",
+            )
+        )
+    if "peer" in r:
+        peer = r["peer"]
+        rows += [
+            ("peer", f"{peer['name']} {peer['version']}, {peer['quant']}, {peer['threads']} threads"),
+            ("peer decode", f"{_tokens_per_s(peer, 'decode')}; ours is {r['decode_ratio']:.2f} of it"),
+            ("peer prefill", f"{_tokens_per_s(peer, 'prefill')}; ours is {r['prefill_ratio']:.2f} of it"),
         ]
-    )
+    rows.append(("machine", f"{r['cpu']}, {r['cores']} cores; {r['device']}; jax {r['jax']}"))
+    common.print_table(rows)
+
+
+def _tokens_per_s(result: dict[str, Any], what: str) -> str:
+    return f"{result[f'{what}_tok_s']:.2f} tokens/s {_range(result[f'{what}_tok_s_range'])}"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -1,6 +1,6 @@
 """What a layer plan costs: to switch to, in compilations and memory, and in decode time.
 
-    python -m benchmarks.plan --shape tinyllama-1.1b --dtype bfloat16
+    python -m benchmarks.plan --shape tinyllama-1.1b --quant int4
 
 The decode time of each plan is compared with the same runtime on a physically unrolled checkpoint (the stack
 holds a copy of every slot's layer), in turn, and that of the whole model with plain XLA: a Python loop over
@@ -31,6 +31,7 @@ from jaxchat.engine import Engine, Session
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.model import Params
+from jaxchat.pallas.stacked_matmul.reference import embedding_rows, widen
 from jaxchat.rope import rope_cos_sin, rotate
 
 SWITCHES = 1000
@@ -39,10 +40,7 @@ SWITCHES = 1000
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--shape", choices=sorted(common.SHAPES), default="tinyllama-1.1b", help="of the model"
-    )
-    parser.add_argument("--dtype", choices=sorted(common.DTYPES), default="bfloat16", help="of the weights")
+    common.add_model_flags(parser)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=9, help="tokens to generate in each timed run")
     parser.add_argument("--plans", type=int, default=20, help="random plans to count compilations over")
@@ -143,7 +141,9 @@ def measure_plan(engine: Engine, plan: LayerPlan, args: argparse.Namespace) -> d
     """Decode time of a plan and of the same runtime on the unrolled checkpoint, in turn."""
     layers = [slot.layer for slot in plan.slots]
     unrolled = Engine(
-        _unrolled_config(engine.config, layers), common.gathered_params(engine.params, layers)
+        _unrolled_config(engine.config, layers),
+        common.gathered_params(engine.params, layers),
+        kernels=engine.kernels.name,
     ).session()
     planned = engine.session(plan)
     prompts = common.random_prompts(engine.config, 1, args.prompt)
@@ -158,7 +158,7 @@ def measure_plan(engine: Engine, plan: LayerPlan, args: argparse.Namespace) -> d
         "slots": len(plan.executed()),
         "decode_ms": steps[0].median * 1e3,
         "unrolled_ms": steps[1].median * 1e3,
-        "ratio": _ratio(*steps),
+        "ratio": common.median_ratio(*steps),
         "ratio_of_best": steps[0].range[0] / steps[1].range[0],
         "decode_ms_range": [seconds * 1e3 for seconds in steps[0].range],
         "unrolled_ms_range": [seconds * 1e3 for seconds in steps[1].range],
@@ -189,11 +189,6 @@ def _in_turn(*functions: Callable[[], float]) -> list[common.Measured]:
     return [common.Measured(tuple(each[1:])) for each in values]
 
 
-def _ratio(a: common.Measured, b: common.Measured) -> float:
-    """The median of the ratios of neighbours in time, which slow drifts of the machine leave alone."""
-    return statistics.median(x / y for x, y in zip(a.values, b.values, strict=True))
-
-
 # --- the plain XLA baseline
 
 
@@ -216,7 +211,7 @@ def measure_plain(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
         "decode_ms_range": [seconds * 1e3 for seconds in steps[0].range],
         "plain_xla_ms": steps[1].median * 1e3,
         "plain_xla_ms_range": [seconds * 1e3 for seconds in steps[1].range],
-        "ratio": _ratio(*steps),
+        "ratio": common.median_ratio(*steps),
         "ratio_of_best": steps[0].range[0] / steps[1].range[0],
         "same_tokens": same,
     }
@@ -225,17 +220,18 @@ def measure_plain(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
 class _PlainDecoder:
     """What one writes first: a Python loop over layers, each with its own arrays and its own cache.
 
-    Only what the llama and qwen2 shapes need. The activations are float32, as the runtime's are on CPU.
+    Only what the llama and qwen2 shapes need. The activations are float32, as the runtime's are on CPU;
+    quantized weights are dequantized where they are used.
     """
 
     def __init__(self, engine: Engine, session: Session):
         config, cache = engine.config, session._cache
         assert cache is not None
-        arrays = {name: _as_float(np.asarray(value)) for name, value in engine.params.items()}
+        arrays = jax.tree.map(lambda array: _as_float(np.asarray(array)), engine.params)
         self.top = {n: jax.device_put(v, may_alias=True) for n, v in arrays.items() if "layers." not in n}
         self.layers = [
             {
-                name.removeprefix("layers."): jax.device_put(_copied(stack[layer]), may_alias=True)
+                name.removeprefix("layers."): jax.tree.map(functools.partial(_layer_on_device, layer), stack)
                 for name, stack in arrays.items()
                 if name.startswith("layers.")
             }
@@ -263,10 +259,10 @@ def _as_float(values: np.ndarray) -> np.ndarray:
     return values.view(ml_dtypes.bfloat16) if values.dtype == np.uint16 else values
 
 
-def _copied(values: np.ndarray) -> np.ndarray:
-    out = common.aligned_empty(values.shape, values.dtype)
-    out[...] = values
-    return out
+def _layer_on_device(layer: int, stack: np.ndarray) -> jax.Array:
+    out = common.aligned_empty(stack.shape[1:], stack.dtype)
+    out[...] = stack[layer]
+    return jax.device_put(out, may_alias=True)
 
 
 def _plain_step(
@@ -285,11 +281,12 @@ def _plain_step(
         return x * weight.astype(jnp.float32)
 
     def linear(w: Params, name: str, x: jax.Array) -> jax.Array:
-        y = jnp.dot(x, w[f"{name}.weight"].T.astype(x.dtype), preferred_element_type=jnp.float32)
+        weight = widen(w[f"{name}.weight"])
+        y = jnp.dot(x, weight.T.astype(x.dtype), preferred_element_type=jnp.float32)
         return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
 
     cos, sin = rope_cos_sin(config.ropes, jnp.reshape(position, (1, 1)), jnp.reshape(position + 1, (1,)))
-    x = top["embed.weight"][token][None].astype(jnp.float32)
+    x = embedding_rows(top["embed.weight"], token)[None].astype(jnp.float32)
     new_caches = []
     for w, (keys, values) in zip(layers, caches, strict=True):
         y = norm(x, w["attn_norm.weight"])
@@ -310,7 +307,7 @@ def _plain_step(
         y = norm(x, w["mlp_norm.weight"])
         x = x + linear(w, "down", jax.nn.silu(linear(w, "gate", y)) * linear(w, "up", y))
     head = top["embed.weight" if config.tied_embeddings else "lm_head.weight"]
-    logits = jnp.dot(norm(x, top["norm.weight"]), head.T.astype(x.dtype))
+    logits = jnp.dot(norm(x, top["norm.weight"]), widen(head).T.astype(x.dtype))
     return jnp.argmax(logits[0]), new_caches
 
 
@@ -319,12 +316,12 @@ def _plain_step(
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark; the result is the JSON object."""
-    config = common.shape_config(args.shape)
-    plans = [LayerPlan.parse(spec, config.num_layers) for spec in args.layer_spec or ()]
-    plans = plans or default_plans(config.num_layers)
+    num_layers = common.shape_config(args.shape).num_layers
+    plans = [LayerPlan.parse(spec, num_layers) for spec in args.layer_spec or ()]
+    plans = plans or default_plans(num_layers)
+    engine = common.make_engine(args)
     bandwidth = common.ReadBandwidth(args.bandwidth_mib)
     read = [bandwidth.gb_s()]
-    engine = Engine(config, common.random_params(config, args.dtype))
     switching = measure_switching(engine, max(len(plan) for plan in plans), args)
     cases = []
     for plan in plans:
@@ -333,9 +330,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     plain = measure_plain(engine, args)
     read.append(bandwidth.gb_s())
     return {
-        "shape": args.shape,
-        "dtype": args.dtype,
-        "layers": config.num_layers,
+        **common.model_fields(engine, args),
         "prompt": args.prompt,
         "new": args.new,
         "weight_bytes": sum(value.nbytes for value in engine.params.values()),
@@ -352,7 +347,7 @@ def print_report(result: dict[str, Any]) -> None:
     """The result for a person."""
     r = result
     rows = [
-        ("model", f"{r['shape']}, {r['dtype']}, {r['layers']} layers, {r['weight_bytes'] / 1e9:.2f} GB"),
+        ("model", f"{common.model_line(r)}, {r['weight_bytes'] / 1e9:.2f} GB"),
         ("to switch", f"{r['switch_us']:.0f} microseconds"),
         (
             "compilations",
