@@ -6,7 +6,6 @@ Turning sources into arrays is in `jaxchat/checkpoint.py`, writing them in `jaxc
 
 import dataclasses
 import logging
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from jaxchat.checkpoint_manifest import (
 from jaxchat.checkpoint_quantized import Storage, TensorSpec, from_arrays, stored_format_of, tensor_specs
 from jaxchat.config import ModelConfig, Param, read_json
 from jaxchat.errors import JaxchatError
-from jaxchat.families import Family, family_of, parameter_table
+from jaxchat.families import Family, count_parameters, family_of, parameter_table
 from jaxchat.quant import QuantizedTensor, layer_slice
 from jaxchat.safetensors_file import DTYPES, NAMES, SafetensorsFile
 
@@ -220,11 +219,6 @@ def open_source(directory: str | Path, *, config: ModelConfig | None = None) -> 
     from jaxchat.orbax_checkpoint import OrbaxSource  # half a second of imports no other format needs
 
     return OrbaxSource(directory, config, manifest)
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """The number of scalars of a model; a tied head counts once."""
-    return sum(math.prod(p.stacked_shape(config)) for p in parameter_table(config))
 
 
 def verify(

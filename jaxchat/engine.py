@@ -19,6 +19,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays
 from jaxchat.model import KVCache, Params
+from jaxchat.options import Overflow
 from jaxchat.pallas import Kernels
 from jaxchat.sampling import SamplingParams
 from jaxchat.sharding import cache_sharding
@@ -30,7 +31,6 @@ MIN_CAPACITY = 1024
 """Rows a cache starts with; it doubles as a session grows, up to the session's `max_length`."""
 
 FinishReason = Literal["stop", "length", "context"]
-Overflow = Literal["error", "truncate_oldest"]
 
 
 class ContextOverflowError(UsageError):

@@ -17,10 +17,10 @@ from jaxchat.checkpoint import Progress, load_params
 from jaxchat.checkpoint_quantized import Quant
 from jaxchat.compilation_cache import enable_compilation_cache
 from jaxchat.config import ModelConfig
-from jaxchat.engine import ContextOverflowError, Engine, FinishReason, Generation, Overflow, Session
+from jaxchat.engine import ContextOverflowError, Engine, FinishReason, Generation, Session
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.options import GenerateOptions
+from jaxchat.options import GenerateOptions, Overflow
 from jaxchat.pallas import select as select_kernels
 from jaxchat.quant import QuantFormat
 from jaxchat.sampling import SamplingParams

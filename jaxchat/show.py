@@ -4,7 +4,6 @@ JAX is imported only where there is a quantization to show.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from jaxchat.checkpoint_manifest import MANIFEST, WEIGHT_DTYPES, Manifest, load_config
 from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param, read_json
 from jaxchat.errors import UsageError
-from jaxchat.families import parameter_table
+from jaxchat.families import count_parameters, parameter_table
 from jaxchat.layer_plan import LayerPlan
 
 MAX_ROWS = 64
@@ -185,7 +184,7 @@ def describe(
         slots=len(plan),
         executed_slots=executed,
         allocated_slots=allocated,
-        parameters=count_parameters(config, plan),
+        parameters=count_parameters(config, len(plan)),
         stored_parameters=stored,
         stored_dtype=stored_dtype,
         weight_bytes={name: stored * dtype.itemsize for name, dtype in WEIGHT_DTYPES.items()},
@@ -196,19 +195,6 @@ def describe(
         kv_bytes={d: n * length for d, n in per_token.items()},
         kv_bytes_allocated={d: scalars * allocated * length * WEIGHT_DTYPES[d].itemsize for d in _KV_DTYPES},
         layers=[_slot_row(config, plan, position) for position in range(len(plan))],
-    )
-
-
-def count_parameters(config: ModelConfig, plan: LayerPlan | None = None) -> int:
-    """The number of scalars: a layer counts once for every slot that uses it, tied embeddings count once.
-
-    >>> count_parameters(llama3_8b, LayerPlan.parse("0:8,4:12,8:16,12:20,16:24,20:28,24:32", 32))
-    ...     # doctest: +SKIP
-    13264949248
-    """
-    slots = config.num_layers if plan is None else len(plan)
-    return sum(
-        math.prod(p.layer_shape(config)) * (slots if p.per_layer else 1) for p in parameter_table(config)
     )
 
 

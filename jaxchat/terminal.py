@@ -24,6 +24,7 @@ from rich.progress import (
 
 from jaxchat import show
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.families import count_parameters
 from jaxchat.options import GenerateOptions, Request
 from jaxchat.runtime import Model, Result, TextStream, as_plan, load, sampling_params
 from jaxchat.stats import CompileClock, Stats
@@ -72,7 +73,7 @@ def run(request: Request) -> int:
 
 def banner(model: Model, name: str) -> str:
     """The greeting: which model this is, and how many parameters it has under its plan."""
-    count = show.count_parameters(model.config, model.plan)
+    count = count_parameters(model.config, len(model.plan))
     return (
         f"{BANNER}\nYou are served by {name} ({model.config.family}),\n"
         f"with {count} ({show.short_count(count)}) parameters.\n"
@@ -191,7 +192,7 @@ def _as_json(replies: Replies, request: Request, result: Result, stats: Stats) -
         "model": show_name(request),
         "family": model.config.family,
         "layer_spec": str(model.plan),
-        "parameters": show.count_parameters(model.config, model.plan),
+        "parameters": count_parameters(model.config, len(model.plan)),
         "format": replies.format,
         "seed": request.options.seed,
         "timings": stats.as_json(),
@@ -298,7 +299,7 @@ class Chat:
         if spec:
             self._replies.set_plan(spec)
         model = self._replies.model
-        count = show.count_parameters(model.config, model.plan)
+        count = count_parameters(model.config, len(model.plan))
         size = f"{len(model.plan)} slots, {count} ({show.short_count(count)}) parameters"
         _say(f"layer plan {model.plan}: {size}")
         return False

@@ -1,5 +1,6 @@
 """The supported architectures: one small file each, data for the one decoder in `jaxchat/model.py`."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,22 @@ def parameter_table(config: ModelConfig) -> tuple[Param, ...]:
     return family_of(config).params(config)
 
 
+def count_parameters(config: ModelConfig, slots: int | None = None) -> int:
+    """The number of scalars of a model; a tied head counts once.
+
+    Args:
+      config: the model.
+      slots: layers that run under a plan, each counted as often as it runs; default every layer once.
+
+    >>> count_parameters(llama3_8b, 56)  # doctest: +SKIP
+    13264949248
+    """
+    layers = config.num_layers if slots is None else slots
+    return sum(
+        math.prod(p.layer_shape(config)) * (layers if p.per_layer else 1) for p in parameter_table(config)
+    )
+
+
 def family_of(config: ModelConfig) -> Family:
     """The family that reads the model."""
     return BY_MODEL_TYPE[config.model_type]
@@ -66,4 +83,12 @@ def _check(config: ModelConfig, source: str) -> None:
             )
 
 
-__all__ = ["BY_MODEL_TYPE", "FAMILIES", "Family", "config_from_hf", "family_of", "parameter_table"]
+__all__ = [
+    "BY_MODEL_TYPE",
+    "FAMILIES",
+    "Family",
+    "config_from_hf",
+    "count_parameters",
+    "family_of",
+    "parameter_table",
+]
