@@ -21,6 +21,15 @@ def compilation_cache(tmp_path_factory):
             os.environ[name.upper()] = str(value)
 
 
+@pytest.fixture
+def quick_compilation():
+    """For tests whose time goes into compiling: the programs are the same, only slower."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Reference data (tokenizers, models, expected values) that is too large for the repository."""

@@ -35,16 +35,9 @@ VARIANTS = {
     "dynamic": ("llama", DYNAMIC),  # rotations change with every token after 24
 }
 PLANS = ("all", "0,1,1,2", "2,0", "0:2,0:", "[0, [1, 0.0, 0.7], [2, 1.0, 0.0], 1]", "[[0, 0, 0], 2, 1]")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPT = [1, 40, 7, 22, 63, 9, 30, 5]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Nearly all time here goes into compiling; the programs are the same, only slower."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)
