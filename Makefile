@@ -16,11 +16,11 @@ chat: setup
 	$(BIN)/python -m jaxchat.generate --model $(MODEL) --interactive
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not parity'
 
 # Live comparison with transformers on torch (CPU): a large install, needed for nothing else.
 parity: $(VENV)/installed-parity
-	$(BIN)/python -m pytest -m parity
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m parity
 
 lint: setup
 	$(BIN)/ruff check

@@ -11,6 +11,8 @@ import pytest
 
 from tests.parity_cases import CASES, GREEDY, PROMPTS, ROWS, TOLERANCE, Runner, error, tokens, write_hf
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDENS = Path(__file__).parent / "goldens"
 
 

@@ -76,6 +76,7 @@ def error_of(action: Callable[[], Any], kind: type[JaxchatError] = UsageError) -
 # What a quantized model computes.
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("fmt", ["int4", "int8:channel"])
 @pytest.mark.parametrize("model_type", TINY_CONFIGS)
 def test_quantized_logits_are_those_of_the_dequantized_weights(
@@ -91,6 +92,7 @@ def test_quantized_logits_are_those_of_the_dequantized_weights(
     np.testing.assert_allclose(logits(config, params), logits(config, plain), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("fmt", ["q4_1", "int8:64:affine:f32"])
 def test_formats_with_offsets_run_too(tiny_directory: Directory, fmt: str) -> None:
     config, params = load_params(tiny_directory("llama"), quant=parse(fmt))

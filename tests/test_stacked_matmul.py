@@ -23,6 +23,8 @@ GROUPS = (32, 64, 128, 0)  # 0: one group a row
 SHAPES = ((64, 128), (33, 172), (100, 96), (257, 1056), (7, 31), (1, 1))  # O, I
 LAYERS = 3
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROUNDING = 1e-6
 """Error of float32 sums, relative to the norms of x and of the weight's row."""
 

@@ -28,6 +28,8 @@ from jaxchat.quant import QuantFormat
 ROOT = Path(__file__).parents[1]
 LAYERS = 2
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FORMATS = (
     "int4", "int4:64:affine", "int4:128:f32", "int4:channel", "int4:channel:affine",
     "int8", "int8:64", "int8:128:affine", "int8:channel",

@@ -106,6 +106,7 @@ def outputs(runner: Runner, *, stepwise: bool = False) -> np.ndarray:
     return np.concatenate([runner.feed([TOKENS[a:b]])[0] for a, b in itertools.pairwise(cuts)])
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in PLANS.items()])
 def test_plan_equals_the_unrolled_checkpoint(source: tuple[Path, Runner], spec: str, tmp_path: Path):
     directory, runner = source
@@ -115,6 +116,7 @@ def test_plan_equals_the_unrolled_checkpoint(source: tuple[Path, Runner], spec: 
     assert error(outputs(runner.reset(plan), stepwise=stepwise), outputs(unrolled, stepwise=stepwise)) <= 1e-6
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in SCALED_PLANS.items()])
 def test_scales_equal_those_multiplied_into_the_output_projections(
     source: tuple[Path, Runner], spec: str, tmp_path: Path
@@ -125,6 +127,7 @@ def test_scales_equal_those_multiplied_into_the_output_projections(
     assert error(outputs(runner.reset(plan)), outputs(unrolled)) <= 2e-6
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_identity_slots_are_skipped_and_change_not_one_bit(source: tuple[Path, Runner]):
     _, runner = source
     with_identities = LayerPlan.parse(SCALED_PLANS["identity-slots"], 4)
@@ -133,6 +136,7 @@ def test_identity_slots_are_skipped_and_change_not_one_bit(source: tuple[Path, R
     assert np.array_equal(skipped, outputs(runner.reset(LayerPlan.parse("0,2", 4))))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_order_of_heterogeneous_layers_matters(source: tuple[Path, Runner]):
     _, runner = source
     forward, backward = (outputs(runner.reset(LayerPlan.parse(s, 4))) for s in ("all", "::-1"))
@@ -174,18 +178,23 @@ def test_one_executable_serves_every_plan(tmp_path: Path):
 # --- nothing of the size of the stack or of the cache is copied in a decode step
 
 
-def compiled_decode_step(directory: Path, model_type: str, batch: int, capacity: int):
+@pytest.fixture(scope="module")
+def decode_step(tiny_directory):
     """A 24-layer model's decode step for plans of up to 32 slots: the runner and the executable."""
-    sizes = {"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 192}
-    if model_type == "gpt2":
-        sizes = {"n_layer": 24, "n_embd": 64, "n_inner": 192}
-    write_tiny_hf(directory, model_type, **sizes)
-    runner = Runner(directory, batch=batch, slots=32, capacity=capacity)
-    ones = np.ones(batch, np.int32)
-    lowered = run.lower(
-        runner.config, runner.params, runner.cache, runner.plan, ones[:, None], ones, ones, ones
-    )
-    return runner, lowered.compile()
+
+    @functools.cache
+    def compiled(model_type: str, batch: int, capacity: int):
+        sizes = {"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 192}
+        if model_type == "gpt2":
+            sizes = {"n_layer": 24, "n_embd": 64, "n_inner": 192}
+        runner = Runner(tiny_directory(model_type, **sizes), batch=batch, slots=32, capacity=capacity)
+        ones = np.ones(batch, np.int32)
+        lowered = run.lower(
+            runner.config, runner.params, runner.cache, runner.plan, ones[:, None], ones, ones, ones
+        )
+        return runner, lowered.compile()
+
+    return compiled
 
 
 def instructions_making(hlo: str, shape: str) -> dict[str, str]:
@@ -213,8 +222,8 @@ def instructions_making(hlo: str, shape: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize(("batch", "capacity"), [(1, 1024), (2, 1024), (2, 64), (1, 64)])
-def test_a_decode_step_updates_the_cache_in_place(model_type: str, batch: int, capacity: int, tmp_path: Path):
-    runner, compiled = compiled_decode_step(tmp_path, model_type, batch, capacity)
+def test_a_decode_step_updates_the_cache_in_place(decode_step, model_type: str, batch: int, capacity: int):
+    runner, compiled = decode_step(model_type, batch, capacity)
     shape = f"f32[{','.join(map(str, runner.cache.k.shape))}]"
     hlo = compiled.as_text()
     made = set(instructions_making(hlo, shape).values())
@@ -230,9 +239,9 @@ def test_a_decode_step_updates_the_cache_in_place(model_type: str, batch: int, c
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_temporaries_of_a_decode_step_are_small_beside_one_stacked_weight(
-    model_type: str, batch: int, tmp_path: Path
+    decode_step, model_type: str, batch: int
 ):
-    runner, compiled = compiled_decode_step(tmp_path, model_type, batch, 1024)
+    runner, compiled = decode_step(model_type, batch, 1024)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     assert temporaries < runner.params["layers.up.weight"].nbytes / 4
     assert temporaries < model.KVCache(*runner.cache).k.nbytes / 4
