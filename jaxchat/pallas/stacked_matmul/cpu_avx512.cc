@@ -3,7 +3,7 @@
 // One row of x: reading the weights is all that matters, and they are read once, in order. Activations are
 // split into two signed bytes, q = 128 h + l (15 bits), so that VNNI's exact integer products lose nothing that
 // shows: the weights' unsigned bytes (code + 8 or + 128) meet h and l, and the offset's share is taken back as
-// one number per group. Many rows of x: 8-bit activations and a register tile of 32 weight rows.
+// one number per group. Many rows of x: a register tile of 32 weight rows.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -313,9 +313,15 @@ void PreciseRows(const Weights& w, const float* x, const void* prepared, int64_t
 constexpr int64_t kTileRows = 32;  // weight rows in a register tile: two vectors of 16
 constexpr int kSteps = kSub / 4;   // VNNI steps of four columns in a sub-group
 
-// Prepared x: bytes [m, cols] in the column order of the packed weights, then scale, offset, sum [m, cols / 32].
+// 4-bit weights meet 8-bit activations, whose error is far below the weights' own. 8-bit weights are as fine as
+// that themselves, so they meet 15 bits: two bytes, as above, for twice the products.
+bool Fine(const Weights& w) { return w.kind == Kind::kInt8; }
+
+// Prepared x: bytes [m, cols] in the column order of the packed weights (twice if fine: high, low), then scale,
+// offset, sum [m, cols / 32].
 struct TiledX {
   const int8_t* q;
+  const int8_t* low;
   const float* scale;
   const int32_t* offset;
   const float* sum;
@@ -324,12 +330,15 @@ struct TiledX {
 TiledX TiledView(const Weights& w, const void* prepared, int64_t m) {
   const int64_t subs = w.cols / kSub;
   const auto* q = static_cast<const int8_t*>(prepared);
-  const auto* scale = reinterpret_cast<const float*>(q + m * w.cols);
+  const auto* low = q + m * w.cols;
+  const auto* scale = reinterpret_cast<const float*>(Fine(w) ? low + m * w.cols : low);
   const auto* offset = reinterpret_cast<const int32_t*>(scale + m * subs);
-  return {q, scale, offset, reinterpret_cast<const float*>(offset + m * subs)};
+  return {q, low, scale, offset, reinterpret_cast<const float*>(offset + m * subs)};
 }
 
-int64_t TiledBytes(const Weights& w, int64_t m) { return m * (w.cols + w.cols / kSub * 12); }
+int64_t TiledBytes(const Weights& w, int64_t m) {
+  return m * ((Fine(w) ? 2 : 1) * w.cols + w.cols / kSub * 12);
+}
 
 void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, int64_t end, void* out) {
   const TiledX view = TiledView(w, out, m);
@@ -337,10 +346,17 @@ void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, in
   const int32_t lift = w.kind == Kind::kInt4 ? (w.mins ? 0 : 8) : 128;
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t s = 0; s < subs; ++s) {
-      const SubGroup x32 = LoadSubGroup(x + i * w.inputs + s * kSub, w.inputs - s * kSub, 127.0f);
-      __m256i bytes = Narrow(x32.q[0], x32.q[1]);
-      if (w.kind == Kind::kInt4) bytes = EvenOdd(bytes);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(const_cast<int8_t*>(view.q) + i * w.cols + s * kSub), bytes);
+      const float levels = Fine(w) ? 16256.0f : 127.0f;
+      const SubGroup x32 = LoadSubGroup(x + i * w.inputs + s * kSub, w.inputs - s * kSub, levels);
+      const int64_t at = i * w.cols + s * kSub;
+      __m256i bytes, low;
+      if (Fine(w)) {
+        SplitBytes(x32.q[0], x32.q[1], &bytes, &low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(const_cast<int8_t*>(view.low) + at), low);
+      } else {
+        bytes = EvenOdd(Narrow(x32.q[0], x32.q[1]));
+      }
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(const_cast<int8_t*>(view.q) + at), bytes);
       const_cast<float*>(view.scale)[i * subs + s] = x32.scale;
       const_cast<float*>(view.sum)[i * subs + s] = x32.sum;
       const_cast<int32_t*>(view.offset)[i * subs + s] = -lift * x32.total;
@@ -403,35 +419,51 @@ void Pack(const Weights& w, int64_t begin, const Tile& tile) {
   }
 }
 
-template <int M, bool kAffine>
+inline __m512i Splat4(const int8_t* from) {
+  int32_t four;
+  std::memcpy(&four, from, 4);
+  return _mm512_set1_epi32(four);
+}
+
+template <int M, bool kAffine, bool kFine>
 void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t i, float* y, int64_t begin,
               int64_t end) {
   const int64_t subs = w.cols / kSub;
   __m512 acc[M][2];
   for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
   for (int64_t s = 0; s < subs; ++s) {
-    __m512i sum[M][2];
+    __m512i sum[M][2], high[kFine ? M : 1][2];
     for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm512_set1_epi32(x.offset[(i + m) * subs + s]);
+    if constexpr (kFine)
+      for (int m = 0; m < M; ++m) high[m][0] = high[m][1] = _mm512_setzero_si512();
     const auto* codes = reinterpret_cast<const __m512i*>(tile.codes) + s * kSteps * 2;
     for (int j = 0; j < kSteps; ++j) {
       const __m512i w0 = _mm512_load_si512(codes + 2 * j), w1 = _mm512_load_si512(codes + 2 * j + 1);
       for (int m = 0; m < M; ++m) {
-        int32_t four;
-        std::memcpy(&four, x.q + (i + m) * w.cols + s * kSub + 4 * j, 4);
-        const __m512i xb = _mm512_set1_epi32(four);
-        sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], w0, xb);
-        sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], w1, xb);
+        const int64_t at = (i + m) * w.cols + s * kSub + 4 * j;
+        const __m512i xb = Splat4(x.q + at);
+        if constexpr (kFine) {
+          const __m512i xl = Splat4(x.low + at);
+          high[m][0] = _mm512_dpbusd_epi32(high[m][0], w0, xb);
+          high[m][1] = _mm512_dpbusd_epi32(high[m][1], w1, xb);
+          sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], w0, xl);
+          sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], w1, xl);
+        } else {
+          sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], w0, xb);
+          sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], w1, xb);
+        }
       }
     }
-    const __m512 s0 = _mm512_load_ps(tile.scale + s * kTileRows), s1 = _mm512_load_ps(tile.scale + s * kTileRows + 16);
+    const float* scales = tile.scale + s * kTileRows;
+    const __m512 scale[2] = {_mm512_load_ps(scales), _mm512_load_ps(scales + 16)};
     for (int m = 0; m < M; ++m) {
       const __m512 xs = _mm512_set1_ps(x.scale[(i + m) * subs + s]);
-      acc[m][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][0]), _mm512_mul_ps(s0, xs), acc[m][0]);
-      acc[m][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][1]), _mm512_mul_ps(s1, xs), acc[m][1]);
-      if constexpr (kAffine) {
-        const __m512 total = _mm512_set1_ps(x.sum[(i + m) * subs + s]);
-        acc[m][0] = _mm512_fmadd_ps(_mm512_load_ps(tile.min + s * kTileRows), total, acc[m][0]);
-        acc[m][1] = _mm512_fmadd_ps(_mm512_load_ps(tile.min + s * kTileRows + 16), total, acc[m][1]);
+      const __m512 total = _mm512_set1_ps(x.sum[(i + m) * subs + s]);
+      for (int v = 0; v < 2; ++v) {
+        if constexpr (kFine) sum[m][v] = _mm512_add_epi32(sum[m][v], _mm512_slli_epi32(high[m][v], 7));
+        acc[m][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][v]), _mm512_mul_ps(scale[v], xs), acc[m][v]);
+        if constexpr (kAffine)
+          acc[m][v] = _mm512_fmadd_ps(_mm512_load_ps(tile.min + s * kTileRows + 16 * v), total, acc[m][v]);
       }
     }
   }
@@ -443,18 +475,19 @@ void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t i, fl
   }
 }
 
-template <bool kAffine>
+template <bool kAffine, bool kFine>
 void MultiplyAll(const Weights& w, const TiledX& x, const Tile& tile, int64_t m, float* y, int64_t begin,
                  int64_t end) {
-  constexpr int kM = 6;  // 12 integer and 12 float accumulators of the 32 registers
-  int64_t i = 0;
-  for (; i + kM <= m; i += kM) Multiply<kM, kAffine>(w, x, tile, i, y, begin, end);
-  switch (m - i) {
-    case 5: return Multiply<5, kAffine>(w, x, tile, i, y, begin, end);
-    case 4: return Multiply<4, kAffine>(w, x, tile, i, y, begin, end);
-    case 3: return Multiply<3, kAffine>(w, x, tile, i, y, begin, end);
-    case 2: return Multiply<2, kAffine>(w, x, tile, i, y, begin, end);
-    case 1: return Multiply<1, kAffine>(w, x, tile, i, y, begin, end);
+  constexpr int kM = kFine ? 4 : 6;  // 24 accumulators of the 32 registers
+  for (int64_t i = 0; i < m; i += kM) {
+    switch (std::min<int64_t>(kM, m - i)) {
+      case 6: Multiply<6, kAffine, false>(w, x, tile, i, y, begin, end); break;
+      case 5: Multiply<5, kAffine, false>(w, x, tile, i, y, begin, end); break;
+      case 4: Multiply<4, kAffine, kFine>(w, x, tile, i, y, begin, end); break;
+      case 3: Multiply<3, kAffine, kFine>(w, x, tile, i, y, begin, end); break;
+      case 2: Multiply<2, kAffine, kFine>(w, x, tile, i, y, begin, end); break;
+      case 1: Multiply<1, kAffine, kFine>(w, x, tile, i, y, begin, end); break;
+    }
   }
 }
 
@@ -464,10 +497,9 @@ void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t 
   for (int64_t row = begin; row < end; row += kTileRows) {
     Pack(w, row, tile);
     const int64_t stop = std::min(row + kTileRows, end);
-    if (w.mins)
-      MultiplyAll<true>(w, x, tile, m, y, row, stop);
-    else
-      MultiplyAll<false>(w, x, tile, m, y, row, stop);
+    const auto multiply = Fine(w) ? (w.mins ? MultiplyAll<true, true> : MultiplyAll<false, true>)
+                                  : (w.mins ? MultiplyAll<true, false> : MultiplyAll<false, false>);
+    multiply(w, x, tile, m, y, row, stop);
   }
 }
 

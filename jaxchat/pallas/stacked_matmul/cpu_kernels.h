@@ -22,7 +22,7 @@ struct Weights {
 };
 
 // x [m, inputs] in the form a kernel reads. Filled by `prepare`, in `bytes(m)` bytes of 64-byte aligned memory.
-// Precise: a few rows, 15 bits per activation. Tiled: many rows, 8 bits per activation (as in llama.cpp's Q8_0).
+// Precise: a few rows, 15 bits per activation. Tiled: many rows, at least 8 bits (as in llama.cpp's Q8_0).
 struct Kernels {
   const char* name;
   // The largest m that the precise kernels take in one pass; more rows are done in several.
