@@ -21,9 +21,9 @@ _QUANTIZED_KINDS = {8: 3, 4: 4}
 def stacked_matmul(x: jax.Array, w: jax.Array | QuantizedTensor, layer: jax.Array) -> jax.Array:
     """`x @ w[layer].T`; see `reference.stacked_matmul`.
 
-    Quantized weights meet activations of 15 bits, with a scale per 32 of them; only in prefill (x is [B, T, I],
-    T > 1), which is bound by arithmetic, do 4-bit weights meet 8 bits (on AVX-512). The choice does not depend
-    on B: a sequence's tokens do not depend on its neighbours.
+    Quantized weights meet activations of 15 bits, with a scale per 32 of them. Only in prefill (x is
+    [B, T, I], T > 1), which is bound by arithmetic, do 4-bit weights meet 8 bits (on AVX-512). The choice
+    does not depend on B: a sequence's tokens do not depend on its neighbours.
     """
     rows = math.prod(x.shape[:-1])
     exact = x.ndim <= 2 or x.shape[-2] == 1
