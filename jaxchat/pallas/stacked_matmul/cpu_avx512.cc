@@ -191,18 +191,22 @@ struct Precise {
     }
   }
 
-  // The scales of a block's sums: lane i has that of its sub-group.
-  static __m512 Scales(const Weights& w, int64_t row, int64_t b) {
-    const int64_t per_row = w.cols / w.group, first = row * per_row;
-    if (w.group == kSub && !w.wide_scales) {
-      const int64_t left = per_row - b * kSubs;
-      const __mmask8 mask = left >= kSubs ? (1u << kSubs) - 1 : (1u << left) - 1;
-      __m128i h = _mm_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(w.scales) + first + b * kSubs);
-      __m512 s = _mm512_castps128_ps512(_mm_cvtph_ps(h));
-      const __m512i spread = kind == Kind::kInt4 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
-                                                 : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-      return _mm512_permutexvar_ps(spread, s);
-    }
+  // The scales of a block's sums: lane i has that of its sub-group. `first` is the row's first scale.
+  template <bool kWhole>
+  static __m512 NarrowScales(const uint16_t* from, int64_t left) {
+    __m128i h;
+    if constexpr (kWhole && kind == Kind::kInt4)
+      h = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    else if constexpr (kWhole)
+      h = _mm_loadu_si32(from);
+    else
+      h = _mm_maskz_loadu_epi16((1u << std::min(left, kSubs)) - 1, from);
+    const __m512i spread = kind == Kind::kInt4 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
+                                               : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    return _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_cvtph_ps(h)));
+  }
+
+  static __m512 AnyScales(const Weights& w, int64_t first, int64_t b) {
     alignas(64) float lanes[16];
     for (int64_t i = 0; i < 16; ++i) {
       const int64_t column = b * kBlock<kind> + i / (16 / kSubs) * kSub;
@@ -211,44 +215,57 @@ struct Precise {
     return _mm512_load_ps(lanes);
   }
 
+  // Adds one block's products to M sums.
+  template <int M>
+  static inline void Step(__m512i raw, __m512 scales, bool lifted, const Block<kind>* x, int64_t stride, int64_t b,
+                          __m512* acc) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    // Affine 4-bit codes are unsigned as they are; the others become so, and the offsets take it back.
+    if (kind == Kind::kInt8 || lifted)
+      raw = _mm512_xor_si512(raw, _mm512_set1_epi8(static_cast<char>(kind == Kind::kInt4 ? 0x88 : 0x80)));
+    __m512i part[2] = {raw, raw};
+    if constexpr (kind == Kind::kInt4) {
+      part[0] = _mm512_and_si512(raw, nibble);
+      part[1] = _mm512_and_si512(_mm512_srli_epi16(raw, 4), nibble);
+    }
+    for (int m = 0; m < M; ++m) {
+      const Block<kind>& xb = x[m * stride + b];
+      __m512i low = kind == Kind::kInt8 || lifted ? _mm512_load_si512(xb.offset) : _mm512_setzero_si512();
+      __m512i high = _mm512_setzero_si512();
+      for (int p = 0; p < kParts; ++p) {
+        high = _mm512_dpbusd_epi32(high, part[p], _mm512_load_si512(xb.high[p]));
+        low = _mm512_dpbusd_epi32(low, part[p], _mm512_load_si512(xb.low[p]));
+      }
+      const __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
+      acc[m] = _mm512_fmadd_ps(total, _mm512_mul_ps(scales, _mm512_load_ps(xb.scale)), acc[m]);
+    }
+  }
+
   template <int M>
   static void Row(const Weights& w, const Block<kind>* x, int64_t stride, const float* sums, int64_t sum_stride,
                   int64_t row, float* y) {
-    constexpr int64_t kBytesPerBlock = 64;
-    const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols;
+    const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols, per_row = w.cols / w.group;
     const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
-    const __m512i flip = _mm512_set1_epi8(static_cast<char>(kind == Kind::kInt4 ? 0x88 : 0x80));
-    const __m512i nibble = _mm512_set1_epi8(15);
+    const int64_t whole = bytes / 64, first = row * per_row;
+    const bool lifted = !w.mins;
+    const auto* narrow = static_cast<const uint16_t*>(w.scales) + first;
     __m512 acc[M];
     for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_ps();
-    const int64_t blocks = Blocks(w);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t left = bytes - b * kBytesPerBlock;
-      __m512i raw = left >= 64 ? _mm512_loadu_si512(codes + b * 64)
-                               : _mm512_maskz_loadu_epi8((1ull << left) - 1, codes + b * 64);
-      _mm_prefetch(reinterpret_cast<const char*>(codes + b * 64 + 1024), _MM_HINT_T0);
-      __m512i part[2];
-      // Affine 4-bit codes are unsigned as they are: the "+8" is then an offset the caller's scales know.
-      raw = kind == Kind::kInt4 && w.mins ? raw : _mm512_xor_si512(raw, flip);
-      if constexpr (kind == Kind::kInt4) {
-        part[0] = _mm512_and_si512(raw, nibble);
-        part[1] = _mm512_and_si512(_mm512_srli_epi16(raw, 4), nibble);
-      } else {
-        part[0] = raw;
+    if (w.group == kSub && !w.wide_scales) {
+      for (int64_t b = 0; b < whole; ++b) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + b * 64 + 2048), _MM_HINT_T0);
+        Step<M>(_mm512_loadu_si512(codes + b * 64), NarrowScales<true>(narrow + b * kSubs, 0), lifted, x, stride, b, acc);
       }
-      const __m512 scales = Scales(w, row, b);
-      for (int m = 0; m < M; ++m) {
-        const Block<kind>& xb = x[m * stride + b];
-        __m512i low = kind == Kind::kInt4 && w.mins ? _mm512_setzero_si512()
-                                                    : _mm512_load_si512(xb.offset);
-        __m512i high = _mm512_setzero_si512();
-        for (int p = 0; p < kParts; ++p) {
-          high = _mm512_dpbusd_epi32(high, part[p], _mm512_load_si512(xb.high[p]));
-          low = _mm512_dpbusd_epi32(low, part[p], _mm512_load_si512(xb.low[p]));
-        }
-        const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(high, 7), low);
-        acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_mul_ps(scales, _mm512_load_ps(xb.scale)), acc[m]);
-      }
+    } else {
+      for (int64_t b = 0; b < whole; ++b)
+        Step<M>(_mm512_loadu_si512(codes + b * 64), AnyScales(w, first, b), lifted, x, stride, b, acc);
+    }
+    if (bytes % 64) {
+      const __m512i raw = _mm512_maskz_loadu_epi8((1ull << (bytes % 64)) - 1, codes + whole * 64);
+      const bool fast = w.group == kSub && !w.wide_scales;
+      const __m512 scales = fast ? NarrowScales<false>(narrow + whole * kSubs, per_row - whole * kSubs)
+                                 : AnyScales(w, first, whole);
+      Step<M>(raw, scales, lifted, x, stride, whole, acc);
     }
     for (int m = 0; m < M; ++m) {
       float total = _mm512_reduce_add_ps(acc[m]);
