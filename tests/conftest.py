@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: the large reference data, tiny models, and one compilation cache per run."""
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -8,6 +9,10 @@ import pytest
 from tiny import write_tiny_hf
 
 from jaxchat.checkpoint import load_params
+
+# Shells start background jobs with SIGINT ignored, children inherit that, and the tests of Ctrl-C need it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
