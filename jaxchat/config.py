@@ -46,11 +46,6 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
-    @property
-    def depends_on_length(self) -> bool:
-        """Whether the frequencies change with the length of the context."""
-        return self.kind in ("dynamic", "longrope")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -152,11 +147,6 @@ class ModelConfig:
             "V": self.vocab_size,
             "C": self.max_position_embeddings,
         }
-
-    @property
-    def rope_depends_on_length(self) -> bool:
-        """Whether any rotary embedding changes with the length of the context."""
-        return any(rope.depends_on_length for rope in self.ropes)
 
     def rope_regime(self, length: int) -> int:
         """A number that is equal for two context lengths whose keys are rotated alike.

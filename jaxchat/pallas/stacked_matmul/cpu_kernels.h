@@ -25,7 +25,6 @@ struct Weights {
 // Precise: a few rows, 15 bits per activation. Tiled: many rows, at least 8 bits (as in llama.cpp's Q8_0).
 struct Kernels {
   const char* name;
-  // The largest m that the precise kernels take in one pass; more rows are done in several.
   int64_t (*precise_bytes)(const Weights&, int64_t m);
   void (*precise_prepare)(const Weights&, const float* x, int64_t m, void* out);
   void (*precise)(const Weights&, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,

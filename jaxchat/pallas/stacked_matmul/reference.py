@@ -33,11 +33,6 @@ def stacked_matmul(x: jax.Array, w: Weight, layer: jax.Array | int) -> jax.Array
     return lax.platform_dependent(x, w, layer, cpu=_dot_in_blocks, default=_dot_whole)
 
 
-def matmul(x: jax.Array, w: Weight) -> jax.Array:
-    """`x @ w.T` for one unstacked weight [O, I], float32 [..., O]."""
-    return stacked_matmul(x, jax.tree.map(lambda array: array[None], w), 0)
-
-
 def embedding_rows(w: Weight, ids: jax.Array) -> jax.Array:
     """Rows `ids` [...] of an embedding [V, D], float32 [..., D]."""
     if isinstance(w, QuantizedTensor):
