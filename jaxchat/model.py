@@ -92,20 +92,62 @@ def forward(
     Returns:
       The normed hidden state, float32 [B, T, D], and the cache. `logits` turns the former into logits.
     """
-    positions = lengths[:, None] + jnp.arange(tokens.shape[1])
+    x = embed(config, params, tokens, lengths[:, None] + jnp.arange(tokens.shape[1]), dtype=dtype)
+    x, cache = run_plan(
+        config, params, cache, plan, x, lengths, new, context_length, dtype=dtype, kernels=kernels
+    )
+    return final_norm(config, params, x), cache
+
+
+def embed(
+    config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, *, dtype: jnp.dtype
+) -> jax.Array:
+    """The residual stream before the first slot, [B, T, D] in `dtype`; tokens and positions: int32 [B, T]."""
     with jax.named_scope("embed"):
         x = embedding_rows(params["embed.weight"], tokens) * np.float32(config.embedding_scale)
         if config.learned_positions:
             # Padding may run beyond the table; its positions are clipped, its output is never read.
             x = x + embedding_rows(params["positions.weight"], positions)
+    return x.astype(dtype)
+
+
+def run_plan(
+    config: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    plan: PlanArrays,
+    x: jax.Array,
+    lengths: jax.Array,
+    new: jax.Array,
+    context_length: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    kernels: Kernels = REFERENCE,
+    start: jax.Array | int = 0,
+) -> tuple[jax.Array, KVCache]:
+    """Runs the slots [start, plan.length) of a plan on a residual stream.
+
+    Args:
+      x: [B, T, D] in `dtype`, the residual stream before slot `start`.
+      start: traced; an earlier end is `plan._replace(length=stop)`.
+      others: as in `forward`.
+
+    Returns:
+      The residual stream after the last of these slots, like `x`, and the cache with their rows written.
+    """
+    positions = lengths[:, None] + jnp.arange(x.shape[1])
     run_slot = _slot_function(config, params, positions, lengths, new, context_length, dtype, kernels)
 
     def body(p: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         slot = (p, plan.layer[p], plan.attn_scale[p], plan.mlp_scale[p])
         return run_slot(slot, carry)
 
-    x, cache = lax.fori_loop(0, plan.length, body, (x.astype(dtype), cache))
-    return _norm(config, params, "norm", x), cache
+    return lax.fori_loop(start, plan.length, body, (x, cache))
+
+
+def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """The normed hidden state, float32 [..., D], of a residual stream after its last slot."""
+    return _norm(config, params, "norm", x)
 
 
 def logits(
