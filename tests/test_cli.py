@@ -12,7 +12,7 @@ import pexpect
 import pytest
 from tiny_chat import write_tiny_chat
 
-from jaxchat import generate
+from jaxchat import command_line, generate
 
 COMMAND = [sys.executable, "-m", "jaxchat.generate"]
 ENDLESS = {"max_position_embeddings": 1 << 20}  # with --ignore_eos it generates until it is stopped
@@ -283,7 +283,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly(chat_model):
     process.stdout.read(1)
     process.stdout.close()
     assert process.stderr.read() == b""
-    assert process.wait(60) == generate.BROKEN_PIPE == 141
+    assert process.wait(60) == command_line.BROKEN_PIPE == 141
 
 
 def test_a_full_disk_is_one_line():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import jaxchat
-from jaxchat import generate, show
+from jaxchat import command_line, generate, show
 from jaxchat.checkpoint import load_params
 from jaxchat.checkpoint_manifest import Manifest
 from jaxchat.checkpoint_writer import convert, to_hf
@@ -505,7 +505,7 @@ def test_show_json_has_the_bytes_by_group(
 def test_kernels_the_command_knows_are_those_there_are() -> None:
     from jaxchat.pallas import backends
 
-    assert generate._KERNELS == backends.NAMES
+    assert command_line.KERNELS == backends.NAMES
 
 
 def test_format_for_is_what_loading_applies(tiny_directory: Directory) -> None:
