@@ -153,7 +153,7 @@ def layers_of(
     source: Source, param: Param, storage: Storage, meter: Meter
 ) -> Iterator[tuple[int, np.ndarray | QuantizedTensor]]:
     """Each (index, layer as `storage` says, in C order) of a parameter, released after its turn."""
-    for index in range(source.config.num_layers if param.per_layer else 1):
+    for index in range(param.rows(source.config)):
         values = source.layer(param, index)
         yield index, _stored_as(values, storage, _label(param, index))
         meter.add(values.nbytes)
@@ -202,7 +202,7 @@ def _load_param(
 
 def _fill_host(source: Source, param: Param, dtype: np.dtype, meter: Meter) -> np.ndarray:
     stack = aligned_empty(param.stacked_shape(source.config), dtype)
-    for index in range(source.config.num_layers if param.per_layer else 1):
+    for index in range(param.rows(source.config)):
         values = source.layer(param, index)
         assert isinstance(values, np.ndarray)  # quantized parameters stay quantized
         convert_into(stack[index] if param.per_layer else stack, values, _label(param, index))
@@ -213,7 +213,7 @@ def _fill_host(source: Source, param: Param, dtype: np.dtype, meter: Meter) -> n
 
 def _quantize_host(source: Source, param: Param, fmt: QuantFormat, meter: Meter) -> QuantizedTensor:
     stack = aligned_quantized(param.stacked_shape(source.config), fmt)
-    for index in range(source.config.num_layers if param.per_layer else 1):
+    for index in range(param.rows(source.config)):
         values = source.layer(param, index)
         assert isinstance(values, np.ndarray)  # what is quantized already is not quantized anew
         out = layer_slice(stack, index) if param.per_layer else stack
@@ -238,7 +238,7 @@ def _fill_device(
             stack = layer
         else:
             if stack is None:
-                stack = _zeros_like_stack(layer, source.config.num_layers, sharding)
+                stack = _zeros_like_stack(layer, param.rows(source.config), sharding)
             stack = _set_layer(stack, layer, index)
         # The copy must be over before the host reuses the memory it is made from.
         jax.block_until_ready(stack)

@@ -67,6 +67,8 @@ class ModelConfig:
       layer_ropes: [L] index into `ropes`, by source layer.
       layer_windows: [L] sliding window in tokens, by source layer; 0 is global attention.
       layer_attn_scales: [L] factor of the attention scores, by source layer.
+      layer_rows: parameter -> [L] the row of its stack that each layer uses, of the parameters where that is
+        not the layer itself: in an assembled stack, layers that differ in one tensor share the others.
       embedding_scale: multiplies the token embedding.
       attn_softcap, final_softcap: tanh soft-caps of attention scores and logits; 0 is none.
       qkv_bias, o_bias, mlp_bias: which projections have a bias.
@@ -96,6 +98,7 @@ class ModelConfig:
     layer_ropes: tuple[int, ...] = ()
     layer_windows: tuple[int, ...] = ()
     layer_attn_scales: tuple[float, ...] = ()
+    layer_rows: tuple[tuple[str, tuple[int, ...]], ...] = ()
     embedding_scale: float = 1.0
     attn_softcap: float = 0.0
     final_softcap: float = 0.0
@@ -147,6 +150,10 @@ class ModelConfig:
             "V": self.vocab_size,
             "C": self.max_position_embeddings,
         }
+
+    def rows_of(self, parameter: str) -> tuple[int, ...]:
+        """[L] the row of a per-layer parameter's stack that each stacked layer uses."""
+        return dict(self.layer_rows).get(parameter, tuple(range(self.num_layers)))
 
     def rope_regime(self, length: int) -> int:
         """A number that is equal for two context lengths whose keys are rotated alike.
@@ -200,9 +207,12 @@ class Param:
         return tuple(size_of(term, config) for term in self.shape.split())
 
     def stacked_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """The sizes of the array in the pytree: [L, ...] for per-layer parameters."""
-        lead = (config.num_layers,) if self.per_layer else ()
-        return lead + self.layer_shape(config)
+        """The sizes of the array in the pytree: [L, ...] for per-layer parameters, [rows, ...] if shared."""
+        return ((self.rows(config),) if self.per_layer else ()) + self.layer_shape(config)
+
+    def rows(self, config: ModelConfig) -> int:
+        """How many tensors there are: one a row of the stack, which is one a layer; or 1 for the model."""
+        return max(config.rows_of(self.name)) + 1 if self.per_layer else 1
 
     def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The sizes of the Hugging Face tensor this parameter is (a part of)."""

@@ -73,6 +73,7 @@ def forward(
     *,
     dtype: jnp.dtype,
     kernels: Kernels = REFERENCE,
+    write_from: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Runs new tokens through the plan and appends their keys and values to the cache.
 
@@ -88,14 +89,17 @@ def forward(
         only models whose RoPE depends on the length use it.
       dtype: of the activations; sums, norms, softmax and rotations are float32.
       kernels: static, the implementations to use.
+      write_from: int32 [B], the first slot that does not have these tokens' keys and values yet; slots before
+        it leave their cache alone. Default 0.
 
     Returns:
       The normed hidden state, float32 [B, T, D], and the cache. `logits` turns the former into logits.
     """
     x = embed(config, params, tokens, lengths[:, None] + jnp.arange(tokens.shape[1]), dtype=dtype)
     x, cache = run_plan(
-        config, params, cache, plan, x, lengths, new, context_length, dtype=dtype, kernels=kernels
-    )
+        config, params, cache, plan, x, lengths, new, context_length,
+        dtype=dtype, kernels=kernels, write_from=write_from,
+    )  # fmt: skip
     return final_norm(config, params, x), cache
 
 
@@ -124,6 +128,7 @@ def run_plan(
     dtype: jnp.dtype,
     kernels: Kernels = REFERENCE,
     start: jax.Array | int = 0,
+    write_from: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Runs the slots [start, plan.length) of a plan on a residual stream.
 
@@ -136,7 +141,9 @@ def run_plan(
       The residual stream after the last of these slots, like `x`, and the cache with their rows written.
     """
     positions = lengths[:, None] + jnp.arange(x.shape[1])
-    run_slot = _slot_function(config, params, positions, lengths, new, context_length, dtype, kernels)
+    run_slot = _slot_function(
+        config, params, positions, lengths, new, context_length, dtype, kernels, write_from
+    )
 
     def body(p: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         slot = (p, plan.layer[p], plan.attn_scale[p], plan.mlp_scale[p])
@@ -176,6 +183,7 @@ def _slot_function(
     context_length: jax.Array,
     dtype: jnp.dtype,
     kernels: Kernels,
+    write_from: jax.Array | None,
 ) -> Callable[[Slot, tuple[jax.Array, KVCache]], tuple[jax.Array, KVCache]]:
     """One decoder layer as a function of its slot: the body of the loop over the plan."""
     constants = _layer_constants(config)
@@ -183,27 +191,37 @@ def _slot_function(
     attend = kernels.decode_attention if positions.shape[1] == 1 else kernels.prefill_attention
 
     def linear(name: str, layer: jax.Array, x: jax.Array) -> jax.Array:
-        y = kernels.stacked_matmul(x, params[f"layers.{name}.weight"], layer)
-        bias = params.get(f"layers.{name}.bias")
-        return y if bias is None else y + widen(bias[layer]).astype(jnp.float32)
+        weight, bias = f"layers.{name}.weight", f"layers.{name}.bias"
+        y = kernels.stacked_matmul(x, params[weight], row_of(config, weight, layer))
+        if bias not in params:
+            return y
+        return y + widen(params[bias][row_of(config, bias, layer)]).astype(jnp.float32)
 
     def heads(name: str, layer: jax.Array, x: jax.Array, count: int) -> jax.Array:
         y = linear(name, layer, x).reshape(*x.shape[:2], count, config.head_dim)
         if config.qk_norm and name != "v":
-            y = _rms_norm(config, y, params[f"layers.{name}_norm.weight"][layer])
+            norm = f"layers.{name}_norm.weight"
+            y = _rms_norm(config, y, params[norm][row_of(config, norm, layer)])
         if cos_sin is not None and name != "v":
             y = rotate(y, *(part[constants.rope[layer]] for part in cos_sin))
         return y.astype(dtype)
+
+    def write(p: jax.Array, layer: jax.Array, h: jax.Array, new: jax.Array, cache: KVCache) -> KVCache:
+        k, v = heads("k", layer, h, config.num_kv_heads), heads("v", layer, h, config.num_kv_heads)
+        return KVCache(
+            kernels.write_rows(cache.k, k, p, lengths, new),
+            kernels.write_rows(cache.v, v, p, lengths, new),
+        )
 
     def attention(slot: Slot, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         p, layer, scale, _ = slot
         h = _norm(config, params, "layers.attn_norm", x, layer).astype(dtype)
         q = heads("q", layer, h, config.num_heads)
-        k, v = heads("k", layer, h, config.num_kv_heads), heads("v", layer, h, config.num_kv_heads)
-        cache = KVCache(
-            kernels.write_rows(cache.k, k, p, lengths, new),
-            kernels.write_rows(cache.v, v, p, lengths, new),
-        )
+        if write_from is None:
+            cache = write(p, layer, h, new, cache)
+        else:
+            fresh = jnp.where(p >= write_from, new, 0)
+            cache = lax.cond(jnp.any(fresh > 0), lambda c: write(p, layer, h, fresh, c), lambda c: c, cache)
         mixed = attend(
             q, cache.k, cache.v, p, lengths,
             scale=constants.scale[layer], window=constants.window[layer], softcap=config.attn_softcap,
@@ -237,13 +255,20 @@ def _slot_function(
     return run
 
 
+def row_of(config: ModelConfig, parameter: str, layer: jax.Array) -> jax.Array:
+    """The row of a parameter's stack that holds a stacked layer's tensor: see `ModelConfig.layer_rows`."""
+    rows = dict(config.layer_rows).get(parameter)
+    return layer if rows is None else jnp.asarray(rows, jnp.int32)[layer]
+
+
 def _norm(
     config: ModelConfig, params: Params, name: str, x: jax.Array, layer: jax.Array | None = None
 ) -> jax.Array:
     """RMSNorm or LayerNorm over D, float32; `layer` picks from a stacked weight."""
     weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
     if layer is not None:
-        weight, bias = weight[layer], None if bias is None else bias[layer]
+        weight = weight[row_of(config, f"{name}.weight", layer)]
+        bias = None if bias is None else bias[row_of(config, f"{name}.bias", layer)]
     if config.norm == "rmsnorm":
         return _rms_norm(config, x, weight)
     x = x.astype(jnp.float32)

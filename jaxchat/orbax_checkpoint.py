@@ -67,7 +67,7 @@ class OrbaxSource:
 
     def release(self, param: Param, index: int) -> None:
         """See `Source`."""
-        if not param.per_layer or index == self.config.num_layers - 1:
+        if index == param.rows(self.config) - 1:
             self._stacks.clear()
 
     def load(self, target: np.dtype | None, mesh: Mesh | None) -> dict[str, jax.Array]:

@@ -42,15 +42,17 @@ def count_parameters(config: ModelConfig, slots: int | None = None) -> int:
 
     Args:
       config: the model.
-      slots: layers that run under a plan, each counted as often as it runs; default every layer once.
+      slots: layers that run under a plan, each counted as often as it runs; default every layer once, and
+        of layers that share a tensor (`ModelConfig.layer_rows`) that tensor once.
 
     >>> count_parameters(llama3_8b, 56)  # doctest: +SKIP
     13264949248
     """
-    layers = config.num_layers if slots is None else slots
-    return sum(
-        math.prod(p.layer_shape(config)) * (layers if p.per_layer else 1) for p in parameter_table(config)
-    )
+
+    def copies(param: Param) -> int:
+        return slots if slots is not None and param.per_layer else param.rows(config)
+
+    return sum(math.prod(p.layer_shape(config)) * copies(p) for p in parameter_table(config))
 
 
 def family_of(config: ModelConfig) -> Family:
