@@ -88,28 +88,13 @@ class Text:
         return np.stack(self.logits)
 
 
+@pytest.mark.parametrize("fmt", ["float32", "int8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_tokens_are_those_of_the_reference(load, name):
-    config, params, prompt = load(name, "float32")
+def test_greedy_tokens_are_those_of_the_reference(load, name, fmt):
+    config, params, prompt = load(name, fmt)
     expected = Text(config, params, "reference").greedy(prompt)
     assert len(expected) == min(NEW, config.max_position_embeddings - len(prompt) + 1)
     assert Text(config, params, "native").greedy(prompt) == expected
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_8_bit_greedy_tokens_differ_only_from_a_near_tie_on(load, name):
-    """Prompts are multiplied in 8 bits on both sides: logits move a little, and a tie may turn."""
-    config, params, prompt = load(name, "int8")
-    reference, natively = (Text(config, params, kernels) for kernels in ("reference", "native"))
-    expected, actual = reference.greedy(prompt), natively.greedy(prompt)
-    assert len(actual) == len(expected)
-    differ = [i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b]
-    if differ:
-        at = differ[0]
-        logits, moved = (t.logits[len(prompt) - 1 + at] for t in (reference, natively))
-        gap, most = logits[expected[at]] - logits[actual[at]], np.abs(moved - logits).max()
-        print(f"{name}: token {at} of {NEW}, {gap:.3f} apart in {np.ptp(logits):.1f}, moved by {most:.3f}")
-        assert gap < 5e-3 * np.ptp(logits)
 
 
 @pytest.mark.parametrize("name", MODELS)

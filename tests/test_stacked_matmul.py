@@ -37,13 +37,14 @@ def rounded(steps):
 class Implementation(NamedTuple):
     run: Callable
     rows: tuple[int, ...]  # of x, to be tested
-    decode: float = ROUNDING  # error with quantized weights where x is [B, I]
-    prefill: float = ROUNDING  # where it is [B, T, I]
+    fine: float = ROUNDING  # error where 8-bit weights meet a few tokens of a sequence
+    coarse: float = ROUNDING  # with 4-bit weights, or many tokens
 
     def tolerance(self, x, w):
-        return (
-            ROUNDING if not isinstance(w, QuantizedTensor) else self.decode if x.ndim == 2 else self.prefill
-        )
+        if not isinstance(w, QuantizedTensor):
+            return ROUNDING
+        few = x.ndim == 2 or x.shape[-2] < cpu.FEW_TOKENS
+        return self.fine if few and w.bits == 8 else self.coarse
 
 
 @pytest.fixture(params=["reference", "native"])
@@ -53,7 +54,7 @@ def matmul(request):
     if not native.available():
         pytest.skip(native.why_not())
     rows = (1, 2, 3, 5, 8, 9, 16, 23, 40)
-    return Implementation(jax.jit(cpu.stacked_matmul), rows, decode=rounded(16256), prefill=rounded(127))
+    return Implementation(jax.jit(cpu.stacked_matmul), rows, fine=rounded(16256), coarse=rounded(127))
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_leading_axes_of_x(matmul, rng, lead):
     assert_product(matmul, y, x, case, 2)
 
 
-LEADS = [(1,), (5,), (12,), (1, 12)]
+LEADS = [(1,), (5,), (12,), (1, 33)]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
@@ -243,7 +244,7 @@ def digest() -> str:
     rng = np.random.default_rng(0)
     total = hashlib.sha256()
     for kind in KINDS:
-        for lead in ((1,), (5,), (1, 40)):
+        for lead in ((1,), (9,), (1, 40)):
             w = case_of(rng, kind, (1001, 300)).arrays()
             x = normal(rng, (*lead, 300))
             if kind not in FLOATS or lead[-1] <= cpu.MAX_FLOAT_ROWS:

@@ -40,7 +40,7 @@ const void* AtLayer(const ffi::AnyBuffer& stack, int64_t layer) {
 
 ffi::Error StackedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer codes, ffi::AnyBuffer scales,
                          ffi::AnyBuffer mins, ffi::Buffer<ffi::S32> layer, ffi::Result<ffi::Buffer<ffi::F32>> y,
-                         int64_t kind, int64_t cols, int64_t group, bool affine, bool exact) {
+                         int64_t kind, int64_t cols, int64_t group, bool affine, bool few) {
   static const Kernels* const kernels = Pick();
   if (kernels == nullptr) return ffi::Error::Internal("no kernel for this processor");
   const int64_t stack = codes.dimensions()[0];
@@ -59,12 +59,12 @@ ffi::Error StackedMatmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Any
   const int64_t m = x.dimensions()[0];
   const float* in = x.typed_data();
   float* out = y->typed_data();
-  if (exact) {
-    Memory prepared = Allocate(kernels->precise_bytes(w, m));
-    kernels->precise_prepare(w, in, m, prepared.get());
+  if (few) {
+    Memory prepared = Allocate(kernels->few_bytes(w, m));
+    kernels->few_prepare(w, in, m, prepared.get());
     const int64_t chunk = std::clamp<int64_t>(w.rows / 16, 8, 512);
     ParallelFor(pool, (w.rows + chunk - 1) / chunk, [&](int64_t c) {
-      kernels->precise(w, in, prepared.get(), m, out, c * chunk, std::min(w.rows, (c + 1) * chunk));
+      kernels->few(w, in, prepared.get(), m, out, c * chunk, std::min(w.rows, (c + 1) * chunk));
     });
     return ffi::Error::Success();
   }
@@ -96,4 +96,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxchatStackedMatmul, jaxchat::StackedMatmul,
                                   .Attr<int64_t>("cols")
                                   .Attr<int64_t>("group")
                                   .Attr<bool>("affine")
-                                  .Attr<bool>("exact"));
+                                  .Attr<bool>("few"));

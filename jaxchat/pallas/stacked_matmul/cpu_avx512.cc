@@ -1,9 +1,9 @@
 // x @ w.T for quantized and float weights on AVX-512 with VNNI (Ice Lake, Zen 4 and later).
 //
-// One row of x: reading the weights is all that matters, and they are read once, in order. Activations are
-// split into two signed bytes, q = 128 h + l (15 bits), so that VNNI's exact integer products lose nothing that
-// shows: the weights' unsigned bytes (code + 8 or + 128) meet h and l, and the offset's share is taken back as
-// one number per group. Many rows of x: a register tile of 32 weight rows.
+// Weights are unsigned bytes to VNNI (code + 8 or + 128); the offset's share is taken back as one number per 32
+// columns. Few rows of x: reading the weights is all that matters, and they are read once, in order. 4-bit weights
+// meet activations of 8 bits, whose error is far below the weights' own; 8-bit weights meet 15 bits, split into two
+// signed bytes, q = 128 h + l. Many rows of x: a register tile of 32 weight rows, and 8 bits.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -26,22 +26,18 @@ float LoadScale(const void* p, int64_t i, bool wide) {
               : _cvtsh_ss(static_cast<const uint16_t*>(p)[i]);
 }
 
-// Calls visit(count, i, row) for every row of the weights and every four (`count`) rows of x from i on. Those four
-// stay in the first-level cache while a few rows of the weights, in the second, pass by.
-template <typename Visit>
+// Calls visit(count, i, row) for every row of the weights and every few (`count`, up to kMost) rows of x from i on.
+// Those stay in the first-level cache while a few rows of the weights, in the second, pass by.
+template <int kMost, typename Visit>
 void ForRowsInBlocks(int64_t m, int64_t begin, int64_t end, const Visit& visit) {
-  for (int64_t first = begin; first < end; first += 32) {
-    const int64_t last = std::min(first + 32, end);
-    for (int64_t i = 0; i < m; i += 4) {
-      for (int64_t row = first; row < last; ++row) {
-        switch (std::min<int64_t>(4, m - i)) {
-          case 4: visit(std::integral_constant<int, 4>(), i, row); break;
-          case 3: visit(std::integral_constant<int, 3>(), i, row); break;
-          case 2: visit(std::integral_constant<int, 2>(), i, row); break;
-          case 1: visit(std::integral_constant<int, 1>(), i, row); break;
-        }
-      }
-    }
+  if constexpr (kMost > 0) {
+    const int64_t blocks = m / kMost;
+    for (int64_t first = begin; first < end && blocks > 0; first += 32)
+      for (int64_t i = 0; i < blocks * kMost; i += kMost)
+        for (int64_t row = first; row < std::min(first + 32, end); ++row)
+          visit(std::integral_constant<int, kMost>(), i, row);
+    const auto rest = [&](auto count, int64_t i, int64_t row) { visit(count, blocks * kMost + i, row); };
+    if (m % kMost) ForRowsInBlocks<kMost - 1>(m % kMost, begin, end, rest);
   }
 }
 
@@ -127,7 +123,7 @@ void FloatRow(const Weights& w, const float* x, int64_t row, float* y) {
 
 template <Kind kind>
 void FloatRows(const Weights& w, const float* x, int64_t m, float* y, int64_t begin, int64_t end) {
-  ForRowsInBlocks(m, begin, end, [&](auto count, int64_t i, int64_t row) {
+  ForRowsInBlocks<4>(m, begin, end, [&](auto count, int64_t i, int64_t row) {
     FloatRow<kind, decltype(count)::value>(w, x + i * w.inputs, row, y + i * w.rows);
   });
 }
@@ -143,21 +139,20 @@ template <Kind kind>
 struct Block;
 template <>
 struct alignas(64) Block<Kind::kInt4> {
-  int8_t high[2][64], low[2][64];  // [even columns, odd columns]
-  float scale[16];                 // of each integer sum
-  int32_t offset[16];              // takes back the +8 of the codes
+  int8_t q[2][64];     // [even columns, odd columns]
+  float scale[16];     // of each integer sum
+  int32_t offset[16];  // takes back the +8 of the codes
 };
 template <>
 struct alignas(64) Block<Kind::kInt8> {
-  int8_t high[1][64], low[1][64];
+  int8_t q[2][64];  // [high, low]
   float scale[16];
   int32_t offset[16];
 };
 
 template <Kind kind>
-struct Precise {
+struct Few {
   static constexpr int64_t kSubs = kBlock<kind> / kSub;
-  static constexpr int kParts = kind == Kind::kInt4 ? 2 : 1;
   static int64_t Blocks(const Weights& w) { return RoundUp(w.cols, kBlock<kind>) / kBlock<kind>; }
 
   static void Prepare(const Weights& w, const float* x, Block<kind>* out, float* sums) {
@@ -166,21 +161,16 @@ struct Precise {
       Block<kind>& block = out[b];
       for (int64_t s = 0; s < kSubs; ++s) {
         const int64_t start = b * kBlock<kind> + s * kSub;
-        const SubGroup x32 = LoadSubGroup(x + start, w.inputs - start, 16256.0f);
-        __m256i high, low;
-        SplitBytes(x32.q[0], x32.q[1], &high, &low);
+        const SubGroup x32 = LoadSubGroup(x + start, w.inputs - start, kind == Kind::kInt4 ? 127.0f : 16256.0f);
         if constexpr (kind == Kind::kInt4) {
-          high = EvenOdd(high);
-          low = EvenOdd(low);
-          for (int part = 0; part < 2; ++part) {
-            auto* at = reinterpret_cast<__m128i*>(block.high[part] + s * 16);
-            _mm_store_si128(at, part ? _mm256_extracti128_si256(high, 1) : _mm256_castsi256_si128(high));
-            at = reinterpret_cast<__m128i*>(block.low[part] + s * 16);
-            _mm_store_si128(at, part ? _mm256_extracti128_si256(low, 1) : _mm256_castsi256_si128(low));
-          }
+          const __m256i bytes = EvenOdd(Narrow(x32.q[0], x32.q[1]));
+          _mm_store_si128(reinterpret_cast<__m128i*>(block.q[0] + s * 16), _mm256_castsi256_si128(bytes));
+          _mm_store_si128(reinterpret_cast<__m128i*>(block.q[1] + s * 16), _mm256_extracti128_si256(bytes, 1));
         } else {
-          _mm256_store_si256(reinterpret_cast<__m256i*>(block.high[0] + s * kSub), high);
-          _mm256_store_si256(reinterpret_cast<__m256i*>(block.low[0] + s * kSub), low);
+          __m256i high, low;
+          SplitBytes(x32.q[0], x32.q[1], &high, &low);
+          _mm256_store_si256(reinterpret_cast<__m256i*>(block.q[0] + s * kSub), high);
+          _mm256_store_si256(reinterpret_cast<__m256i*>(block.q[1] + s * kSub), low);
         }
         for (int64_t i = 0; i < lanes; ++i) {
           block.scale[s * lanes + i] = x32.scale;
@@ -223,21 +213,20 @@ struct Precise {
     // Affine 4-bit codes are unsigned as they are; the others become so, and the offsets take it back.
     if (kind == Kind::kInt8 || lifted)
       raw = _mm512_xor_si512(raw, _mm512_set1_epi8(static_cast<char>(kind == Kind::kInt4 ? 0x88 : 0x80)));
-    __m512i part[2] = {raw, raw};
-    if constexpr (kind == Kind::kInt4) {
-      part[0] = _mm512_and_si512(raw, nibble);
-      part[1] = _mm512_and_si512(_mm512_srli_epi16(raw, 4), nibble);
-    }
+    const __m512i even = _mm512_and_si512(raw, nibble);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(raw, 4), nibble);
     for (int m = 0; m < M; ++m) {
       const Block<kind>& xb = x[m * stride + b];
-      __m512i low = kind == Kind::kInt8 || lifted ? _mm512_load_si512(xb.offset) : _mm512_setzero_si512();
-      __m512i high = _mm512_setzero_si512();
-      for (int p = 0; p < kParts; ++p) {
-        high = _mm512_dpbusd_epi32(high, part[p], _mm512_load_si512(xb.high[p]));
-        low = _mm512_dpbusd_epi32(low, part[p], _mm512_load_si512(xb.low[p]));
+      const __m512i q0 = _mm512_load_si512(xb.q[0]), q1 = _mm512_load_si512(xb.q[1]);
+      __m512i sum = kind == Kind::kInt8 || lifted ? _mm512_load_si512(xb.offset) : _mm512_setzero_si512();
+      if constexpr (kind == Kind::kInt4) {
+        sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, even, q0), odd, q1);
+      } else {
+        const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), raw, q0);
+        sum = _mm512_add_epi32(_mm512_slli_epi32(high, 7), _mm512_dpbusd_epi32(sum, raw, q1));
       }
-      const __m512 total = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
-      acc[m] = _mm512_fmadd_ps(total, _mm512_mul_ps(scales, _mm512_load_ps(xb.scale)), acc[m]);
+      const __m512 scale = _mm512_mul_ps(scales, _mm512_load_ps(xb.scale));
+      acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc[m]);
     }
   }
 
@@ -286,42 +275,43 @@ struct Precise {
     const int64_t stride = Blocks(w), sum_stride = w.cols / kSub;
     const auto* x = static_cast<const Block<kind>*>(prepared);
     const auto* sums = reinterpret_cast<const float*>(x + m * stride);
-    ForRowsInBlocks(m, begin, end, [&](auto count, int64_t i, int64_t row) {
+    constexpr int kMost = kind == Kind::kInt4 ? 8 : 4;  // what the registers hold
+    ForRowsInBlocks<kMost>(m, begin, end, [&](auto count, int64_t i, int64_t row) {
       Row<decltype(count)::value>(w, x + i * stride, stride, sums + i * sum_stride, sum_stride, row,
                                   y + i * w.rows);
     });
   }
 };
 
-int64_t PreciseBytes(const Weights& w, int64_t m) {
+int64_t FewBytes(const Weights& w, int64_t m) {
   const int64_t sums = w.cols / kSub * static_cast<int64_t>(sizeof(float));
-  if (w.kind == Kind::kInt4) return m * (Precise<Kind::kInt4>::Blocks(w) * sizeof(Block<Kind::kInt4>) + sums);
-  if (w.kind == Kind::kInt8) return m * (Precise<Kind::kInt8>::Blocks(w) * sizeof(Block<Kind::kInt8>) + sums);
+  if (w.kind == Kind::kInt4) return m * (Few<Kind::kInt4>::Blocks(w) * sizeof(Block<Kind::kInt4>) + sums);
+  if (w.kind == Kind::kInt8) return m * (Few<Kind::kInt8>::Blocks(w) * sizeof(Block<Kind::kInt8>) + sums);
   return 0;
 }
 
 template <Kind kind>
 void PrepareAll(const Weights& w, const float* x, int64_t m, void* out) {
-  const int64_t stride = Precise<kind>::Blocks(w);
+  const int64_t stride = Few<kind>::Blocks(w);
   auto* blocks = static_cast<Block<kind>*>(out);
   auto* sums = reinterpret_cast<float*>(blocks + m * stride);
   for (int64_t i = 0; i < m; ++i)
-    Precise<kind>::Prepare(w, x + i * w.inputs, blocks + i * stride, sums + i * (w.cols / kSub));
+    Few<kind>::Prepare(w, x + i * w.inputs, blocks + i * stride, sums + i * (w.cols / kSub));
 }
 
-void PrecisePrepare(const Weights& w, const float* x, int64_t m, void* out) {
+void FewPrepare(const Weights& w, const float* x, int64_t m, void* out) {
   if (w.kind == Kind::kInt4) PrepareAll<Kind::kInt4>(w, x, m, out);
   if (w.kind == Kind::kInt8) PrepareAll<Kind::kInt8>(w, x, m, out);
 }
 
-void PreciseRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
+void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
                  int64_t end) {
   switch (w.kind) {
     case Kind::kF32: return FloatRows<Kind::kF32>(w, x, m, y, begin, end);
     case Kind::kBf16: return FloatRows<Kind::kBf16>(w, x, m, y, begin, end);
     case Kind::kF16: return FloatRows<Kind::kF16>(w, x, m, y, begin, end);
-    case Kind::kInt8: return Precise<Kind::kInt8>::Rows(w, prepared, m, y, begin, end);
-    case Kind::kInt4: return Precise<Kind::kInt4>::Rows(w, prepared, m, y, begin, end);
+    case Kind::kInt8: return Few<Kind::kInt8>::Rows(w, prepared, m, y, begin, end);
+    case Kind::kInt4: return Few<Kind::kInt4>::Rows(w, prepared, m, y, begin, end);
   }
 }
 
@@ -330,15 +320,9 @@ void PreciseRows(const Weights& w, const float* x, const void* prepared, int64_t
 constexpr int64_t kTileRows = 32;  // weight rows in a register tile: two vectors of 16
 constexpr int kSteps = kSub / 4;   // VNNI steps of four columns in a sub-group
 
-// 4-bit weights meet 8-bit activations, whose error is far below the weights' own. 8-bit weights are as fine as
-// that themselves, so they meet 15 bits: two bytes, as above, for twice the products.
-bool Fine(const Weights& w) { return w.kind == Kind::kInt8; }
-
-// Prepared x: bytes [m, cols] in the column order of the packed weights (twice if fine: high, low), then scale,
-// offset, sum [m, cols / 32].
+// Prepared x: bytes [m, cols] in the column order of the packed weights, then scale, offset, sum [m, cols / 32].
 struct TiledX {
   const int8_t* q;
-  const int8_t* low;
   const float* scale;
   const int32_t* offset;
   const float* sum;
@@ -347,14 +331,13 @@ struct TiledX {
 TiledX TiledView(const Weights& w, const void* prepared, int64_t m) {
   const int64_t subs = w.cols / kSub;
   const auto* q = static_cast<const int8_t*>(prepared);
-  const auto* low = q + m * w.cols;
-  const auto* scale = reinterpret_cast<const float*>(Fine(w) ? low + m * w.cols : low);
+  const auto* scale = reinterpret_cast<const float*>(q + m * w.cols);
   const auto* offset = reinterpret_cast<const int32_t*>(scale + m * subs);
-  return {q, low, scale, offset, reinterpret_cast<const float*>(offset + m * subs)};
+  return {q, scale, offset, reinterpret_cast<const float*>(offset + m * subs)};
 }
 
 int64_t TiledBytes(const Weights& w, int64_t m) {
-  return m * ((Fine(w) ? 2 : 1) * w.cols + w.cols / kSub * 12);
+  return m * (w.cols + w.cols / kSub * 12);
 }
 
 void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, int64_t end, void* out) {
@@ -363,17 +346,10 @@ void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, in
   const int32_t lift = w.kind == Kind::kInt4 ? (w.mins ? 0 : 8) : 128;
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t s = 0; s < subs; ++s) {
-      const float levels = Fine(w) ? 16256.0f : 127.0f;
-      const SubGroup x32 = LoadSubGroup(x + i * w.inputs + s * kSub, w.inputs - s * kSub, levels);
-      const int64_t at = i * w.cols + s * kSub;
-      __m256i bytes, low;
-      if (Fine(w)) {
-        SplitBytes(x32.q[0], x32.q[1], &bytes, &low);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(const_cast<int8_t*>(view.low) + at), low);
-      } else {
-        bytes = EvenOdd(Narrow(x32.q[0], x32.q[1]));
-      }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(const_cast<int8_t*>(view.q) + at), bytes);
+      const SubGroup x32 = LoadSubGroup(x + i * w.inputs + s * kSub, w.inputs - s * kSub, 127.0f);
+      __m256i bytes = Narrow(x32.q[0], x32.q[1]);
+      if (w.kind == Kind::kInt4) bytes = EvenOdd(bytes);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(const_cast<int8_t*>(view.q) + i * w.cols + s * kSub), bytes);
       const_cast<float*>(view.scale)[i * subs + s] = x32.scale;
       const_cast<float*>(view.sum)[i * subs + s] = x32.sum;
       const_cast<int32_t*>(view.offset)[i * subs + s] = -lift * x32.total;
@@ -442,33 +418,23 @@ inline __m512i Splat4(const int8_t* from) {
   return _mm512_set1_epi32(four);
 }
 
-template <int M, bool kAffine, bool kFine>
+template <int M, bool kAffine>
 void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t i, float* y, int64_t begin,
               int64_t end) {
   const int64_t subs = w.cols / kSub;
   __m512 acc[M][2];
   for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
   for (int64_t s = 0; s < subs; ++s) {
-    __m512i sum[M][2], high[kFine ? M : 1][2];
+    __m512i sum[M][2];
     for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm512_set1_epi32(x.offset[(i + m) * subs + s]);
-    if constexpr (kFine)
-      for (int m = 0; m < M; ++m) high[m][0] = high[m][1] = _mm512_setzero_si512();
     const auto* codes = reinterpret_cast<const __m512i*>(tile.codes) + s * kSteps * 2;
     for (int j = 0; j < kSteps; ++j) {
       const __m512i w0 = _mm512_load_si512(codes + 2 * j), w1 = _mm512_load_si512(codes + 2 * j + 1);
       for (int m = 0; m < M; ++m) {
         const int64_t at = (i + m) * w.cols + s * kSub + 4 * j;
         const __m512i xb = Splat4(x.q + at);
-        if constexpr (kFine) {
-          const __m512i xl = Splat4(x.low + at);
-          high[m][0] = _mm512_dpbusd_epi32(high[m][0], w0, xb);
-          high[m][1] = _mm512_dpbusd_epi32(high[m][1], w1, xb);
-          sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], w0, xl);
-          sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], w1, xl);
-        } else {
-          sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], w0, xb);
-          sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], w1, xb);
-        }
+        sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], w0, xb);
+        sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], w1, xb);
       }
     }
     const float* scales = tile.scale + s * kTileRows;
@@ -477,7 +443,6 @@ void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t i, fl
       const __m512 xs = _mm512_set1_ps(x.scale[(i + m) * subs + s]);
       const __m512 total = _mm512_set1_ps(x.sum[(i + m) * subs + s]);
       for (int v = 0; v < 2; ++v) {
-        if constexpr (kFine) sum[m][v] = _mm512_add_epi32(sum[m][v], _mm512_slli_epi32(high[m][v], 7));
         acc[m][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][v]), _mm512_mul_ps(scale[v], xs), acc[m][v]);
         if constexpr (kAffine)
           acc[m][v] = _mm512_fmadd_ps(_mm512_load_ps(tile.min + s * kTileRows + 16 * v), total, acc[m][v]);
@@ -492,18 +457,18 @@ void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t i, fl
   }
 }
 
-template <bool kAffine, bool kFine>
+template <bool kAffine>
 void MultiplyAll(const Weights& w, const TiledX& x, const Tile& tile, int64_t m, float* y, int64_t begin,
                  int64_t end) {
-  constexpr int kM = kFine ? 4 : 6;  // 24 accumulators of the 32 registers
+  constexpr int kM = 6;  // 24 accumulators of the 32 registers
   for (int64_t i = 0; i < m; i += kM) {
     switch (std::min<int64_t>(kM, m - i)) {
-      case 6: Multiply<6, kAffine, false>(w, x, tile, i, y, begin, end); break;
-      case 5: Multiply<5, kAffine, false>(w, x, tile, i, y, begin, end); break;
-      case 4: Multiply<4, kAffine, kFine>(w, x, tile, i, y, begin, end); break;
-      case 3: Multiply<3, kAffine, kFine>(w, x, tile, i, y, begin, end); break;
-      case 2: Multiply<2, kAffine, kFine>(w, x, tile, i, y, begin, end); break;
-      case 1: Multiply<1, kAffine, kFine>(w, x, tile, i, y, begin, end); break;
+      case 6: Multiply<6, kAffine>(w, x, tile, i, y, begin, end); break;
+      case 5: Multiply<5, kAffine>(w, x, tile, i, y, begin, end); break;
+      case 4: Multiply<4, kAffine>(w, x, tile, i, y, begin, end); break;
+      case 3: Multiply<3, kAffine>(w, x, tile, i, y, begin, end); break;
+      case 2: Multiply<2, kAffine>(w, x, tile, i, y, begin, end); break;
+      case 1: Multiply<1, kAffine>(w, x, tile, i, y, begin, end); break;
     }
   }
 }
@@ -514,8 +479,7 @@ void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t 
   for (int64_t row = begin; row < end; row += kTileRows) {
     Pack(w, row, tile);
     const int64_t stop = std::min(row + kTileRows, end);
-    const auto multiply = Fine(w) ? (w.mins ? MultiplyAll<true, true> : MultiplyAll<false, true>)
-                                  : (w.mins ? MultiplyAll<true, false> : MultiplyAll<false, false>);
+    const auto multiply = w.mins ? MultiplyAll<true> : MultiplyAll<false>;
     multiply(w, x, tile, m, y, row, stop);
   }
 }
@@ -523,7 +487,7 @@ void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t 
 }  // namespace
 
 const Kernels& Avx512Kernels() {
-  static const Kernels kernels = {"avx512-vnni", PreciseBytes, PrecisePrepare, PreciseRows,
+  static const Kernels kernels = {"avx512-vnni", FewBytes, FewPrepare, FewRows,
                                   TiledBytes,    TiledPrepare, Tiled,          TiledScratchBytes};
   return kernels;
 }

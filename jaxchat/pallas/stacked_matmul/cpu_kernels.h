@@ -22,12 +22,13 @@ struct Weights {
 };
 
 // x [m, inputs] in the form a kernel reads. Filled by `prepare`, in `bytes(m)` bytes of 64-byte aligned memory.
-// Precise: a few rows, 15 bits per activation. Tiled: many rows, at least 8 bits (as in llama.cpp's Q8_0).
+// Few rows: 8-bit weights meet at least 15 bits per activation, 4-bit weights at least 8. Tiled, many rows: at least
+// 8 bits for both (as in llama.cpp).
 struct Kernels {
   const char* name;
-  int64_t (*precise_bytes)(const Weights&, int64_t m);
-  void (*precise_prepare)(const Weights&, const float* x, int64_t m, void* out);
-  void (*precise)(const Weights&, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
+  int64_t (*few_bytes)(const Weights&, int64_t m);
+  void (*few_prepare)(const Weights&, const float* x, int64_t m, void* out);
+  void (*few)(const Weights&, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
                   int64_t end);
   int64_t (*tiled_bytes)(const Weights&, int64_t m);
   void (*tiled_prepare)(const Weights&, const float* x, int64_t m, int64_t begin, int64_t end, void* out);

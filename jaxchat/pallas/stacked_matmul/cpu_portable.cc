@@ -249,7 +249,7 @@ inline Floats Spread(const float* values) {
 }
 
 template <Kind kind>
-struct Precise {
+struct Few {
   using S = Shape<kind>;
   static int64_t Blocks(const Weights& w) { return (w.cols + S::kBlock - 1) / S::kBlock; }
 
@@ -327,26 +327,26 @@ struct Precise {
   }
 };
 
-int64_t PreciseBytes(const Weights& w, int64_t m) {
-  if (w.kind == Kind::kInt4) return m * Precise<Kind::kInt4>::Blocks(w) * sizeof(Block<Kind::kInt4>);
-  if (w.kind == Kind::kInt8) return m * Precise<Kind::kInt8>::Blocks(w) * sizeof(Block<Kind::kInt8>);
+int64_t FewBytes(const Weights& w, int64_t m) {
+  if (w.kind == Kind::kInt4) return m * Few<Kind::kInt4>::Blocks(w) * sizeof(Block<Kind::kInt4>);
+  if (w.kind == Kind::kInt8) return m * Few<Kind::kInt8>::Blocks(w) * sizeof(Block<Kind::kInt8>);
   return 0;
 }
 
-void PrecisePrepare(const Weights& w, const float* x, int64_t m, void* out) {
-  if (w.kind == Kind::kInt4) Precise<Kind::kInt4>::Prepare(w, x, m, out);
-  if (w.kind == Kind::kInt8) Precise<Kind::kInt8>::Prepare(w, x, m, out);
+void FewPrepare(const Weights& w, const float* x, int64_t m, void* out) {
+  if (w.kind == Kind::kInt4) Few<Kind::kInt4>::Prepare(w, x, m, out);
+  if (w.kind == Kind::kInt8) Few<Kind::kInt8>::Prepare(w, x, m, out);
 }
 
 template <Kind kind>
 void QuantizedRows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
   if (w.mins)
-    Precise<kind>::template Rows<true>(w, prepared, m, y, begin, end);
+    Few<kind>::template Rows<true>(w, prepared, m, y, begin, end);
   else
-    Precise<kind>::template Rows<false>(w, prepared, m, y, begin, end);
+    Few<kind>::template Rows<false>(w, prepared, m, y, begin, end);
 }
 
-void PreciseRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
+void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
                  int64_t end) {
   switch (w.kind) {
     case Kind::kF32: return FloatRows<Kind::kF32>(w, x, m, y, begin, end);
@@ -486,7 +486,7 @@ void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t 
 }
 
 constexpr Kernels Table(const char* name) {
-  return {name,       PreciseBytes, PrecisePrepare, PreciseRows,
+  return {name,       FewBytes, FewPrepare, FewRows,
           TiledBytes, TiledPrepare, Tiled,          TiledScratchBytes};
 }
 
