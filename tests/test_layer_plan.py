@@ -216,7 +216,7 @@ def test_more_slots_than_capacity_is_an_error_that_says_how_many():
         ("[]", "cannot read the list of the layer plan here", " ^"),
         ("[1, 2", "cannot read the list of the layer plan here: expected ',' or ']'", "     ^"),
         ("[1, 2,]", "cannot read the list of the layer plan here", "      ^"),
-        ("[1, [2, 3]]", "cannot read '[2, 3]' in the layer plan", "    ^~~~~~"),
+        ("[1, [2, 3]]", "a slot has 2 values, '[2, 3]': expected an integer or [layer,", "    ^~~~~~"),
         ("[1, true]", "cannot read 'true' in the layer plan", "    ^~~~"),
         ("[1, [2, true, 0]]", "cannot read '[2, true, 0]' in the layer plan", "    ^~~~~~~~~~~~"),
         ("[1, 2.0]", "cannot read '2.0' in the layer plan", "    ^~~"),
