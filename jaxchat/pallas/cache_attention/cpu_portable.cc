@@ -5,6 +5,10 @@
 // so that a block of keys, turned to [H, keys] once, serves all of them.
 #include "cpu_kernels.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -129,11 +133,52 @@ inline void Visible(const Attention& a, int64_t position, int64_t* first, int64_
   *last = position + 1;
 }
 
+#if defined(__AVX512F__)
+// 16 by 16 in place, by halves, quarters and so on. (Elsewhere the compiler would make scalar code of it.)
+template <int D>
+inline void Exchange(__m512* rows) {
+  struct Index {
+    alignas(64) int32_t low[16], high[16];  // lane l of the first and second row of a pair, out of both
+  };
+  static constexpr Index kIndex = [] {
+    Index index{};
+    for (int l = 0; l < 16; ++l) {
+      index.low[l] = l & D ? 16 + l - D : l;
+      index.high[l] = l & D ? 16 + l : l + D;
+    }
+    return index;
+  }();
+  const __m512i low = _mm512_load_si512(kIndex.low), high = _mm512_load_si512(kIndex.high);
+  for (int i = 0; i < 16; ++i) {
+    if (i & D) continue;
+    const __m512 a = rows[i], b = rows[i + D];
+    rows[i] = _mm512_permutex2var_ps(a, low, b);
+    rows[i + D] = _mm512_permutex2var_ps(a, high, b);
+  }
+}
+
+inline void Transpose16(__m512* rows) {
+  Exchange<8>(rows);
+  Exchange<4>(rows);
+  Exchange<2>(rows);
+  Exchange<1>(rows);
+}
+#endif
+
 // [keys, H] -> [H, 64]; missing keys are zero.
 template <typename T>
 void Transpose(const T* k, int64_t h, int64_t keys, float* out) {
   for (int64_t j = 0; j < kKeys; j += 16) {
-    for (int64_t i = 0; i < h; i += 8) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; keys - j >= 16 && i + 16 <= h; i += 16) {
+      __m512 rows[16];
+      for (int r = 0; r < 16; ++r) rows[r] = reinterpret_cast<__m512>(Load(k + (j + r) * h + i));
+      Transpose16(rows);
+      for (int c = 0; c < 16; ++c) _mm512_storeu_ps(out + (i + c) * kKeys + j, rows[c]);
+    }
+#endif
+    for (; i < h; i += 8) {
       const int64_t width = std::min<int64_t>(8, h - i), count = std::min<int64_t>(16, keys - j);
       for (int64_t c = 0; c < width; ++c) {
         float column[16];

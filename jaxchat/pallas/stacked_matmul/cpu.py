@@ -24,10 +24,10 @@ _QUANTIZED_KINDS = {8: 3, 4: 4}
 def stacked_matmul(x: jax.Array, w: jax.Array | QuantizedTensor, layer: jax.Array) -> jax.Array:
     """`x @ w[layer].T`; see `reference.stacked_matmul`.
 
-    Quantized weights meet activations that are integers too, with a scale per 32 of them: 4-bit weights 8 bits
-    (as in llama.cpp; far finer than the weights), 8-bit weights 15 bits, but 8 bits in prefill from `FEW_TOKENS`
-    on, which is bound by arithmetic. The choice depends on T (x is [B, T, I]) and not on B: a sequence's
-    tokens do not depend on its neighbours.
+    Quantized weights meet activations that are integers too, with a scale per 32 of them. 4-bit weights: 8
+    bits, as in llama.cpp; far finer than the weights. 8-bit weights: 15 bits, but 8 bits in prefill from
+    `FEW_TOKENS` on, which is bound by arithmetic. The choice depends on T (x is [B, T, I]) and not on B: a
+    sequence's tokens do not depend on its neighbours.
     """
     rows = math.prod(x.shape[:-1])
     few = x.ndim <= 2 or x.shape[-2] < FEW_TOKENS
