@@ -10,6 +10,7 @@ The plan is traced data: `plan.layer[p]` picks the weights and every per-layer c
 rows of the KV cache. One compiled executable serves every plan that fits the cache's P slots.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jax import lax
 
 from jaxchat.config import ModelConfig
 from jaxchat.layer_plan import PlanArrays
-from jaxchat.pallas.backends import REFERENCE, Kernels
+from jaxchat.pallas.backends import DIFFERENTIABLE, REFERENCE, Kernels
 from jaxchat.pallas.stacked_matmul import embedding_rows, widen
 from jaxchat.rope import rope_cos_sin, rotate
 
@@ -142,8 +143,9 @@ def run_plan(
     """
     positions = lengths[:, None] + jnp.arange(x.shape[1])
     run_slot = _slot_function(
-        config, params, positions, lengths, new, context_length, dtype, kernels, write_from
-    )
+        config, params, positions, lengths, new, context_length, dtype, kernels, write_from,
+        _layer_constants(config),
+    )  # fmt: skip
 
     def body(p: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         slot = (p, plan.layer[p], plan.attn_scale[p], plan.mlp_scale[p])
@@ -155,6 +157,68 @@ def run_plan(
 def final_norm(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
     """The normed hidden state, float32 [..., D], of a residual stream after its last slot."""
     return _norm(config, params, "norm", x)
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """All layers once, in order, over whole sequences: `forward` in a form that can be differentiated.
+
+    The layers are a scan's inputs, so that each step's gradient is one layer and no stack is carried.
+
+    Args:
+      config: static.
+      params: see `Params`; plain floating-point arrays where gradients are wanted.
+      tokens: int32 [B, T], from position 0; what follows a token does not change its output.
+      dtype: of the activations.
+      dropout: static; the rate at which elements of what the embedding and each layer add to the residual
+        stream are zeroed (Srivastava et al. 2014). Needs `key`.
+      key: of the random numbers for dropout.
+
+    Returns:
+      The normed hidden state, float32 [B, T, D].
+    """
+    b, t = tokens.shape
+    nothing, whole = jnp.zeros(b, jnp.int32), jnp.full(b, t, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+    alone = dataclasses.replace(config, layer_rows=())
+    stacks = {
+        name: jax.tree.map(lambda a, n=name: a[row_of(config, n, jnp.arange(config.num_layers))], stack)
+        if name in dict(config.layer_rows)
+        else stack
+        for name, stack in params.items()
+        if name.startswith("layers.")
+    }
+
+    def add(x: jax.Array, y: jax.Array, index: jax.Array) -> jax.Array:
+        """The residual stream y with what was added to x dropped in places."""
+        if not dropout:
+            return y
+        bits = jax.random.bits(jax.random.fold_in(key, index), x.shape, jnp.uint8)
+        zeroed = round(dropout * 256)
+        return (x + jnp.where(bits >= zeroed, (y - x) * (256 / (256 - zeroed)), 0)).astype(dtype)
+
+    def body(x: jax.Array, xs: tuple[jax.Array, _Layers, Params]) -> tuple[jax.Array, None]:
+        index, *own = xs
+        constants, layer = jax.tree.map(lambda a: a[None], own)
+        run_slot = _slot_function(
+            alone, layer, positions, nothing, whole, whole, dtype, DIFFERENTIABLE, None, constants
+        )
+        cache = init_cache(config, slots=1, batch=b, capacity=t, dtype=dtype)
+        y, _ = run_slot((np.int32(0), np.int32(0), np.float32(1), np.float32(1)), (x, cache))
+        return add(x, y, index), None
+
+    x = embed(config, params, tokens, positions, dtype=dtype)
+    x = add(jnp.zeros_like(x), x, jnp.int32(config.num_layers))
+    layers = (jnp.arange(config.num_layers), _layer_constants(config), stacks)
+    x, _ = lax.scan(body, x, layers)
+    return final_norm(config, params, x)
 
 
 def logits(
@@ -184,9 +248,9 @@ def _slot_function(
     dtype: jnp.dtype,
     kernels: Kernels,
     write_from: jax.Array | None,
+    constants: _Layers,
 ) -> Callable[[Slot, tuple[jax.Array, KVCache]], tuple[jax.Array, KVCache]]:
     """One decoder layer as a function of its slot: the body of the loop over the plan."""
-    constants = _layer_constants(config)
     cos_sin = rope_cos_sin(config.ropes, positions, context_length) if config.ropes else None
     attend = kernels.decode_attention if positions.shape[1] == 1 else kernels.prefill_attention
 

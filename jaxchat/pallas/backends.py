@@ -38,6 +38,14 @@ class Kernels:
 
 REFERENCE = Kernels("reference")
 
+DIFFERENTIABLE = Kernels(
+    "differentiable",
+    decode_attention=cache_attention.dense.attend,
+    prefill_attention=cache_attention.dense.attend,
+    write_rows=cache_attention.dense.write_rows,
+)
+"""What training uses, over whole sequences: not to be selected by name."""
+
 
 def _available() -> dict[tuple[str, str], Callable[[], Kernels]]:
     """(platform, name) -> what makes the kernels that can run here."""
