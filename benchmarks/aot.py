@@ -165,7 +165,7 @@ class Steps:
     def compile_prefill(self, batch: int, capacity: int, tokens: int) -> Any:
         """The executable that appends a chunk of a prompt."""
         ints = np.zeros(batch, np.int32)
-        state = (self._plan(), np.zeros((batch, tokens), np.int32), ints, ints, ints)
+        state = (self._plan(), np.zeros((batch, tokens), np.int32), ints, ints, ints, ints)
         return self._compile(engine._prefill, self.cache(batch, capacity), state)
 
     def _plan(self) -> Any:

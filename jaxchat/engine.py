@@ -17,7 +17,7 @@ import numpy as np
 from jaxchat import model, pallas, sampling
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.layer_plan import LayerPlan, PlanArrays
+from jaxchat.layer_plan import LayerPlan, PlanArrays, Slot
 from jaxchat.model import KVCache, Params
 from jaxchat.options import Overflow
 from jaxchat.pallas import Kernels
@@ -43,6 +43,19 @@ class Token(NamedTuple):
     row: int
     id: int
     logprob: float
+
+
+class KVRows(NamedTuple):
+    """The keys and values one sequence has in the cache, on the host: what `Session.restore` takes.
+
+    A reshaped plan whose history is not recomputed yet may have more rows in its first slots than in its
+    last; the rows beyond `slot_rows` are unspecified.
+    """
+
+    k: np.ndarray  # [P, K, S, H] of the executed slots and of the rows in use, in the cache's dtype
+    v: np.ndarray  # [P, K, S, H]
+    slot_rows: np.ndarray  # int64 [P], how many rows of each slot are in use; S is the largest
+    rope_regime: np.ndarray  # int64 [], `ModelConfig.rope_regime` of the context the keys are rotated for
 
 
 class Engine:
@@ -143,8 +156,13 @@ class Session:
         self.cached = [0] * batch
         self._regime = [0] * batch
         self._rows = _next_power_of_two(batch)
-        self._max_slots = max_slots
+        self._slots = max_slots
         self._cache: KVCache | None = None
+        # What the slots of the cache hold: the executed slots they were written by, of which `plan` may be
+        # just the first, and for each [P, B] how many leading rows are valid at least. `_rows_by_slot` adds
+        # what `cached` knows.
+        self._written: tuple[Slot, ...] = ()
+        self._valid = np.zeros((max_slots, batch), np.int64)
         self.plan = plan
         self._plan_arrays: PlanArrays
         self.set_plan(plan)
@@ -160,27 +178,48 @@ class Session:
         return sum(c.nbytes for c in self._cache) if self._cache else 0
 
     def set_plan(self, plan: LayerPlan) -> None:
-        """Runs everything from now on under another plan; the kept ids are recomputed at the next prefill."""
+        """Runs everything from now on under another plan.
+
+        The slots that both plans begin with keep their keys and values. The next prefill computes those of
+        the others, for which the kept ids pass through the whole plan again; if the new plan is no more than
+        the beginning of the old one, nothing is computed anew.
+        """
         if plan.num_layers != self.engine.config.num_layers:
             raise UsageError(
                 f"the plan is over {plan.num_layers} layers, the model has {self.engine.config.num_layers}"
             )
-        slots = max(len(plan.executed()), self.engine.config.num_layers, self._max_slots)
-        if self._cache is not None and slots > self._cache.k.shape[0]:
-            self._drop_cache()
-        if self._cache is not None:
-            slots = self._cache.k.shape[0]
-        self._slots = slots
-        self._plan_arrays = plan.arrays(slots)
+        executed = plan.executed()
+        self._valid = self._rows_by_slot()
+        more = max(len(executed), self.engine.config.num_layers) - self._slots
+        if more > 0:
+            self._valid = np.pad(self._valid, ((0, more), (0, 0)))
+            self._slots += more
+        kept = _common_prefix(self._written, executed)
+        if kept < len(executed):
+            self._written = executed
+            self._valid[kept:] = 0
+        self._plan_arrays = plan.arrays(self._slots)
         self.plan = plan
-        self.cached = [0] * self.batch
+        # Without slots there is nothing to cache.
+        self.cached = self._valid[len(executed) - 1].tolist() if executed else [len(i) for i in self.ids]
+
+    def _rows_by_slot(self) -> np.ndarray:
+        """int [P, B], how many leading rows of each slot are valid; never more than in the slot before."""
+        valid, slots = self._valid.copy(), len(self.plan.executed())
+        valid[:slots] = np.maximum(valid[:slots], self.cached)
+        return valid
+
+    def _forget(self, row: int, length: int) -> None:
+        """Declares a sequence's cache rows from `length` on invalid."""
+        self.cached[row] = min(self.cached[row], length)
+        self._valid[:, row] = np.minimum(self._valid[:, row], length)
 
     def rollback(self, length: int, row: int = 0) -> None:
         """Forgets a sequence's tokens from `length` on. Nothing is copied: it sets a length."""
         if not 0 <= length <= len(self.ids[row]):
             raise UsageError(f"cannot roll back to {length} tokens; the sequence has {len(self.ids[row])}")
         del self.ids[row][length:]
-        self.cached[row] = min(self.cached[row], length)
+        self._forget(row, length)
 
     def set_ids(self, ids: Sequence[int], row: int = 0) -> int:
         """Makes `ids` a sequence's context, keeping what the cache already holds of it.
@@ -190,9 +229,7 @@ class Session:
         """
         self.engine.check_ids(ids)
         old = self.ids[row]
-        kept = next(
-            (i for i, (a, b) in enumerate(zip(old, ids, strict=False)) if a != b), min(len(old), len(ids))
-        )
+        kept = _common_prefix(old, ids)
         self.rollback(kept, row)
         old.extend(ids[kept:])
         return min(kept, self.cached[row])
@@ -203,7 +240,68 @@ class Session:
         if len(ids) > keep:
             first = ids[: 1 if keep > 1 and ids[0] == self.engine.config.bos_id else 0]
             self.ids[row] = first + ids[len(ids) - (keep - len(first)) :]
-            self.cached[row] = 0
+            self._forget(row, 0)
+
+    def cached_rows(self, row: int = 0) -> KVRows:
+        """A sequence's keys and values, to be stored with its `ids` and given to `restore` later."""
+        valid = self._rows_by_slot()[: len(self.plan.executed()), row]
+        rows = int(valid.max(initial=0))
+        config = self.engine.config
+        empty = np.zeros((len(valid), config.num_kv_heads, 0, config.head_dim), self.engine.dtype)
+        parts = (
+            [np.asarray(c[: len(valid), row, :, :rows]) for c in self._cache or ()] if rows else [empty] * 2
+        )
+        k, v = parts
+        return KVRows(k, v, slot_rows=valid, rope_regime=np.asarray(self._regime[row]))
+
+    def restore(self, ids: Sequence[int], rows: KVRows, row: int = 0) -> None:
+        """Makes `ids` a sequence's context whose keys and values are those that `cached_rows` gave.
+
+        What follows is what would have followed there, bit for bit, on the same kind of machine.
+
+        Raises:
+          UsageError: the rows are not of this model, plan, cache dtype or number of tokens.
+        """
+        self.engine.check_ids(ids)
+        self._check_rows(len(ids), rows)
+        if len(ids) > self.engine.max_length:
+            raise ContextOverflowError(
+                f"the stored context has {len(ids)} tokens but the context holds {self.engine.max_length}; "
+                "raise --max_length"
+            )
+        slots, length = rows.k.shape[0], rows.k.shape[2]
+        self.ids[row] = list(ids)
+        self._forget(row, 0)
+        if slots == 0 or length == 0:
+            return
+        self._reserve(length)
+        put = jax.jit(_put_rows, donate_argnums=0, out_shardings=self.engine.cache_sharding(self._rows))
+        self._cache = put(self._cache, (rows.k, rows.v), row)
+        self._valid[:slots, row] = rows.slot_rows
+        self.cached[row] = int(rows.slot_rows[-1])
+        self._regime[row] = int(rows.rope_regime)
+
+    def _check_rows(self, tokens: int, rows: KVRows) -> None:
+        config, slots = self.engine.config, len(self.plan.executed())
+        shape = (slots, config.num_kv_heads, rows.k.shape[2] if rows.k.ndim == 4 else 0, config.head_dim)
+        for name, part in (("keys", rows.k), ("values", rows.v)):
+            if part.shape != shape:
+                raise UsageError(
+                    f"the stored {name} have the shape {list(part.shape)}, expected {list(shape)} (slots, "
+                    "key/value heads, tokens, head size): restore them under their own model and plan"
+                )
+            if part.dtype != self.engine.dtype:
+                raise UsageError(
+                    f"the stored {name} are {part.dtype}, the cache here is {self.engine.dtype}: "
+                    "restore with the dtype they were stored with"
+                )
+        counts = np.asarray(rows.slot_rows)
+        falling = counts.shape == (slots,) and (np.diff(counts) <= 0).all() and (counts >= 0).all()
+        if not falling or counts.max(initial=0) != shape[2] * (slots > 0) or shape[2] > tokens:
+            raise UsageError(
+                f"the stored numbers of rows are {counts.tolist()}: expected {slots} that never rise, the "
+                f"first of them {shape[2]}, and none above the {tokens} tokens"
+            )
 
     def prefill(self, rows: Sequence[int] | None = None) -> jax.Array:
         """Brings the cache up to date with `ids`, in padded chunks.
@@ -226,7 +324,8 @@ class Session:
         """Forgets cached keys whose rotation is not that of the whole context at its present length."""
         regime = self.engine.config.rope_regime(len(self.ids[row]))
         if regime != self._regime[row]:
-            self.cached[row], self._regime[row] = 0, regime
+            self._forget(row, 0)
+            self._regime[row] = regime
 
     def _fill(self, rows: Sequence[int]) -> jax.Array:
         """`prefill` that takes the rotation of the cached keys as given."""
@@ -244,11 +343,12 @@ class Session:
         context = self._int_rows({r: len(self.ids[r]) for r in rows})
         out: jax.Array | None = None
         while any(self.cached[r] < len(self.ids[r]) for r in rows):
-            chunk = _chunk_length(max(len(self.ids[r]) - self.cached[r] for r in rows))
+            kept = {r: self._kept(r) for r in rows}
+            chunk = _chunk_length(max(end - self.cached[r] for r, (_, end) in kept.items()))
             tokens = np.zeros((self._rows, chunk), np.int32)
             new = dict.fromkeys(rows, 0)
-            for r in rows:
-                part = self.ids[r][self.cached[r] : self.cached[r] + chunk]
+            for r, (_, end) in kept.items():
+                part = self.ids[r][self.cached[r] : min(self.cached[r] + chunk, end)]
                 tokens[r, : len(part)] = part
                 new[r] = len(part)
             lengths, new_rows = self._int_rows({r: self.cached[r] for r in rows}), self._int_rows(new)
@@ -263,12 +363,19 @@ class Session:
                 lengths,
                 new_rows,
                 context,
+                self._int_rows({r: slots for r, (slots, _) in kept.items()}),
             )
             out = logits if out is None else jnp.where(new_rows[:, None] > 0, logits, out)
             for r in rows:
                 self.cached[r] += new[r]
         assert out is not None
         return out
+
+    def _kept(self, row: int) -> tuple[int, int]:
+        """How many leading slots already have the row that comes next, and up to which row they have them."""
+        valid = self._valid[: int(self._plan_arrays.length), row]
+        slots = int(np.count_nonzero(valid > self.cached[row]))
+        return slots, int(valid[slots - 1]) if slots else len(self.ids[row])
 
     def score(self, row: int = 0) -> np.ndarray:
         """Log-probability of each token of a sequence given those before it, float32 [len(ids) - 1].
@@ -281,6 +388,7 @@ class Session:
                 f"the text has {len(ids)} tokens but the context holds {self.engine.max_length}; "
                 "score it in pieces or raise --max_length"
             )
+        self._follow_rope(row)
         self._reserve(len(ids))
         context = self._int_rows({row: len(ids)})
         parts, done = [], 0
@@ -306,7 +414,6 @@ class Session:
             parts.append(np.asarray(logprobs[row, :n]))
             done += n
         self.cached[row] = done
-        self._regime[row] = self.engine.config.rope_regime(len(ids))
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     def generate(
@@ -341,14 +448,14 @@ class Session:
         )
 
     def _reserve(self, length: int) -> None:
-        """Makes room for `length` rows: allocates the cache or grows it by powers of two."""
+        """Makes room for `length` rows of every slot: allocates the cache or grows it by powers of two."""
         if self._cache is not None and self._cache.k.is_deleted():
             # A call that was interrupted (Ctrl-C) after taking the cache over and before handing it back.
             self._drop_cache()
-        have = self._cache.k.shape[3] if self._cache is not None else 0
-        if length <= have:
+        slots, _, _, rows, _ = self._cache.k.shape if self._cache is not None else (0,) * 5
+        if length <= rows and self._slots <= slots:
             return
-        capacity = min(max(_next_power_of_two(length), MIN_CAPACITY), max(self.engine.max_length, 1))
+        capacity = max(min(max(_next_power_of_two(length), MIN_CAPACITY), self.engine.max_length), rows)
         if self._cache is None:
             self._drop_cache()
             self._cache = jax.jit(
@@ -364,11 +471,12 @@ class Session:
                 dtype=self.engine.dtype,
             )
         else:
-            self._cache = _grow(self._cache, capacity)
+            self._cache = _grow(self._cache, self._slots, capacity)
 
     def _drop_cache(self) -> None:
         self._cache = None
-        self.cached = [0] * self.batch
+        for row in range(self.batch):
+            self._forget(row, 0)
 
     def _int_rows(self, values: dict[int, int]) -> np.ndarray:
         """int32 [B], 0 where no value is given (padding rows among them)."""
@@ -546,10 +654,12 @@ def _prefill(
     lengths: jax.Array,
     new: jax.Array,
     context: jax.Array,
+    write_from: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
     hidden, cache = model.forward(
-        config, params, cache, plan, tokens, lengths, new, context, dtype=dtype, kernels=kernels
-    )
+        config, params, cache, plan, tokens, lengths, new, context,
+        dtype=dtype, kernels=kernels, write_from=write_from,
+    )  # fmt: skip
     last = jnp.take_along_axis(hidden, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
     return model.logits(config, params, last, dtype=dtype, kernels=kernels), cache
 
@@ -629,10 +739,28 @@ def _count(counts: jax.Array, tokens: jax.Array, active: jax.Array) -> jax.Array
     return counts.at[jnp.arange(tokens.shape[0]), tokens].add(active)
 
 
-@functools.partial(jax.jit, static_argnums=(1,))
-def _grow(cache: KVCache, capacity: int) -> KVCache:
-    extra = capacity - cache.k.shape[3]
-    return KVCache(*(jnp.pad(c, ((0, 0),) * 3 + ((0, extra), (0, 0))) for c in cache))
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _grow(cache: KVCache, slots: int, capacity: int) -> KVCache:
+    def pad(part: jax.Array) -> jax.Array:
+        more = slots - part.shape[0], 0, 0, capacity - part.shape[3]
+        return jnp.pad(part, [(0, n) for n in more] + [(0, 0)] * (part.ndim - 4))
+
+    return jax.tree.map(pad, cache)
+
+
+def _put_rows(cache: KVCache, rows: tuple[jax.Array, ...], row: jax.Array) -> KVCache:
+    """Writes one sequence's first rows of the first slots, each [P, K, S, ...], into the cache."""
+
+    def put(part: jax.Array, new: jax.Array) -> jax.Array:
+        start = (0, row, 0, 0) + (0,) * (part.ndim - 4)
+        return jax.lax.dynamic_update_slice(part, new[:, None], start)
+
+    return KVCache(*map(put, cache, rows))
+
+
+def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many leading elements are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _chunk_length(remaining: int) -> int:

@@ -11,7 +11,7 @@ from jaxchat import engine as engine_module
 from jaxchat import model
 from jaxchat.engine import ContextOverflowError, Engine
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.layer_plan import LayerPlan
+from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.model import KVCache
 from jaxchat.sampling import SamplingParams
 
@@ -395,6 +395,188 @@ def test_a_plan_whose_every_slot_is_the_identity_runs(engine):
 def test_a_plan_over_another_number_of_layers_is_refused(engine):
     with pytest.raises(UsageError, match="the plan is over 4 layers, the model has 3"):
         engine.session(LayerPlan.identity(4))
+
+
+# --- a plan changed in mid-conversation
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """(tokens computed, first slot written) of each sequence in each call of the prefill."""
+    calls, prefill = [], engine_module._prefill
+
+    def spy(*arguments):
+        calls.append([tuple(map(int, pair)) for pair in zip(arguments[8], arguments[10], strict=True)])
+        return prefill(*arguments)
+
+    monkeypatch.setattr(engine_module, "_prefill", spy)
+    return calls
+
+
+def test_slots_before_the_first_that_differs_keep_their_keys_and_values(engine, computed):
+    session = new_session(engine, PROMPT, plan="0,1,1,2")
+    generated(session, max_new_tokens=6)  # 13 rows are cached, some of them written by single steps
+    before = [np.asarray(c[:3, 0, :, :13]) for c in session._cache]
+    session.set_plan(LayerPlan.parse("0,1,1,0,1", 3))
+    session.set_ids(session.ids[0] + [3, 4])
+    computed.clear()
+    logits = session.prefill()[0]
+    assert computed == [[(13, 3)], [(3, 0)]]
+    for old, cache in zip(before, session._cache, strict=True):
+        np.testing.assert_array_equal(cache[:3, 0, :, :13], old)
+    assert_same_logits(logits, fresh_logits(engine, session.ids[0], "0,1,1,0,1"))
+
+
+@pytest.mark.parametrize("plan", ["0,1", "0", "[0, [2, 0, 0], 1, 1]"])
+def test_a_plan_that_the_old_one_begins_with_computes_nothing_anew(engine, computed, plan):
+    session = new_session(engine, PROMPT, plan="0,1,1,2")
+    generated(session, max_new_tokens=6)
+    session.set_plan(LayerPlan.parse(plan, 3))
+    computed.clear()
+    assert_same_logits(session.prefill()[0], fresh_logits(engine, session.ids[0], plan))
+    assert computed[0] == [(1, 0)]  # the last token, for its logits
+
+
+def test_going_back_to_a_longer_plan_computes_only_what_came_since(engine, computed):
+    session = new_session(engine, PROMPT, plan="0,1,1,2")
+    session.prefill()
+    session.set_plan(LayerPlan.parse("0,1", 3))
+    generated(session, max_new_tokens=4)  # 3 of them are cached
+    session.set_plan(LayerPlan.parse("0,1,1,2", 3))
+    computed.clear()
+    assert_same_logits(session.prefill()[0], fresh_logits(engine, session.ids[0], "0,1,1,2"))
+    assert computed[:2] == [[(3, 2)], [(1, 0)]]
+
+
+def test_a_larger_cache_keeps_the_slots_that_a_longer_plan_begins_with(make_engine, computed):
+    engine = make_engine()
+    session = engine.session(LayerPlan.parse("0,1", 3))
+    session.set_ids(PROMPT)
+    session.prefill()
+    session.set_plan(LayerPlan.parse("0,1,1,2", 3))
+    computed.clear()
+    logits = session.prefill()[0]
+    assert computed == [[(8, 2)]]
+    assert session._cache.k.shape[0] == 4
+    assert_same_logits(logits, fresh_logits(engine, PROMPT, "0,1,1,2"))
+
+
+SCALES = st.sampled_from([1.0, 1.0, 0.0, -0.7])
+RANDOM_PLANS = st.lists(st.builds(Slot, st.integers(0, 2), SCALES, SCALES), min_size=1, max_size=SLOTS)
+CHANGES = st.lists(  # slots to keep, slots to add, whether to generate, a length to roll back to
+    st.tuples(st.integers(0, SLOTS), RANDOM_PLANS, st.booleans(), st.integers(0, 22)), min_size=1, max_size=5
+)
+
+
+def test_any_changes_of_plan_and_rollbacks_of_a_ragged_batch_equal_a_fresh_run(engine):
+    @settings(
+        max_examples=25,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    @given(RANDOM_PLANS, CHANGES)
+    def check(slots, changes):
+        session = new_session(engine, *RAGGED)
+        session.set_plan(LayerPlan(tuple(slots), 3))
+        session.prefill()
+        for keep, tail, computes, length in changes:
+            slots = (slots[:keep] + tail)[:SLOTS]
+            session.set_plan(LayerPlan(tuple(slots), 3))
+            if computes:
+                list(session.generate(max_new_tokens=2))
+            session.rollback(max(1, min(length, len(session.ids[1]))), 1)
+            session.set_ids([*session.ids[2][: length + 1], 5, length], 2)
+        fresh = new_session(engine, *session.ids)
+        fresh.set_plan(LayerPlan(tuple(slots), 3))
+        for actual, expected in zip(session.prefill()[:3], fresh.prefill()[:3], strict=True):
+            assert_same_logits(actual, expected)
+        ids = [[token[:2] for token in one.generate(max_new_tokens=3)] for one in (session, fresh)]
+        assert ids[0] == ids[1]
+
+    check()
+
+
+# --- sessions that are stored
+
+
+def assert_continues_alike(session, other):
+    params = SamplingParams.make(1, temperature=0.8)
+    for _ in range(2):
+        for one in (session, other):
+            one.set_ids([*one.ids[0], 3, 4])
+        tokens = [list(one.generate(max_new_tokens=5, params=params, seeds=[7])) for one in (session, other)]
+        assert tokens[0] == tokens[1]  # log-probabilities included: not one bit differs
+
+
+@pytest.mark.parametrize("variant", ["llama", "longrope", "dynamic", "gpt2"])
+@pytest.mark.parametrize("change", ["nothing", "plan", "rollback"])
+def test_a_restored_session_goes_on_as_if_it_had_never_stopped(make_engine, variant, change):
+    engine = make_engine(variant)
+    session = new_session(engine, random_ids(20), plan="0,1,1,2")
+    generated(session, max_new_tokens=9)
+    plan = "0,1,2,2,1" if change == "plan" else "0,1,1,2"  # stored before its slots are recomputed
+    session.set_plan(LayerPlan.parse(plan, 3))
+    if change == "rollback":
+        session.rollback(24)
+    other = new_session(engine, plan=plan)
+    other.restore(session.ids[0], session.cached_rows())
+    assert (other.ids, other.cached) == (session.ids, session.cached)
+    assert_continues_alike(session, other)
+
+
+def test_only_the_rows_and_slots_in_use_are_stored(engine):
+    session = new_session(engine, [1], PROMPT, plan="0,1,1,2")
+    session.prefill()
+    session.rollback(5, 1)
+    rows = session.cached_rows(1)
+    assert rows.k.shape == rows.v.shape == (4, 2, 5, 6)
+    assert rows.slot_rows.tolist() == [5] * 4
+    assert rows.k.dtype == np.float32
+    assert new_session(engine).cached_rows().k.shape == (3, 2, 0, 6)
+
+
+def test_a_restored_sequence_leaves_its_neighbours_alone(engine):
+    source = new_session(engine, PROMPT)
+    expected = generated(source, max_new_tokens=8)
+    session = new_session(engine, [1, 40, 7], [9, 9])
+    session.prefill()
+    neighbour = generated(new_session(engine, [1, 40, 7]), max_new_tokens=4)
+    source.rollback(len(PROMPT) + 4)
+    session.restore(source.ids[0], source.cached_rows(), 1)
+    tokens = list(session.generate(max_new_tokens=4))
+    assert [token.id for token in tokens if token.row == 1] == expected[4:]
+    assert [token.id for token in tokens if token.row == 0] == neighbour
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rows: rows._replace(k=rows.k[:2]),
+            r"stored keys have the shape \[2, 2, 8, 6\], expected \[3, 2",
+        ),
+        (lambda rows: rows._replace(v=rows.v[..., :5]), r"stored values have the shape \[3, 2, 8, 5\]"),
+        (
+            lambda rows: rows._replace(v=rows.v.astype(np.float16)),
+            "stored values are float16, the cache here is",
+        ),
+        (lambda rows: rows._replace(slot_rows=np.array([8, 3, 5])), "expected 3 that never rise"),
+        (lambda rows: rows._replace(slot_rows=np.array([9, 9, 9])), "the first of them 8"),
+    ],
+)
+def test_stored_rows_that_do_not_fit_are_refused(engine, change, message):
+    session = new_session(engine, PROMPT)
+    session.prefill()
+    rows, other = session.cached_rows(), new_session(engine, [5])
+    with pytest.raises(UsageError, match=message):
+        other.restore(PROMPT, change(rows))
+    with pytest.raises(UsageError, match="none above the 7 tokens"):
+        other.restore(PROMPT[:7], rows)
+    with pytest.raises(UsageError, match="token id 67 is not in the vocabulary"):
+        other.restore([*PROMPT, 67], rows)
+    assert other.ids == [[5]]
 
 
 # --- seeds and executables

@@ -63,7 +63,7 @@ def run(directory, mesh):
         "logits": np.asarray(logits).tolist(),
         "shards": {name: shard_shape(array) for name, array in params.items()},
         "cache": shard_shape(session._cache.k),
-        "grown cache": shard_shape(engine_module._grow(session._cache, 128).k),
+        "grown cache": shard_shape(engine_module._grow(session._cache, session._slots, 128).k),
         "compiled": [now - then for now, then in zip(after, before, strict=True)],
     }
 
