@@ -507,6 +507,8 @@ class Generation:
         session = self.session
         self._check()
         self.finish_reasons = [None] * session.batch
+        self._generated = [0] * session.batch
+        self._among: dict[int, np.ndarray] = {}
         pad = session._rows - session.batch
         self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in self.params))
         self._keys = jax.vmap(jax.random.key)(np.asarray(self.seeds + [0] * pad, np.uint32))
@@ -531,12 +533,22 @@ class Generation:
         """Ends a sequence after the token last yielded for it."""
         self.finish_reasons[row] = self.finish_reasons[row] or "stop"
 
+    def allow(self, row: int, allowed: np.ndarray) -> None:
+        """Draws a sequence's next token, and only that one, among those with `allowed` (bool [V]) set."""
+        self._among[row] = allowed
+
+    def uncount(self, row: int) -> None:
+        """Takes a sequence's last token out of the count that `max_new_tokens` limits."""
+        self._generated[row] -= 1
+        if self.finish_reasons[row] == "length":
+            self.finish_reasons[row] = None
+
     def __iter__(self) -> Iterator[Token]:
         session = self.session
         logits = session.prefill()
         prompt_mask, counts = self._penalty_state()
-        generated = [0] * session.batch
-        tokens, logprobs = _sample(logits, self._params, self._keys, self._positions(), prompt_mask, counts)
+        generated = self._generated
+        tokens, logprobs = self._sampled(logits, prompt_mask, counts)
         while True:
             ids, values = np.asarray(tokens), np.asarray(logprobs)
             if not np.isfinite(values[self._active()]).all():
@@ -567,11 +579,10 @@ class Generation:
         rows = self._active()
         # Usually just the last token is new; not after a truncation, or if the consumer changed the session.
         moved = [r for r in rows if len(session.ids[r]) - session.cached[r] != 1 or self._crosses(r)]
-        if moved:
+        if moved or self._among:
             for r in moved:
                 session._follow_rope(r)
-            logits = session._fill(rows)
-            return _sample(logits, self._params, self._keys, self._positions(), prompt_mask, counts)
+            return self._sampled(session._fill(rows), prompt_mask, counts)
         session._reserve(max(len(session.ids[r]) for r in rows))
         last = session._int_rows({r: session.ids[r][-1] for r in rows})
         lengths = session._int_rows({r: session.cached[r] for r in rows})
@@ -593,6 +604,16 @@ class Generation:
         for r in rows:
             session.cached[r] += 1
         return tokens, logprobs
+
+    def _sampled(
+        self, logits: jax.Array, prompt_mask: jax.Array, counts: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """A draw of each sequence's next token from float32 [B, V] logits, among the allowed ones."""
+        allowed = np.ones(prompt_mask.shape, bool)
+        for row, mask in self._among.items():
+            allowed[row] = mask
+        self._among.clear()
+        return _sample(logits, self._params, self._keys, self._positions(), prompt_mask, counts, allowed)
 
     def _crosses(self, row: int) -> bool:
         """Whether the cached keys no longer fit: LongRoPE has switched its factors.
@@ -731,7 +752,20 @@ def _draw(
     return sampling.sample(keys, logits, params, prompt_mask, counts)
 
 
-_sample = jax.jit(_draw)
+@jax.jit
+def _sample(
+    logits: jax.Array,
+    params: SamplingParams,
+    keys: jax.Array,
+    positions: jax.Array,
+    prompt_mask: jax.Array,
+    counts: jax.Array,
+    allowed: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    among = jnp.where(allowed, logits, -jnp.inf)
+    tokens, _ = _draw(among, params, keys, positions, prompt_mask, counts)
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
