@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from jaxchat import recipe_file
-from jaxchat.assembly import Assembly, LayerSource
+from jaxchat.assembly import Assembly, LayerSource, may_differ
 from jaxchat.checkpoint_manifest import load_config
 from jaxchat.config import ModelConfig, Param
 from jaxchat.families import parameter_table
@@ -21,21 +21,6 @@ from jaxchat.layer_plan import LayerPlan, PlanError, Slot
 from jaxchat.recipe_file import ModelName, Recipe, RecipeError, Rule, Slice
 
 __all__ = ["RecipeError", "read_recipe", "source_plan", "to_mergekit"]
-
-_MAY_DIFFER = (
-    "model_type",  # of one family; the family's parameter table and decoder are the same
-    "num_layers",
-    "max_position_embeddings",
-    "norm_eps",
-    "ropes",
-    "layer_ropes",
-    "layer_windows",
-    "layer_attn_scales",
-    "layer_rows",
-    "bos_id",
-    "eos_ids",
-)
-"""Fields in which models of one stack may differ: they belong to a layer, or the base model decides."""
 
 _BASE_DECIDES = ("max_position_embeddings", "norm_eps")
 _GLOBALS_FIRST = ("embed.weight", "positions.weight")
@@ -165,10 +150,9 @@ class _Models:
                     f"--model_path {name}: the recipe has no model of that name; "
                     f"it has {', '.join(self._by_name)}"
                 )
+        # Of a head that is tied in one model only, mergekit's result depends on what files happen to hold.
+        allowed = may_differ(self.configs[base]) - {"tied_embeddings"}
         for number, config in enumerate(self.configs):
-            allowed: tuple[str, ...] = _MAY_DIFFER
-            if config.learned_positions:  # a table, so a shape
-                allowed = tuple(name for name in _MAY_DIFFER if name != "max_position_embeddings")
             for field in dataclasses.fields(ModelConfig):
                 values = [getattr(c, field.name) for c in (self.configs[base], config)]
                 if values[0] == values[1]:

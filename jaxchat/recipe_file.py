@@ -357,10 +357,11 @@ def _scale(parameters: _Node | None) -> tuple[Rule, ...]:
 
 
 def _rules(node: _Node) -> Iterator[Rule]:
+    expected = "a number, a list of numbers, or a list of value and filter"
     if node.is_mapping:
         yield _conditional(node)
-    elif node.is_list and any(item.is_mapping for item in node.items("")):
-        yield from (_conditional(item) for item in node.items(""))
+    elif node.is_list and any(item.is_mapping for item in node.items(expected)):
+        yield from (_conditional(item) for item in node.items(expected))
     else:
         yield Rule(None, _values(node), node.place)
 
