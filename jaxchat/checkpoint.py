@@ -14,19 +14,18 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxchat.assembly import Assembly
+from jaxchat.checkpoint_assembled import AssembledSource
 from jaxchat.checkpoint_manifest import load_config, weight_dtype
 from jaxchat.checkpoint_quantized import Quant, Storage, choose_format, stored_bytes, stored_format_of
-from jaxchat.checkpoint_source import NativeSource, Source, open_source
+from jaxchat.checkpoint_source import Source, convert_into, open_source
 from jaxchat.config import ModelConfig, Param
-from jaxchat.errors import JaxchatError
 from jaxchat.quant import QuantFormat, QuantizedTensor, empty, format_for, layer_slice, quantize
 from jaxchat.safetensors_file import ALIGNMENT
 from jaxchat.sharding import param_sharding
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), counted in the stored dtype."""
-
-_CHUNK = 1 << 22  # elements converted at a time, so that a conversion needs no second copy of a big tensor
 
 __all__ = ["Progress", "load_config", "load_params", "open_source"]
 
@@ -78,6 +77,32 @@ def load_params(
     return source.config, {p.name: _load_param(source, p, wanted[p.name], mesh, meter) for p in source.table}
 
 
+def load_assembly(
+    assembly: Assembly,
+    *,
+    dtype: str | None = None,
+    quant: Quant = "auto",
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Loads the layers that an assembly names, each once, into one stack; see `load_params`.
+
+    Args:
+      assembly: what to assemble; run its `plan` over the stack.
+      dtype: of what is not quantized, instead of the assembly's. Scales are applied after the conversion.
+      quant, mesh, progress: as in `load_params`.
+
+    Raises:
+      UsageError: the models differ in architecture, vocabulary, a shape or in how they are quantized.
+      JaxchatError: as in `load_params`.
+    """
+    target = None if dtype is None else weight_dtype(dtype)
+    source = AssembledSource(assembly, target)
+    fmt = choose_format(assembly.models[assembly.base], source.manifest, quant)
+    wanted, meter = storages(source, target, fmt), Meter(source, progress)
+    return source.config, {p.name: _load_param(source, p, wanted[p.name], mesh, meter) for p in source.table}
+
+
 def storages(source: Source, dtype: np.dtype | None, fmt: QuantFormat | None) -> dict[str, Storage]:
     """How to hold each parameter of a source that is to be quantized to `fmt`, or is already.
 
@@ -90,25 +115,6 @@ def storages(source: Source, dtype: np.dtype | None, fmt: QuantFormat | None) ->
         return chosen or dtype or source.dtype(param)
 
     return {param.name: storage(param) for param in source.table}
-
-
-def convert_into(out: np.ndarray, values: np.ndarray, name: str) -> None:
-    """Copies values [...] into an array of another dtype, rounding to nearest even.
-
-    NaN and infinities pass; a finite value that float16 cannot hold is a `JaxchatError` naming the tensor.
-    """
-    if out.ndim == 0 or out.dtype == values.dtype or out.dtype.itemsize >= values.dtype.itemsize * 2:
-        np.copyto(out, values, casting="unsafe")
-        return
-    rows = max(1, _CHUNK // max(1, out[0].size)) if len(out) else 1
-    for start in range(0, len(out), rows):
-        to, of = out[start : start + rows], values[start : start + rows]
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.copyto(to, of, casting="unsafe")
-        if out.dtype == np.float16 and (overflow := np.isinf(to) & ~np.isinf(of)).any():
-            raise JaxchatError(
-                f"{name}: {float(of[overflow][0]):g} is too large for float16 (largest 65504); use bfloat16"
-            )
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -189,9 +195,8 @@ def _load_param(
         sharding = param_sharding(param, source.config, mesh, group=group)
     if device.platform != "cpu" or (mesh is not None and mesh.size > 1):
         return _fill_device(source, param, storage, sharding, meter)
-    stack: np.ndarray | QuantizedTensor
-    if isinstance(source, NativeSource) and storage == source.storage(param):
-        stack = source.stack(param)
+    stack = source.mapped(param)
+    if stack is not None and (isinstance(stack, QuantizedTensor) or storage == stack.dtype):
         meter.add(stack.nbytes)
     elif isinstance(storage, QuantFormat):
         stack = _quantize_host(source, param, storage, meter)
@@ -215,9 +220,11 @@ def _quantize_host(source: Source, param: Param, fmt: QuantFormat, meter: Meter)
     stack = aligned_quantized(param.stacked_shape(source.config), fmt)
     for index in range(param.rows(source.config)):
         values = source.layer(param, index)
-        assert isinstance(values, np.ndarray)  # what is quantized already is not quantized anew
         out = layer_slice(stack, index) if param.per_layer else stack
-        quantize(values, fmt, name=_label(param, index), out=out)
+        if isinstance(values, QuantizedTensor):
+            jax.tree.map(np.copyto, out, values)
+        else:
+            quantize(values, fmt, name=_label(param, index), out=out)
         meter.add(values.nbytes)
         source.release(param, index)
     return stack

@@ -12,13 +12,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxchat.config import ModelConfig, read_json
+from jaxchat.config import ModelConfig, RopeConfig, read_json
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.layer_plan import LayerPlan, PlanError
 
 MANIFEST = "jaxchat.json"
 NATIVE_FILE = "model.safetensors"
 ORBAX_FOLDER = "orbax"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""2 has `plan` or `stack`, which readers of 1 would ignore."""
 
 WEIGHT_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -43,7 +45,10 @@ class Manifest:
       parameters: number of scalars.
       quantization: None, or `format`, as given to `--quant`, and `parameters`: name -> format of each that
         is quantized.
-      plan: of a restructured checkpoint.
+      plan: None, or the recorded layer plan over the stacked layers, in `LayerPlan`'s spelling: the model is
+        its slots.
+      stack: None, or the per-layer half of the configuration of an assembled stack (`stack_entry`), which
+        `config.json`, the base model's, knows nothing of.
       format_version: of this file.
     """
 
@@ -55,12 +60,17 @@ class Manifest:
     parameters: int = 0
     quantization: Mapping[str, Any] | None = None
     plan: str | None = None
-    format_version: int = FORMAT_VERSION
+    stack: Mapping[str, Any] | None = None
+
+    @property
+    def format_version(self) -> int:
+        """Of this file."""
+        return FORMAT_VERSIONS[0] if self.plan is None and self.stack is None else FORMAT_VERSIONS[1]
 
     def write(self, directory: Path) -> None:
         """Writes the file into a directory."""
-        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-        (directory / MANIFEST).write_text(text, encoding="utf-8")
+        values = {**dataclasses.asdict(self), "format_version": self.format_version}
+        (directory / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -68,9 +78,9 @@ class Manifest:
         path = directory / MANIFEST
         values = read_json(path)
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise JaxchatError(
-                f"{path}: format_version is {version!r}, this jaxchat reads {FORMAT_VERSION}; "
+                f"{path}: format_version is {version!r}, this jaxchat reads up to {FORMAT_VERSIONS[-1]}; "
                 "convert the model again"
             )
         known = {field.name for field in dataclasses.fields(cls)}
@@ -113,5 +123,52 @@ def weight_dtype(name: str) -> np.dtype:
 
 
 def config_of(manifest: Manifest, config: ModelConfig) -> ModelConfig:
-    """A configuration with what the checkpoint decides: whether the output head is the embedding."""
-    return dataclasses.replace(config, tied_embeddings=manifest.tied_head != "untied")
+    """A configuration with what the checkpoint decides: its stack, and whether the head is the embedding."""
+    config = dataclasses.replace(config, tied_embeddings=manifest.tied_head != "untied")
+    if manifest.stack is None:
+        return config
+    try:
+        stack = dict(manifest.stack)
+        ropes = tuple(_rope(values) for values in stack.pop("ropes"))
+        rows = tuple((name, tuple(layers)) for name, layers in stack.pop("layer_rows").items())
+        layers: dict[str, Any] = {name: tuple(stack[name]) for name in _PER_LAYER}
+        if len({len(values) for values in layers.values() if values}) != 1:
+            raise ValueError("its layers are not equally many")
+        config = dataclasses.replace(config, ropes=ropes, layer_rows=rows, **layers)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise JaxchatError(f"{MANIFEST}: not the description of a stack ({error}); convert again") from None
+    return dataclasses.replace(config, num_layers=len(config.layer_windows))
+
+
+_PER_LAYER = ("layer_ropes", "layer_windows", "layer_attn_scales")
+
+
+def _rope(values: Mapping[str, Any]) -> RopeConfig:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return RopeConfig(**fields)
+
+
+def stack_entry(config: ModelConfig) -> dict[str, Any]:
+    """`Manifest.stack`: what a configuration says of its layers, as JSON takes it."""
+    ropes = [dataclasses.asdict(rope) for rope in config.ropes]
+    layers = {name: list(getattr(config, name)) for name in _PER_LAYER}
+    return {"ropes": ropes, **layers, "layer_rows": {name: list(rows) for name, rows in config.layer_rows}}
+
+
+def recorded_plan(manifest: Manifest, config: ModelConfig) -> LayerPlan | None:
+    """The layer plan that a checkpoint records over its stack (`config` is `config_of` it), if it does."""
+    if manifest.plan is None:
+        return None
+    try:
+        return LayerPlan.parse(manifest.plan, config.num_layers)
+    except PlanError as error:
+        reason = str(error).splitlines()[0]
+        raise JaxchatError(f"{MANIFEST}: the recorded plan is malformed ({reason}); convert again") from None
+
+
+def load_plan(directory: str | Path) -> LayerPlan:
+    """The layer plan of a model directory: the recorded one, or every layer once."""
+    config = load_config(directory)
+    if not (Path(directory) / MANIFEST).exists():
+        return LayerPlan.identity(config.num_layers)
+    return recorded_plan(Manifest.read(Path(directory)), config) or LayerPlan.identity(config.num_layers)

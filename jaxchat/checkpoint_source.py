@@ -7,7 +7,7 @@ Turning sources into arrays is in `jaxchat/checkpoint.py`, writing them in `jaxc
 import dataclasses
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,15 +22,15 @@ from jaxchat.checkpoint_manifest import (
     config_of,
 )
 from jaxchat.checkpoint_quantized import Storage, TensorSpec, from_arrays, stored_format_of, tensor_specs
-from jaxchat.config import ModelConfig, Param, read_json
+from jaxchat.config import EMBED, HEAD, ModelConfig, Param, read_json
 from jaxchat.errors import JaxchatError
 from jaxchat.families import Family, count_parameters, family_of, parameter_table
 from jaxchat.quant import QuantizedTensor, layer_slice
 from jaxchat.safetensors_file import DTYPES, NAMES, SafetensorsFile
 
-HEAD, EMBED = "lm_head.weight", "embed.weight"
 _READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COMPARE_BYTES = 1 << 24
+_CHUNK = 1 << 22  # elements converted at a time, so that a conversion needs no second copy of a big tensor
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,11 @@ class Source(Protocol):
         ...
 
     def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
-        """One layer of a stacked parameter, or the whole of another (index 0), as a view where possible."""
+        """One row of a stacked parameter, or the whole of another (index 0), as a view where possible."""
+        ...
+
+    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | None:
+        """The whole parameter, [L, ...] or [...], as a view of the file that maps it; None if none does."""
         ...
 
     def release(self, param: Param, index: int) -> None:
@@ -61,20 +65,33 @@ class Source(Protocol):
         ...
 
 
+Wanted = Mapping[str, Collection[int]]
+"""What is to be read of a model: parameter -> its layers ({0} of what is not per layer)."""
+
+
 class HfSource:
     """A Hugging Face directory: `model.safetensors`, or shards with `model.safetensors.index.json`."""
 
-    def __init__(self, directory: Path, config: ModelConfig):
-        """Opens and verifies every file.
+    def __init__(self, directory: Path, config: ModelConfig, wanted: Wanted | None = None):
+        """Opens and verifies every file that holds something `wanted`; None is everything.
 
         Raises:
           JaxchatError: a file is missing or malformed, or names, shapes or dtypes are not the model's; the
             message has all mismatches.
         """
-        self._where, files = _open_hf_files(directory)
-        self._files = {name: file for file in files for name in file.entries}
+        self._where, weight_map = _weight_map(directory)
         family = family_of(config)
-        rename = _find_rename(family, config, self._files)
+        rename = _find_rename(family, config, weight_map)
+        self._wanted = wanted
+        if wanted is not None:
+            names = _wanted_names(family, config, rename, wanted)
+            weight_map = {name: path for name, path in weight_map.items() if name in names}
+        self._files = {
+            name: file
+            for file in _open_files(self._where, weight_map)
+            for name in file.entries
+            if wanted is None or name in weight_map
+        }
         self._names: dict[str, str] = {}
         self.config, tied_head = self._settle_head(family, config, rename)
         self.table = parameter_table(self.config)
@@ -82,7 +99,7 @@ class HfSource:
         self._verify(family, extra={family.rename(HEAD, rename)} if tied_head == "copy" else set())
         self.manifest = Manifest(
             format="native",
-            dtypes={p.name: self.dtype(p).name for p in self.table},
+            dtypes={p.name: self.dtype(p).name for p in self.table if self._layers(p)},
             rename=rename,
             tied_head=tied_head,
             source=directory.resolve().name,
@@ -95,6 +112,8 @@ class HfSource:
         """Whether the output head is tied, decided as transformers 5 does (`PreTrainedModel.tie_weights`)."""
         if not config.tied_embeddings:
             return config, "untied"
+        if self._wanted is not None and not self._wanted.keys() & {EMBED, HEAD}:
+            return config, "absent"
         hf = next(p.hf for p in parameter_table(config) if p.name == EMBED)
         embed, head = family.rename(hf, rename), family.rename(HEAD, rename)
         if head not in self._files:
@@ -115,9 +134,7 @@ class HfSource:
 
     def _verify(self, family: Family, extra: set[str]) -> None:
         expected = {
-            self._names[p.hf].format(i): p.hf_shape(self.config)
-            for p in self.table
-            for i in range(self.config.num_layers if p.per_layer else 1)
+            self._names[p.hf].format(i): p.hf_shape(self.config) for p in self.table for i in self._layers(p)
         }
         entries = {
             name: file.entries[name]
@@ -126,6 +143,9 @@ class HfSource:
         }
         found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         verify(self._where, expected, found)
+
+    def _layers(self, param: Param) -> Collection[int]:
+        return range(param.rows(self.config)) if self._wanted is None else self._wanted.get(param.name, ())
 
     def _name(self, param: Param, index: int) -> str:
         return self._names[param.hf].format(index)
@@ -136,8 +156,7 @@ class HfSource:
 
     def dtype(self, param: Param) -> np.dtype:
         """See `Source`. Layers of one stack stored in different dtypes share the widest."""
-        layers = range(self.config.num_layers if param.per_layer else 1)
-        found = {DTYPES[self._entry(param, i).dtype] for i in layers}
+        found = {DTYPES[self._entry(param, i).dtype] for i in self._layers(param)}
         return found.pop() if len(found) == 1 else WEIGHT_DTYPES["float32"]
 
     def layer(self, param: Param, index: int) -> np.ndarray:
@@ -147,6 +166,9 @@ class HfSource:
         if param.transposed:
             value = value.T
         return value[slice(*param.fused_range(self.config))] if param.fused else value
+
+    def mapped(self, param: Param) -> None:
+        """See `Source`: layers are tensors of their own."""
 
     def release(self, param: Param, index: int) -> None:
         """See `Source`."""
@@ -179,24 +201,20 @@ class NativeSource:
         storage = self._formats[param.name] or WEIGHT_DTYPES["float32"]
         return tensor_specs(param.name, param.stacked_shape(self.config), storage)
 
-    def storage(self, param: Param) -> Storage:
-        """How a parameter is stored: as plain numbers of a dtype, or quantized."""
-        return self._formats[param.name] or self.dtype(param)
-
     def dtype(self, param: Param) -> np.dtype:
         """See `Source`."""
         if self._formats[param.name] is not None:
             return WEIGHT_DTYPES[self.manifest.dtypes[param.name]]
         return DTYPES[self.file.entries[param.name].dtype]
 
-    def stack(self, param: Param) -> np.ndarray | QuantizedTensor:
-        """The whole parameter, [L, ...] or [...], as a view of the mapping."""
-        columns = param.layer_shape(self.config)[-1]
-        return from_arrays(param.name, columns, self.storage(param), self.file.view)
+    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor:
+        """See `Source`."""
+        storage: Storage = self._formats[param.name] or self.dtype(param)
+        return from_arrays(param.name, param.layer_shape(self.config)[-1], storage, self.file.view)
 
     def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
         """See `Source`."""
-        stack = self.stack(param)
+        stack = self.mapped(param)
         if not param.per_layer:
             return stack
         return layer_slice(stack, index) if isinstance(stack, QuantizedTensor) else stack[index]
@@ -207,12 +225,20 @@ class NativeSource:
             self.file.release(name)
 
 
-def open_source(directory: str | Path, *, config: ModelConfig | None = None) -> Source:
-    """Opens and verifies a model directory of any format; no tensor data is read."""
+def open_source(
+    directory: str | Path, *, config: ModelConfig | None = None, wanted: Wanted | None = None
+) -> Source:
+    """Opens and verifies a model directory of any format; no tensor data is read.
+
+    Args:
+      directory: the model.
+      config: instead of the directory's `config.json`.
+      wanted: all that will be read; of a Hugging Face directory nothing else needs to be there.
+    """
     directory = check_directory(directory)
     config = config or ModelConfig.from_directory(directory)
     if not (directory / MANIFEST).exists():
-        return HfSource(directory, config)
+        return HfSource(directory, config, wanted)
     manifest = Manifest.read(directory)
     if manifest.format == "native":
         return NativeSource(directory, config, manifest)
@@ -268,6 +294,31 @@ def verify(
         raise JaxchatError(f"{where}: does not fit its config.json: {' | '.join(problems)}")
 
 
+def convert_into(out: np.ndarray, values: np.ndarray, name: str) -> None:
+    """Copies values [...] into an array of another dtype, rounding to nearest even.
+
+    NaN and infinities pass; a finite value that float16 cannot hold is a `JaxchatError` naming the tensor.
+    """
+    if out.ndim == 0 or out.dtype == values.dtype or out.dtype.itemsize >= values.dtype.itemsize * 2:
+        np.copyto(out, values, casting="unsafe")
+        return
+    for to, of in row_blocks(out, values):
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(to, of, casting="unsafe")
+        if out.dtype == np.float16 and (overflow := np.isinf(to) & ~np.isinf(of)).any():
+            raise JaxchatError(
+                f"{name}: {float(of[overflow][0]):g} is too large for float16 (largest 65504); use bfloat16"
+            )
+
+
+def row_blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Views of the same rows of arrays of one shape [n, ...], so many rows at a time that they stay small."""
+    count = len(arrays[0])
+    step = max(1, _CHUNK // max(1, arrays[0][0].size)) if count else 1
+    for start in range(0, count, step):
+        yield tuple(array[start : start + step] for array in arrays)
+
+
 def fold_layers(names: Iterable[str]) -> list[str]:
     """Joins names that differ in their first number only: `h.0.w`, `h.1.w`, `h.2.w` -> `h.{0-2}.w`."""
     groups: dict[tuple[str, str], list[int]] = {}
@@ -298,6 +349,13 @@ def _find_rename(family: Family, config: ModelConfig, names: Iterable[str]) -> t
     return max(family.renames, key=matches)  # the first of the best
 
 
+def _wanted_names(family: Family, config: ModelConfig, rename: tuple[str, str], wanted: Wanted) -> set[str]:
+    names = {
+        family.rename(p.hf, rename).format(i) for p in parameter_table(config) for i in wanted.get(p.name, ())
+    }
+    return names | {family.rename(HEAD, rename)} if HEAD in wanted else names
+
+
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two matrices are equal bit by bit, compared in pieces so that no mask of their size is made."""
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -307,12 +365,13 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return all(np.array_equal(a[piece].view(np.uint8), b[piece].view(np.uint8)) for piece in pieces)
 
 
-def _open_hf_files(directory: Path) -> tuple[str, list[SafetensorsFile]]:
+def _weight_map(directory: Path) -> tuple[str, dict[str, Path]]:
+    """Where a Hugging Face directory keeps its tensors: the file that says so, and tensor -> file."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
-        return str(single), [SafetensorsFile(single)]
+        return str(single), dict.fromkeys(SafetensorsFile(single).entries, single)
     if index.exists():
-        return str(index), _open_shards(index)
+        return str(index), _indexed(index)
     hint = "download the model's *.safetensors files"
     if (directory / "pytorch_model.bin").exists() or (directory / "pytorch_model.bin.index.json").exists():
         hint = "pytorch_model.bin is not read; convert it to safetensors with transformers' save_pretrained"
@@ -321,23 +380,29 @@ def _open_hf_files(directory: Path) -> tuple[str, list[SafetensorsFile]]:
     )
 
 
-def _open_shards(index: Path) -> list[SafetensorsFile]:
+def _indexed(index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise JaxchatError(f"{index}: expected a weight_map of tensor names to file names")
-    names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name]
+    outside = sorted(name for name in set(weight_map.values()) if Path(name).name != name)
     if outside:
         raise JaxchatError(f"{index}: shard {outside[0]!r} is not a plain file name")
-    missing = [name for name in names if not (index.parent / name).exists()]
+    return {tensor: index.parent / name for tensor, name in weight_map.items()}
+
+
+def _open_files(where: str, weight_map: Mapping[str, Path]) -> list[SafetensorsFile]:
+    paths = sorted(set(weight_map.values()))
+    missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise JaxchatError(
-            f"{index}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}"
+            f"{where}: {len(missing)} of {len(paths)} shards are missing: {', '.join(missing)}"
         )
-    files = {name: SafetensorsFile(index.parent / name) for name in names}
+    files = {path: SafetensorsFile(path) for path in paths}
     lost = [
-        f"{tensor} (in {shard})" for tensor, shard in weight_map.items() if tensor not in files[shard].entries
+        f"{tensor} (in {path.name})"
+        for tensor, path in weight_map.items()
+        if tensor not in files[path].entries
     ]
     if lost:
-        raise JaxchatError(f"{index}: tensors not in the shard it names: {'; '.join(fold_layers(lost))}")
+        raise JaxchatError(f"{where}: tensors not in the shard it names: {'; '.join(fold_layers(lost))}")
     return list(files.values())

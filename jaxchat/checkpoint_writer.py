@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxchat.checkpoint import Meter, Progress, convert_into, layers_of, storages
+from jaxchat.checkpoint import Meter, Progress, layers_of, storages
 from jaxchat.checkpoint_manifest import MANIFEST, NATIVE_FILE, Manifest, check_directory, weight_dtype
 from jaxchat.checkpoint_quantized import (
     Quant,
@@ -27,8 +27,8 @@ from jaxchat.checkpoint_quantized import (
     stored_format,
     tensor_specs,
 )
-from jaxchat.checkpoint_source import EMBED, HEAD, Source, open_source
-from jaxchat.config import Param, read_json
+from jaxchat.checkpoint_source import Source, convert_into, open_source
+from jaxchat.config import EMBED, HEAD, Param, read_json
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import Family, family_of
 from jaxchat.quant import QuantizedTensor

@@ -12,6 +12,9 @@ from typing import Any
 
 from jaxchat.errors import JaxchatError, UsageError
 
+EMBED, HEAD = "embed.weight", "lm_head.weight"
+"""The parameters of the token embedding and of an output head that is not tied to it."""
+
 GLOBAL_WINDOW = 0
 """The `layer_windows` entry of a layer whose attention sees the whole context."""
 

@@ -65,6 +65,9 @@ class OrbaxSource:
         stack = self._stacks[param.name]
         return stack[index] if param.per_layer else stack
 
+    def mapped(self, param: Param) -> None:
+        """See `Source`: nothing is mapped."""
+
     def release(self, param: Param, index: int) -> None:
         """See `Source`."""
         if index == param.rows(self.config) - 1:
@@ -100,7 +103,7 @@ class OrbaxSource:
 def replace_native_file(directory: Path, config: ModelConfig, manifest: Manifest) -> None:
     """Turns the native file of a directory into an Orbax checkpoint; it is mapped, not loaded."""
     source = NativeSource(directory, config, manifest)
-    tree = {param.name: source.stack(param) for param in source.table}
+    tree = {param.name: source.mapped(param) for param in source.table}
     save = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     checkpointer.save((directory / ORBAX_FOLDER).resolve(), args=ocp.args.PyTreeSave(tree, save_args=save))

@@ -338,7 +338,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"format_version": 9}, "format_version is 9, this jaxchat reads 1"),
+        ({"format_version": 9}, "format_version is 9, this jaxchat reads up to 2"),
         ({"format": "zip"}, "format is 'zip'; expected 'native' or 'orbax'"),
         ({"rename": []}, "not a checkpoint description"),
     ],

@@ -1,5 +1,6 @@
 """The supported architectures: one small file each, data for the one decoder in `jaxchat/model.py`."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,36 @@ def config_from_hf(config: Mapping[str, Any], *, source: str = "config.json") ->
     result = family.config(HfConfig(config, source))
     _check(result, source)
     return result
+
+
+def relayered_config(values: Mapping[str, Any], config: ModelConfig, *, source: str) -> dict[str, Any]:
+    """The Hugging Face `config.json` of a model whose layers and head are those of `config`.
+
+    Args:
+      values: `config.json` of a model that is the same but for its layers, and whether the head is tied.
+      config: what the result is to say.
+      source: names `values` in messages.
+
+    Raises:
+      UsageError: the family's configuration cannot say it; the message has the field.
+    """
+    family = family_of(config)
+    result = {**family.relayer(values, config), "tie_word_embeddings": config.tied_embeddings}
+    found = config_from_hf(result, source=source)
+    for field in dataclasses.fields(ModelConfig):
+        said, meant = getattr(found, field.name), getattr(config, field.name)
+        if said != meant and field.name not in ("model_type", "bos_id", "eos_ids"):
+            raise UsageError(
+                f"{source}: a Hugging Face {found.model_type} configuration cannot describe these layers: "
+                f"{field.name} would be {_shortened(said)}, not {_shortened(meant)}; a native checkpoint "
+                "that records the plan can (leave --to_hf and --plan bake out)"
+            )
+    return result
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 def parameter_table(config: ModelConfig) -> tuple[Param, ...]:
@@ -93,4 +124,5 @@ __all__ = [
     "count_parameters",
     "family_of",
     "parameter_table",
+    "relayered_config",
 ]

@@ -23,6 +23,29 @@ ACTIVATIONS = {
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
+def relayer_plain(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """`config.json` with another number of layers, for families whose layers are all of one kind."""
+    # Llama and Mistral have no layer types: transformers reads past such a list, but may count it.
+    return {**_without(values, "layer_types"), "num_hidden_layers": config.num_layers}
+
+
+def relayer_types(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """`config.json` with other layers, for families that list which of them have the sliding window."""
+    sliding = [window != GLOBAL_WINDOW for window in config.layer_windows]
+    result = {
+        **values,
+        "num_hidden_layers": config.num_layers,
+        "layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in sliding],
+    }
+    if any(sliding):
+        result["sliding_window"] = max(config.layer_windows)
+    return result
+
+
+def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """An architecture family: how its configuration and its checkpoint are read.
@@ -34,6 +57,8 @@ class Family:
       params: `ModelConfig` -> parameter table.
       renames: (start, replacement) pairs, tried in order: how a checkpoint may spell the table's names.
       ignored: name parts of checkpoint tensors that are not parameters (buffers, other towers).
+      relayer: the inverse of `config` for what a layer plan changes: `config.json` of a model of this family,
+        and the `ModelConfig` whose layers it is to describe -> its `config.json`.
     """
 
     name: str
@@ -42,6 +67,7 @@ class Family:
     params: Callable[[ModelConfig], tuple[Param, ...]]
     renames: tuple[tuple[str, str], ...] = (("", ""),)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    relayer: Callable[[Mapping[str, Any], ModelConfig], dict[str, Any]] = relayer_plain
 
     @staticmethod
     def rename(name: str, rename: tuple[str, str]) -> str:

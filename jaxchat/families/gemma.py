@@ -1,9 +1,18 @@
 """Gemma 1, 2 and 3 (text): scaled embeddings, (1 + w) norms, soft-caps, post-norms, local/global layers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.config import ModelConfig
-from jaxchat.families.base import Family, HfConfig, llama_config, llama_params, read_rope, windows_of
+from jaxchat.families.base import (
+    Family,
+    HfConfig,
+    llama_config,
+    llama_params,
+    read_rope,
+    relayer_types,
+    windows_of,
+)
 
 
 def gemma1_config(hf: HfConfig) -> ModelConfig:
@@ -36,12 +45,7 @@ def gemma2_config(hf: HfConfig) -> ModelConfig:
 
 def gemma3_config(hf: HfConfig) -> ModelConfig:
     """Reads a Gemma3TextConfig, or the text half of a Gemma3Config."""
-    if hf.get("text_config") is not None:
-        text = dict(hf.get("text_config"))
-        inherited = {
-            k: hf.get(k) for k in ("eos_token_id", "bos_token_id", "tie_word_embeddings") if k not in text
-        }
-        hf = HfConfig({**inherited, **text, "model_type": hf.get("model_type")}, hf.source)
+    hf = HfConfig({**_text_half(hf.values), "model_type": hf.get("model_type")}, hf.source)
     hf = HfConfig({**_GEMMA3_DEFAULTS, **hf.values}, hf.source)
     num_layers = hf.integer("num_hidden_layers")
     types = hf.layer_types(num_layers) or _pattern(num_layers, hf.integer("sliding_window_pattern", 6))
@@ -79,6 +83,30 @@ _GEMMA3_DEFAULTS = {
 """Of transformers' Gemma3TextConfig: the multimodal models' `text_config` states only what differs."""
 
 
+def _text_half(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's part of a Gemma3Config, as a Gemma3TextConfig; of the latter, a copy."""
+    text = values.get("text_config")
+    if text is None:
+        return dict(values)
+    inherited = (
+        "eos_token_id",
+        "bos_token_id",
+        "pad_token_id",
+        "tie_word_embeddings",
+        "dtype",
+        "torch_dtype",
+    )
+    return {key: values[key] for key in inherited if key in values} | dict(text)
+
+
+def _relayer_gemma3(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """A text model: what an export holds of a multimodal one."""
+    result = relayer_types(_text_half(values), config)
+    if "text_config" in values:
+        result |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    return result
+
+
 def _gemma(hf: HfConfig, family: str, *, max_position: int, **changes: Any) -> ModelConfig:
     hf.refuse("use_bidirectional_attention")
     bias = hf.flag("attention_bias", False)
@@ -110,6 +138,14 @@ _OTHER_TOWERS = ("rotary_emb.inv_freq", "vision_tower.", "multi_modal_projector.
 
 FAMILIES = (
     Family("gemma", ("gemma",), gemma1_config, llama_params),
-    Family("gemma2", ("gemma2",), gemma2_config, llama_params),
-    Family("gemma3", ("gemma3_text", "gemma3"), gemma3_config, llama_params, _RENAMES, _OTHER_TOWERS),
+    Family("gemma2", ("gemma2",), gemma2_config, llama_params, relayer=relayer_types),
+    Family(
+        "gemma3",
+        ("gemma3_text", "gemma3"),
+        gemma3_config,
+        llama_params,
+        _RENAMES,
+        _OTHER_TOWERS,
+        _relayer_gemma3,
+    ),
 )

@@ -114,5 +114,6 @@ FAMILIES = (
         params,
         (("", ""), ("transformer.", "")),
         (".attn.bias", ".attn.masked_bias"),
+        lambda values, config: {**values, "n_layer": config.num_layers},
     ),
 )

@@ -1,7 +1,18 @@
 """Mistral and its fine-tunes (Zephyr, MistralLite, OpenHermes), and Ministral with windows by layer."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from jaxchat.config import ModelConfig
-from jaxchat.families.base import Family, HfConfig, llama_config, llama_params, windows_of
+from jaxchat.families.base import (
+    Family,
+    HfConfig,
+    llama_config,
+    llama_params,
+    relayer_plain,
+    relayer_types,
+    windows_of,
+)
 
 
 def config(hf: HfConfig) -> ModelConfig:
@@ -20,4 +31,8 @@ def config(hf: HfConfig) -> ModelConfig:
     )
 
 
-FAMILIES = (Family("mistral", ("mistral", "ministral"), config, llama_params),)
+def _relayer(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    return (relayer_types if values.get("model_type") == "ministral" else relayer_plain)(values, config)
+
+
+FAMILIES = (Family("mistral", ("mistral", "ministral"), config, llama_params, relayer=_relayer),)

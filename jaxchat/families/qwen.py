@@ -1,7 +1,10 @@
 """Qwen2, Qwen2.5 (biases on q, k, v) and Qwen3 (norms on q and k)."""
 
-from jaxchat.config import ModelConfig
-from jaxchat.families.base import Family, HfConfig, llama_config, llama_params, windows_of
+from collections.abc import Mapping
+from typing import Any
+
+from jaxchat.config import GLOBAL_WINDOW, ModelConfig
+from jaxchat.families.base import Family, HfConfig, llama_config, llama_params, relayer_types, windows_of
 
 
 def qwen2_config(hf: HfConfig) -> ModelConfig:
@@ -34,7 +37,18 @@ def _windows(hf: HfConfig) -> tuple[int, ...]:
     return windows_of(hf.layer_types(num_layers) or by_index, window)
 
 
+def _relayer(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Also says where the windows begin, for readers of before `layer_types`."""
+    local = [layer for layer, window in enumerate(config.layer_windows) if window != GLOBAL_WINDOW]
+    first = local[0] if local else config.num_layers
+    return {
+        **relayer_types(values, config),
+        "use_sliding_window": bool(local),
+        "max_window_layers": first,
+    }
+
+
 FAMILIES = (
-    Family("qwen2", ("qwen2",), qwen2_config, llama_params),
-    Family("qwen3", ("qwen3",), qwen3_config, llama_params),
+    Family("qwen2", ("qwen2",), qwen2_config, llama_params, relayer=_relayer),
+    Family("qwen3", ("qwen3",), qwen3_config, llama_params, relayer=_relayer),
 )
