@@ -26,18 +26,23 @@ float LoadScale(const void* p, int64_t i, bool wide) {
               : _cvtsh_ss(static_cast<const uint16_t*>(p)[i]);
 }
 
-// Calls visit(count, i, row) for every row of the weights and every few (`count`, up to kMost) rows of x from i on.
-// Those stay in the first-level cache while a few rows of the weights, in the second, pass by.
+// Calls visit(count, i, row, from, to) for every row of the weights, every few (`count`, up to kMost) rows of x from i
+// on, and blocks [from, to) of the columns, in order. So many rows and blocks of x, `block_bytes` each, stay in the
+// first-level cache while a few rows of the weights, in the second, pass by.
 template <int kMost, typename Visit>
-void ForRowsInBlocks(int64_t m, int64_t begin, int64_t end, const Visit& visit) {
+void ForRowsInBlocks(int64_t m, int64_t begin, int64_t end, int64_t blocks, int64_t block_bytes, const Visit& visit) {
   if constexpr (kMost > 0) {
-    const int64_t blocks = m / kMost;
-    for (int64_t first = begin; first < end && blocks > 0; first += 32)
-      for (int64_t i = 0; i < blocks * kMost; i += kMost)
-        for (int64_t row = first; row < std::min(first + 32, end); ++row)
-          visit(std::integral_constant<int, kMost>(), i, row);
-    const auto rest = [&](auto count, int64_t i, int64_t row) { visit(count, blocks * kMost + i, row); };
-    if (m % kMost) ForRowsInBlocks<kMost - 1>(m % kMost, begin, end, rest);
+    const int64_t whole = m / kMost * kMost;
+    const int64_t step = kMost == 1 ? blocks : std::max<int64_t>(1, 32768 / block_bytes / kMost);
+    for (int64_t first = begin; first < end && whole > 0; first += 32)
+      for (int64_t i = 0; i < whole; i += kMost)
+        for (int64_t b = 0; b < blocks; b += step)
+          for (int64_t row = first; row < std::min(first + 32, end); ++row)
+            visit(std::integral_constant<int, kMost>(), i, row, b, std::min(b + step, blocks));
+    const auto rest = [&](auto count, int64_t i, int64_t row, int64_t from, int64_t to) {
+      visit(count, whole + i, row, from, to);
+    };
+    if (m > whole) ForRowsInBlocks<kMost - 1>(m - whole, begin, end, blocks, block_bytes, rest);
   }
 }
 
@@ -123,7 +128,7 @@ void FloatRow(const Weights& w, const float* x, int64_t row, float* y) {
 
 template <Kind kind>
 void FloatRows(const Weights& w, const float* x, int64_t m, float* y, int64_t begin, int64_t end) {
-  ForRowsInBlocks<4>(m, begin, end, [&](auto count, int64_t i, int64_t row) {
+  ForRowsInBlocks<4>(m, begin, end, 1, 1, [&](auto count, int64_t i, int64_t row, int64_t, int64_t) {
     FloatRow<kind, decltype(count)::value>(w, x + i * w.inputs, row, y + i * w.rows);
   });
 }
@@ -232,24 +237,26 @@ struct Few {
 
   template <int M>
   static void Row(const Weights& w, const Block<kind>* x, int64_t stride, const float* sums, int64_t sum_stride,
-                  int64_t row, float* y) {
+                  int64_t row, int64_t from, int64_t to, float* y) {
     const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols, per_row = w.cols / w.group;
     const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
-    const int64_t whole = bytes / 64, first = row * per_row;
+    const int64_t whole = std::min(bytes / 64, to), first = row * per_row;
+    // The same columns of a row some 4 kB ahead: the next to be read, also where the columns are cut into parts.
+    const int64_t ahead = std::max<int64_t>(2, 4096 / bytes) * bytes;
     const bool lifted = !w.mins;
     const auto* narrow = static_cast<const uint16_t*>(w.scales) + first;
     __m512 acc[M];
     for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_ps();
     if (w.group == kSub && !w.wide_scales) {
-      for (int64_t b = 0; b < whole; ++b) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes + b * 64 + 2048), _MM_HINT_T0);
+      for (int64_t b = from; b < whole; ++b) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + b * 64 + ahead), _MM_HINT_T0);
         Step<M>(_mm512_loadu_si512(codes + b * 64), NarrowScales<true>(narrow + b * kSubs, 0), lifted, x, stride, b, acc);
       }
     } else {
-      for (int64_t b = 0; b < whole; ++b)
+      for (int64_t b = from; b < whole; ++b)
         Step<M>(_mm512_loadu_si512(codes + b * 64), AnyScales(w, first, b), lifted, x, stride, b, acc);
     }
-    if (bytes % 64) {
+    if (whole < to) {
       const __m512i raw = _mm512_maskz_loadu_epi8((1ull << (bytes % 64)) - 1, codes + whole * 64);
       const bool fast = w.group == kSub && !w.wide_scales;
       const __m512 scales = fast ? NarrowScales<false>(narrow + whole * kSubs, per_row - whole * kSubs)
@@ -258,7 +265,10 @@ struct Few {
     }
     for (int m = 0; m < M; ++m) {
       float total = _mm512_reduce_add_ps(acc[m]);
-      if (w.mins) total += Minimums(w, sums + m * sum_stride, row);
+      if (from > 0)
+        total += y[m * w.rows + row];
+      else if (w.mins)
+        total += Minimums(w, sums + m * sum_stride, row);
       y[m * w.rows + row] = total;
     }
   }
@@ -276,10 +286,11 @@ struct Few {
     const auto* x = static_cast<const Block<kind>*>(prepared);
     const auto* sums = reinterpret_cast<const float*>(x + m * stride);
     constexpr int kMost = kind == Kind::kInt4 ? 8 : 4;  // what the registers hold
-    ForRowsInBlocks<kMost>(m, begin, end, [&](auto count, int64_t i, int64_t row) {
-      Row<decltype(count)::value>(w, x + i * stride, stride, sums + i * sum_stride, sum_stride, row,
+    const auto visit = [&](auto count, int64_t i, int64_t row, int64_t from, int64_t to) {
+      Row<decltype(count)::value>(w, x + i * stride, stride, sums + i * sum_stride, sum_stride, row, from, to,
                                   y + i * w.rows);
-    });
+    };
+    ForRowsInBlocks<kMost>(m, begin, end, stride, sizeof(Block<kind>), visit);
   }
 };
 
