@@ -178,13 +178,14 @@ def hidden_states(
       tokens: int32 [B, T], from position 0; what follows a token does not change its output.
       dtype: of the activations.
       dropout: static; the rate at which elements of what the embedding and each layer add to the residual
-        stream are zeroed (Srivastava et al. 2014). Needs `key`.
-      key: of the random numbers for dropout.
+        stream are zeroed (Srivastava et al. 2014).
+      key: of the random numbers for dropout; without one nothing is dropped.
 
     Returns:
       The normed hidden state, float32 [B, T, D].
     """
     b, t = tokens.shape
+    zero, one = jnp.int32(0), jnp.float32(1)
     nothing, whole = jnp.zeros(b, jnp.int32), jnp.full(b, t, jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
     alone = dataclasses.replace(config, layer_rows=())
@@ -198,7 +199,7 @@ def hidden_states(
 
     def add(x: jax.Array, y: jax.Array, index: jax.Array) -> jax.Array:
         """The residual stream y with what was added to x dropped in places."""
-        if not dropout:
+        if key is None:
             return y
         bits = jax.random.bits(jax.random.fold_in(key, index), x.shape, jnp.uint8)
         zeroed = round(dropout * 256)
@@ -211,7 +212,7 @@ def hidden_states(
             alone, layer, positions, nothing, whole, whole, dtype, DIFFERENTIABLE, None, constants
         )
         cache = init_cache(config, slots=1, batch=b, capacity=t, dtype=dtype)
-        y, _ = run_slot((np.int32(0), np.int32(0), np.float32(1), np.float32(1)), (x, cache))
+        y, _ = run_slot((zero, zero, one, one), (x, cache))
         return add(x, y, index), None
 
     x = embed(config, params, tokens, positions, dtype=dtype)
