@@ -109,6 +109,13 @@ class Engine:
         """Where the caches of a session of `batch` sequences live."""
         return self._placement if self.mesh is None else cache_sharding(self.config, self.mesh, batch)
 
+    def check_plan(self, plan: LayerPlan) -> None:
+        """Raises UsageError for a plan over another number of layers."""
+        if plan.num_layers != self.config.num_layers:
+            raise UsageError(
+                f"the plan is over {plan.num_layers} layers, the model has {self.config.num_layers}"
+            )
+
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises UsageError for a token id that is not in the vocabulary."""
         for token in ids:
@@ -184,10 +191,7 @@ class Session:
         the others, for which the kept ids pass through the whole plan again; if the new plan is no more than
         the beginning of the old one, nothing is computed anew.
         """
-        if plan.num_layers != self.engine.config.num_layers:
-            raise UsageError(
-                f"the plan is over {plan.num_layers} layers, the model has {self.engine.config.num_layers}"
-            )
+        self.engine.check_plan(plan)
         executed = plan.executed()
         self._valid = self._rows_by_slot()
         more = max(len(executed), self.engine.config.num_layers) - self._slots

@@ -137,9 +137,18 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class _Batch:
-    """One running batch: drives a `Generation` and keeps each sequence's text and timings."""
+    """One running batch: drives a `Generation` and keeps each sequence's text and timings.
 
-    def __init__(self, owner: "Model", session: Session, options: GenerateOptions):
+    `numbers` say which prompt of a request each sequence is, for its seed.
+    """
+
+    def __init__(
+        self,
+        owner: "Model",
+        session: Session,
+        options: GenerateOptions,
+        numbers: Sequence[int] | None = None,
+    ):
         if options.stop_strings and owner.tokenizer is None:
             raise UsageError("stop strings need a tokenizer; use stop_token_ids")
         stop_ids = set(options.stop_token_ids)
@@ -149,7 +158,7 @@ class _Batch:
         self.generation: Generation = session.generate(
             max_new_tokens=options.max_new_tokens,
             params=sampling_params(options, session.batch),
-            seeds=[(options.seed + row) % 2**32 for row in range(session.batch)],
+            seeds=[(options.seed + number) % 2**32 for number in numbers or range(session.batch)],
             stop_ids=sorted(stop_ids),
             overflow=options.overflow,
         )
@@ -291,6 +300,7 @@ class Model:
         prompts: str | Sequence[str] | None = None,
         *,
         token_ids: Sequence[Sequence[int]] | None = None,
+        plans: Sequence[str | LayerPlan | None] | None = None,
         batch_size: int = 8,
         **options: Any,
     ) -> list[Result]:
@@ -299,6 +309,7 @@ class Model:
         Args:
           prompts: texts, continued as they are (no chat template). One string is a list of one.
           token_ids: instead of texts; needs no tokenizer.
+          plans: a layer plan a prompt, None for the model's own; prompts under the same plan run together.
           batch_size: how many sequences are decoded together.
           **options: see `GenerateOptions`.
 
@@ -309,14 +320,20 @@ class Model:
         """
         settings = _options(options)
         ids = self._prompt_ids(prompts, token_ids)
-        results: list[Result] = []
-        for start in range(0, len(ids), batch_size):
-            group = ids[start : start + batch_size]
-            batch = self._start(group, dataclasses.replace(settings, seed=settings.seed + start))
-            for _ in batch.pieces():
-                pass
-            results += batch.results()
-        return results
+        chosen, slots = self._plans(plans, len(ids))
+        results: dict[int, Result] = {}
+        for plan in dict.fromkeys(chosen):
+            numbers = [number for number, other in enumerate(chosen) if other == plan]
+            for start in range(0, len(numbers), batch_size):
+                group = numbers[start : start + batch_size]
+                session = self.engine.session(plan, batch=len(group), max_slots=slots)
+                for row, number in enumerate(group):
+                    session.set_ids(ids[number], row)
+                batch = _Batch(self, session, settings, numbers=group)
+                for _ in batch.pieces():
+                    pass
+                results.update(zip(group, batch.results(), strict=True))
+        return [results[number] for number in range(len(ids))]
 
     def stream(
         self, prompt: str | None = None, *, token_ids: Sequence[int] | None = None, **options: Any
@@ -327,7 +344,9 @@ class Model:
         ...     print(piece, end="", flush=True)
         """
         ids = self._prompt_ids(prompt, None if token_ids is None else [token_ids])
-        return TextStream(self._start(ids[:1], _options(options)))
+        session = self.engine.session(self.plan, max_slots=self._max_slots)
+        session.set_ids(ids[0])
+        return TextStream(_Batch(self, session, _options(options)))
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Result:
         """Replies to a conversation through the model's chat template.
@@ -342,7 +361,9 @@ class Model:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         conversation.messages.extend(dict(m) for m in messages)
-        batch = self._start([conversation.prompt_ids()], _options(options))
+        session = self.engine.session(self.plan, max_slots=self._max_slots)
+        session.set_ids(conversation.prompt_ids())
+        batch = _Batch(self, session, _options(options))
         for _ in batch.pieces():
             pass
         return batch.results()[0]
@@ -352,15 +373,22 @@ class Model:
         return ChatSession(self, system)
 
     def score(
-        self, texts: str | Sequence[str] | None = None, *, token_ids: Sequence[Sequence[int]] | None = None
+        self,
+        texts: str | Sequence[str] | None = None,
+        *,
+        token_ids: Sequence[Sequence[int]] | None = None,
+        plans: Sequence[str | LayerPlan | None] | None = None,
     ) -> list[Score]:
-        """Log-likelihood of every token of each text, given those before it.
+        """Log-likelihood of every token of each text, given those before it; `plans` is as in `generate`.
 
         >>> model.score("Once upon a time")[0].total  # doctest: +SKIP
         """
-        session = self.engine.session(self.plan, max_slots=self._max_slots)
+        all_ids = self._prompt_ids(texts, token_ids)
+        chosen, slots = self._plans(plans, len(all_ids))
+        session = self.engine.session(self.plan, max_slots=slots)
         scores = []
-        for ids in self._prompt_ids(texts, token_ids):
+        for ids, plan in zip(all_ids, chosen, strict=True):
+            session.set_plan(plan)
             session.set_ids(ids)
             scores.append(Score(list(ids), session.score().tolist()))
         return scores
@@ -379,11 +407,19 @@ class Model:
                 raise UsageError(f"prompt {number} is empty; give at least one token")
         return ids
 
-    def _start(self, ids: Sequence[Sequence[int]], options: GenerateOptions) -> _Batch:
-        session = self.engine.session(self.plan, batch=len(ids), max_slots=self._max_slots)
-        for row, tokens in enumerate(ids):
-            session.set_ids(tokens, row)
-        return _Batch(self, session, options)
+    def _plans(
+        self, plans: Sequence[str | LayerPlan | None] | None, count: int
+    ) -> tuple[list[LayerPlan], int]:
+        """The plan of each of `count` prompts, and the cache slots that let all share their executables."""
+        if plans is None:
+            plans = [None] * count
+        if isinstance(plans, str) or len(plans) != count:
+            what = f"the string {plans!r}" if isinstance(plans, str) else f"{len(plans)} plans"
+            raise UsageError(f"plans: got {what} for {count} prompts; give a list of one a prompt (or None)")
+        chosen = [self.plan if plan is None else as_plan(plan, self.config) for plan in plans]
+        for plan in chosen:  # before the first one runs
+            self.engine.check_plan(plan)
+        return chosen, max([self._max_slots, *(len(plan.executed()) for plan in chosen)])
 
     def _conversation(self, system: str | None) -> Conversation:
         if self.tokenizer is None:

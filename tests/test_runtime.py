@@ -9,6 +9,7 @@ import pytest
 from tiny_chat import write_tiny_chat
 
 import jaxchat
+from jaxchat import engine
 from jaxchat.engine import ContextOverflowError
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
@@ -191,6 +192,57 @@ def test_a_view_under_another_plan_equals_a_model_loaded_with_it(model, director
 def test_a_plan_may_be_given_as_an_object(model):
     plan = LayerPlan.parse(PLAN, 3)
     assert model.with_plan(plan).score("hello")[0] == model.with_plan(PLAN).score("hello")[0]
+
+
+PROMPTS = ["hello", "what is", "a", "good morning", "x y z"]
+PLANS = [None, PLAN, "0,1", PLAN, LayerPlan.parse("[0, [1, 0.5, 1], 2]", 3)]
+
+
+def test_requests_of_different_plans_give_in_order_what_each_gives_alone(model):
+    options = {"max_new_tokens": 10, "temperature": 0.9, "seed": 3}
+    results = model.generate(PROMPTS, plans=PLANS, **options)
+    for number, (prompt, plan, result) in enumerate(zip(PROMPTS, PLANS, results, strict=True)):
+        alone = model.with_plan(plan or "all").generate(prompt, **{**options, "seed": 3 + number})[0]
+        assert (result.text, result.token_ids) == (alone.text, alone.token_ids)
+        assert result.prompt_tokens == len(model.encode(prompt))
+    assert len({result.text for result in model.generate(["hello"] * 4, plans=PLANS[1:], **GREEDY)}) == 3
+
+
+def test_scores_of_different_plans_are_what_each_gives_alone(model):
+    scores = model.score(PROMPTS, plans=PLANS)
+    for prompt, plan, score in zip(PROMPTS, PLANS, scores, strict=True):
+        alone = model.with_plan(plan or "all").score(prompt)[0]
+        assert score.token_ids == alone.token_ids
+        assert score.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+
+
+def test_requests_of_different_plans_compile_nothing_new(model):
+    def executables():
+        return [f._cache_size() for f in (engine._prefill, engine._decode, engine._score, engine._sample)]
+
+    model.generate(PROMPTS[:1], **GREEDY)
+    model.generate(PROMPTS[:2], **GREEDY)
+    model.score(PROMPTS[:1])
+    before = executables()
+    model.generate(PROMPTS[:4], plans=["0,1", PLAN, "2,1,0", None], **GREEDY)
+    model.generate(PROMPTS[:4], plans=["0,1", "2,1,0", "0,1", "2,1,0"], **GREEDY)
+    model.score(PROMPTS[:3], plans=["0,1", None, "1,1,1"])
+    assert executables() == before
+
+
+@pytest.mark.parametrize(
+    ("plans", "message"),
+    [
+        (["all"], "plans: got 1 plans for 2 prompts; give a list of one a prompt"),
+        ("all", "plans: got the string 'all' for 2 prompts"),
+        (["all", "7"], "layer 7 is out of range"),
+        ([None, LayerPlan.identity(4)], "the plan is over 4 layers, the model has 3"),
+    ],
+)
+def test_plans_that_do_not_fit_the_prompts_or_the_model_are_refused(model, plans, message):
+    for call in (model.generate, model.score):
+        with pytest.raises(UsageError, match=message):
+            call(["a", "b"], plans=plans)
 
 
 def test_two_models_in_one_process_are_independent(model, tmp_path):
