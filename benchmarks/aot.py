@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import common
-from jaxchat import engine, quant, sharding
+from jaxchat import cost, engine, quant, sharding
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
@@ -44,7 +44,6 @@ class Target:
       chip: `--target`.
       platform: of `jax.experimental.topologies`.
       one, four: topology names of one device and of a 2x2 mesh.
-      bandwidth: bytes a second a device reads from its memory.
       kernels: what makes the implementations that run there.
     """
 
@@ -52,18 +51,20 @@ class Target:
     platform: str
     one: str
     four: str
-    bandwidth: float
     kernels: Callable[[], Kernels]
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second a device reads from its memory."""
+        return cost.DEVICES[self.chip].bandwidth
 
 
 TARGETS = {
     target.chip: target
     for target in (
-        # Bandwidths: `pltpu.get_tpu_info_for_chip` of JAX 0.10.2. A tpu7x chip shows as two devices, and has
-        # 7.4 TB/s for both.
-        Target("v5e", "tpu", "v5e:1x1", "v5e:2x2", 0.82e12, pallas_tpu),
-        Target("v6e", "tpu", "v6e:1x1", "v6e:2x2", 1.64e12, pallas_tpu),
-        Target("tpu7x", "tpu", "tpu7x:1x1x1", "tpu7x:2x2x1", 3.7e12, pallas_tpu),
+        Target("v5e", "tpu", "v5e:1x1", "v5e:2x2", pallas_tpu),
+        Target("v6e", "tpu", "v6e:1x1", "v6e:2x2", pallas_tpu),
+        Target("tpu7x", "tpu", "tpu7x:1x1x1", "tpu7x:2x2x1", pallas_tpu),
     )
 }
 """What `--target` accepts."""
@@ -232,7 +233,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     plan = LayerPlan.identity(config.num_layers)
     weight_bytes = common.weight_bytes_per_step(config, _with_nbytes(steps.params), plan)
-    kv_bytes = common.kv_bytes_per_step(config, plan, args.context, steps.dtype.itemsize)
+    kv_bytes = cost.kv_bytes_read(config, plan, args.context, steps.dtype.itemsize)
     step_bytes = weight_bytes + args.batch * kv_bytes
     devices = MESHES[args.mesh]
     return {

@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxchat import cost, native, pallas
 from jaxchat import engine as engine_module
-from jaxchat import native, pallas
 from jaxchat.checkpoint import aligned_quantized
 from jaxchat.config import ModelConfig, Param
 from jaxchat.engine import Engine, Session
@@ -94,7 +94,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 _ALIGNMENT = 64  # bytes; an array that starts there becomes a CPU device array without a copy
 _TILE = (1 << 20) + 7  # random values drawn; arrays repeat them, no two starting at the same place
-_MLP_PARAMS = ("gate", "up", "down", "mlp_norm", "mlp_post_norm")
 
 
 # --- models
@@ -153,20 +152,26 @@ def random_params(config: ModelConfig, dtype: str, fmt: QuantFormat | None = Non
 
     Quantized ones are random codes and scales: nothing is quantized, which would take minutes.
     """
+    values = random_values(config, dtype, fmt, seed)
+    return {param.name: jax.tree.map(to_device, value) for param, value in values}
+
+
+def random_values(
+    config: ModelConfig, dtype: str, fmt: QuantFormat | None = None, seed: int = 0
+) -> Iterator[tuple[Param, np.ndarray | QuantizedTensor]]:
+    """The numbers of `random_params` as numpy arrays, one parameter at a time."""
     rng = np.random.default_rng(seed)
     tile = rng.standard_normal(_TILE, dtype=np.float32)
-    params: Params = {}
     for param in parameter_table(config):
         shape = param.stacked_shape(config)
         chosen = format_for(param, fmt)
         if chosen is not None:
-            params[param.name] = jax.tree.map(to_device, _random_quantized(rng, shape, chosen))
+            yield param, _random_quantized(rng, shape, chosen)
             continue
         values = tile / math.sqrt(shape[-1]) if param.quantizable else 0.1 * tile
         if param.name.endswith("norm.weight"):
             values = values + 1
-        params[param.name] = to_device(_tiled(values.astype(DTYPES[dtype]), int(rng.integers(_TILE)), shape))
-    return params
+        yield param, _tiled(values.astype(DTYPES[dtype]), int(rng.integers(_TILE)), shape)
 
 
 def gathered_params(params: Params, layers: Sequence[int]) -> Params:
@@ -241,38 +246,11 @@ def _gathered(stack: np.ndarray, layers: Sequence[int]) -> np.ndarray:
 
 
 def weight_bytes_per_step(config: ModelConfig, params: Params, plan: LayerPlan) -> int:
-    """Bytes of weights that one decode step must read: the plan's layers, final norm and head.
-
-    A half of a slot that is scaled by 0 is not read, nor is the embedding beyond a row a sequence. A batch
-    shares the step: these bytes serve one token of each sequence.
-    """
-    total = 0
-    for param in parameter_table(config):
-        nbytes = params[param.name].nbytes
-        if param.per_layer:
-            is_mlp = param.name.split(".")[1] in _MLP_PARAMS
-            scales = [s.mlp_scale if is_mlp else s.attn_scale for s in plan.executed()]
-            total += nbytes // config.num_layers * sum(scale != 0 for scale in scales)
-        elif _read_whole(param, config):
-            total += nbytes
-    return total
-
-
-def kv_bytes_per_step(config: ModelConfig, plan: LayerPlan, context: float, itemsize: int) -> int:
-    """Bytes of keys and values that one sequence's attention reads in a decode step at a context length."""
-    row = 2 * config.num_kv_heads * config.head_dim * itemsize
-    rows = 0.0
-    for slot in plan.executed():
-        if slot.attn_scale != 0:
-            window = config.layer_windows[slot.layer]
-            rows += min(context, window) if window else context
-    return round(row * rows)
-
-
-def _read_whole(param: Param, config: ModelConfig) -> bool:
-    if param.name == "embed.weight":
-        return config.tied_embeddings
-    return param.name != "positions.weight"
+    """`cost.weight_bytes_read` of the arrays that are loaded."""
+    nbytes = {
+        param.name: params[param.name].nbytes // param.rows(config) for param in parameter_table(config)
+    }
+    return cost.weight_bytes_read(config, plan, nbytes)
 
 
 # --- measuring

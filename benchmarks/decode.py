@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.llama_cpp import Peer, Timing
+from jaxchat import cost
 from jaxchat.engine import Session
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
@@ -102,7 +103,7 @@ def _measure(args: argparse.Namespace, plan: LayerPlan, peer: Peer | None) -> di
 
     weight_bytes = common.weight_bytes_per_step(config, engine.params, plan)
     context = args.prompt + args.new / 2
-    kv_bytes = common.kv_bytes_per_step(config, plan, context, engine.dtype.itemsize)
+    kv_bytes = cost.kv_bytes_read(config, plan, context, engine.dtype.itemsize)
     roofline = args.batch * read_gb_s.median * 1e9 / (weight_bytes + args.batch * kv_bytes)
     return {
         **common.model_fields(engine, args),

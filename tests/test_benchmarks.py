@@ -151,10 +151,6 @@ def test_the_bytes_a_step_reads_follow_the_plan():
     attention, mlp = step_bytes("[[1, 1, 0]]") - rest, step_bytes("[[1, 0, 1]]") - rest
     assert 0 < attention < layer
     assert attention + mlp == layer
-    itemsize, context = 4, 10
-    one_slot = 2 * config.num_kv_heads * config.head_dim * itemsize * context
-    plan = LayerPlan.parse("[0, [1, 0, 1], 2]", config.num_layers)
-    assert common.kv_bytes_per_step(config, plan, context, itemsize) == 2 * one_slot
 
 
 def test_random_weights_differ_between_tensors_and_layers():
