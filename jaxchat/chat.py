@@ -6,9 +6,11 @@ and ids only; running a model on them is the engine's job.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.healing import join
+from jaxchat.reasoning import Kind, ReasoningSplitter, ThoughtTags, opens_reasoning, thought_tags_of
 from jaxchat.tokenizer import (
     Detokenizer,
     TextTokenizer,
@@ -110,6 +114,9 @@ class ChatTemplate:
         path: the file it came from, for error messages.
         variables: what the template may refer to beside the messages (`bos_token`, ...).
 
+    Attributes:
+        source: the text of the default template.
+
     Raises:
         JaxchatError: the template is not valid Jinja.
     """
@@ -127,6 +134,7 @@ class ChatTemplate:
         if "default" not in sources:
             names = ", ".join(sorted(sources)) or "none"
             raise JaxchatError(f'{path}: no chat template named "default" (found: {names})')
+        self.source = sources["default"]
         environment = _environment()
         try:
             self._templates = {name: environment.from_string(text) for name, text in sources.items()}
@@ -257,15 +265,83 @@ class _Chunk:
         return _Chunk(text, self.ids[:keep], self.ends[:keep])
 
 
+@dataclass(frozen=True)
+class Opening:
+    """Where a message of the model's begins, and what it begins with.
+
+    Attributes:
+        role: whose message it is.
+        prompt: ids of the conversation up to the message.
+        ids: the message's ids so far: the given text, and what the template puts before it.
+        lead: text of `ids` that is the template's, not the message's.
+        given: the text that the message opens with or, if it is continued, the text added to it.
+        opened: the template's text, in `prompt` or `lead`, that opened the reasoning; "" if none did.
+        continued: text of the message before `given`; None if it starts anew.
+        replaces: it takes the place of the last message.
+        prefix, prefix_in: what the message was opened with, to retry it.
+        stop_ids, stop_strings: what ends the role's message, beside the model's own end tokens.
+        resumes_ended: a message that had come to its end goes on with nothing given.
+    """
+
+    role: str
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...] = ()
+    lead: str = ""
+    given: str = ""
+    opened: str = ""
+    continued: str | None = None
+    replaces: bool = False
+    prefix: str = ""
+    prefix_in: Kind = "content"
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    resumes_ended: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens up to where the model goes on."""
+        return len(self.prompt) + len(self.ids)
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """A generated message as the model wrote it: `chunk` is all of it, `lead` and end-of-turn id included."""
+
+    chunk: _Chunk
+    lead: str
+    opened: str
+    prefix: str
+    prefix_in: Kind
+    ended: bool
+
+
+@dataclass
+class _Entry:
+    """A message of the history and where it is from: typed, generated (`reply`), or else given."""
+
+    message: dict[str, Any]
+    typed: bool = False
+    reply: _Reply | None = None
+
+
 class Conversation:
     """Message history whose token ids are kept, never re-tokenized.
 
     The ledger alternates rendered chunks and generated ones. For the next prompt everything is rendered; as
     long as the rendered text starts with the ledger's chunks their ids stay, and only the rest is tokenized.
-    Special tokens spelled out inside a message are text.
+    Special tokens spelled out inside a message, a prefix or a suffix are text.
+
+    Args:
+        template: the model's chat template.
+        tokenizer: the model's tokenizer.
+        system: the system prompt.
+        reversed_role: the model plays the user, and what is typed is the assistant's.
+        opening: with `reversed_role`, the user's first message.
+        thought_tags: what the model thinks between; default what the template says.
+        template_kwargs: further template variables, such as `enable_thinking`.
 
     Attributes:
-        messages: the history as dicts with "role" and "content".
+        reversed_role: as above; may be changed between turns.
         token_ids: the ledger's ids: what a KV cache should hold.
 
     Raises:
@@ -278,15 +354,273 @@ class Conversation:
         tokenizer: Tokenizer,
         *,
         system: str | None = None,
+        reversed_role: bool = False,
+        opening: str | None = None,
+        thought_tags: ThoughtTags | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._template, self._tokenizer = template, tokenizer
         self._kwargs = dict(template_kwargs or {})
+        self._opening = opening
         self._chunks: list[_Chunk] = []
-        self.messages: list[dict[str, Any]] = []
-        if system is not None:
-            self._require_system_support(system)
-            self.messages.append({"role": "system", "content": system})
+        self._entries: list[_Entry] = []
+        self.reversed_role = reversed_role
+        self.thought_tags = thought_tags or thought_tags_of(template.source)
+        self.set_system(system)
+        if opening is not None:
+            self._entries.append(_Entry({"role": "user", "content": opening}))
+
+    # --- the history
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The history: dicts with "role", "content" and, where the template reads it, "reasoning_content"."""
+        return [dict(entry.message) for entry in self._entries]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of everything so far: the last prompt, and the reply to it if there is one."""
+        return [i for chunk in self._chunks for i in chunk.ids]
+
+    @property
+    def role(self) -> str:
+        """The role that the model plays."""
+        return "user" if self.reversed_role else "assistant"
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt."""
+        first = self._entries[0].message if self._entries else {}
+        return first["content"] if first.get("role") == "system" else None
+
+    def rendered_text(self) -> str:
+        """The text `token_ids` stand for, special tokens and generation prompt included."""
+        return "".join(chunk.text for chunk in self._chunks)
+
+    def set_system(self, text: str | None) -> None:
+        """Replaces the system prompt; None takes it away.
+
+        Raises:
+            UsageError: the template has no place for one.
+        """
+        if text is not None:
+            self._require_system_support(text)
+        if self.system is not None:
+            del self._entries[0]
+        if text is not None:
+            self._entries.insert(0, _Entry({"role": "system", "content": text}))
+
+    def restart(self) -> None:
+        """Forgets everything but the system prompt and the opening line."""
+        system = self.system
+        self._entries = [] if system is None else [self._entries[0]]
+        if self._opening is not None:
+            self._entries.append(_Entry({"role": "user", "content": self._opening}))
+
+    def extend(self, messages: Iterable[Mapping[str, Any]]) -> None:
+        """Append messages as they are."""
+        self._entries += [_Entry(dict(message)) for message in messages]
+
+    def add_user(self, text: str) -> None:
+        """Append the user's message."""
+        self._entries.append(_Entry({"role": "user", "content": text}, typed=True))
+
+    def add_typed(self, text: str) -> None:
+        """Append what the person typed: the user's message or, in reversed role, the assistant's."""
+        role = "assistant" if self.reversed_role else "user"
+        self._entries.append(_Entry({"role": role, "content": text}, typed=True))
+
+    def take_back(self) -> dict[str, Any]:
+        """Removes the last message and returns it."""
+        return self._entries.pop().message
+
+    def undo(self) -> str | None:
+        """Forgets the last exchange.
+
+        Returns:
+            The message that was typed in it ("" if the model went first), None if there is no exchange.
+        """
+        if not self._entries:
+            return None
+        replied = self._entries[-1].reply is not None
+        if replied:
+            self._entries.pop()
+        if self._entries and self._entries[-1].typed:
+            return str(self._entries.pop().message["content"])
+        return "" if replied else None
+
+    def drop_oldest(self) -> bool:
+        """Forgets the oldest exchange, but not the system prompt or the last one; false if that is all."""
+        first = 0 if self.system is None else 1
+        last = 2 if self._entries and self._entries[-1].reply else 1
+        if len(self._entries) <= first + last:
+            return False
+        del self._entries[first : first + 2]
+        return True
+
+    # --- prompts
+
+    def prompt_ids(self) -> list[int]:
+        """Ids of the whole conversation up to the model's next message; from here on these are `token_ids`.
+
+        Ids of earlier turns are reused wherever the rendered text still starts with the text they stand for.
+        Where the template rewrites history (drops reasoning, trims) the rest is tokenized anew.
+
+        Raises:
+            UsageError: the template refuses the conversation.
+        """
+        return list(self.open().prompt)
+
+    def open(self, *, prefix: str = "", prefix_in: Kind = "content") -> Opening:
+        """The next message of the model's role, opened with a prefix.
+
+        Raises:
+            UsageError: the template refuses the conversation or the role, or has no place for reasoning.
+        """
+        return self._open(self._entries, self.role, prefix, prefix_in)
+
+    def reopen_anew(self) -> Opening:
+        """The last message, generated before, to be generated again from its prefix.
+
+        Raises:
+            UsageError: the last message is not the model's.
+        """
+        reply = self._require_reply("retry")
+        role = self._entries[-1].message["role"]
+        opening = self._open(self._entries[:-1], role, reply.prefix, reply.prefix_in)
+        self._chunks.append(reply.chunk)
+        return dataclasses.replace(opening, replaces=True)
+
+    def _open(self, entries: Sequence[_Entry], role: str, prefix: str, prefix_in: Kind) -> Opening:
+        prompt = self._prompt(entries, role)
+        self._chunks = self._rendered_chunks(prompt)
+        ids = self.token_ids
+        lead, opened = prompt.lead, prompt.opened
+        if prefix and role == "assistant":
+            lead = self._lead(entries, prompt.text, prefix_in)
+            opened = "" if prefix_in == "content" else opened or lead
+        elif prefix and prefix_in == "reasoning":
+            raise UsageError("a user's message has no reasoning: put the prefix into the content")
+        after = ids[-1] if ids else None
+        message = self._encode(lead, after, "") if lead else []
+        lead, _ = self._decode(ids, message)  # a space that the tokenizer adds by itself is no text
+        return Opening(
+            role=role,
+            prompt=tuple(ids),
+            ids=tuple(join(self._tokenizer, message, prefix, after=after)),
+            lead=lead,
+            given=prefix,
+            opened=opened,
+            prefix=prefix,
+            prefix_in=prefix_in,
+            stop_ids=prompt.stop_ids,
+            stop_strings=prompt.stop_strings,
+        )
+
+    def reopen(self, suffix: str = "") -> Opening:
+        """The last message, generated before, to go on after `suffix`; its end-of-turn token is taken back.
+
+        Raises:
+            UsageError: the last message is not the model's.
+        """
+        reply = self._require_reply("continue")
+        role = self._entries[-1].message["role"]
+        prompt = self._prompt(self._entries[:-1], role)
+        rendered = self._rendered_chunks(prompt)
+        self._chunks = [*rendered, reply.chunk]
+        prompt_ids = tuple(i for chunk in rendered for i in chunk.ids)
+        kept = reply.chunk.ids[:-1] if reply.ended else reply.chunk.ids
+        after = prompt_ids[-1] if prompt_ids else None
+        before, _ = self._decode(prompt_ids, kept)
+        return Opening(
+            role=role,
+            prompt=prompt_ids,
+            ids=tuple(join(self._tokenizer, kept, suffix, after=after)),
+            lead=reply.lead,
+            given=suffix,
+            opened=reply.opened,
+            continued=before[len(reply.lead) :],
+            replaces=True,
+            prefix=reply.prefix,
+            prefix_in=reply.prefix_in,
+            stop_ids=prompt.stop_ids,
+            stop_strings=prompt.stop_strings,
+            resumes_ended=reply.ended and not suffix,
+        )
+
+    def add_reply(
+        self,
+        ids: Sequence[int],
+        opening: Opening | None = None,
+        *,
+        end_ids: Iterable[int] = (),
+        length: int | None = None,
+    ) -> str:
+        """Store generated ids as the model's message.
+
+        Args:
+            ids: the whole message, from `Opening.prompt` on, with or without an end-of-turn id.
+            opening: what it was opened as; default as `prompt_ids` does.
+            end_ids: ids that end a message: one at the end is no part of the text.
+            length: of the message's text; what the ids say beyond it, a stop string, is cut off.
+
+        Returns:
+            The message's text as it was generated, reasoning included, without special tokens.
+        """
+        if opening is None:
+            if not self._chunks or self._chunks[-1].ends is not None:
+                self.prompt_ids()
+            opening = Opening(role=self.role, prompt=tuple(self.token_ids), opened=self._opened_by_prompt())
+        ids = [int(i) for i in ids]
+        if length is not None:
+            ids = self._cut(opening.prompt, ids, len(opening.lead) + length)
+        ended = bool(ids) and ids[-1] in {*end_ids, *opening.stop_ids, *self._tokenizer.eos_ids}
+        text, ends = self._decode(opening.prompt, ids)
+        chunk = _Chunk(text, tuple(ids), ends)
+        shown, _ = self._decode(opening.prompt, ids[:-1] if ended else ids, keep=self._tag_ids)
+        entry = _Entry(
+            self._message(opening, shown),
+            reply=_Reply(chunk, opening.lead, opening.opened, opening.prefix, opening.prefix_in, ended),
+        )
+        if opening.replaces:
+            self._entries.pop()
+        self._entries.append(entry)
+        rendered = self._chunks[:-1] if opening.replaces else self._chunks
+        self._chunks = [*rendered, chunk]
+        return shown[len(opening.lead) :]
+
+    # --- session files
+
+    def state(self) -> dict[str, Any]:
+        """All of it but template and tokenizer, as JSON can hold it; `from_state` reads it."""
+        return {
+            "entries": [dataclasses.asdict(entry) for entry in self._entries],
+            "chunks": [dataclasses.asdict(chunk) for chunk in self._chunks],
+            "opening": self._opening,
+            "reversed_role": self.reversed_role,
+            "thought_tags": self.thought_tags,
+            "template_kwargs": self._kwargs,
+        }
+
+    @classmethod
+    def from_state(
+        cls, template: ChatTemplate, tokenizer: Tokenizer, state: Mapping[str, Any]
+    ) -> Conversation:
+        """The conversation whose `state` this was, over the same template and tokenizer."""
+        conversation = cls(
+            template,
+            tokenizer,
+            reversed_role=state["reversed_role"],
+            template_kwargs=state["template_kwargs"],
+        )
+        conversation._opening = state["opening"]
+        tags = state["thought_tags"]
+        conversation.thought_tags = None if tags is None else (tags[0], tags[1])
+        conversation._chunks = [_chunk_of(chunk) for chunk in state["chunks"]]
+        conversation._entries = [_entry_of(entry) for entry in state["entries"]]
+        return conversation
+
+    # --- how it is done
 
     def _require_system_support(self, system: str) -> None:
         probe = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
@@ -300,70 +634,165 @@ class Conversation:
         if system.strip() not in text:
             raise UsageError(f"this model's chat template ignores the system prompt: {advice}")
 
+    def _require_reply(self, what: str) -> _Reply:
+        reply = self._entries[-1].reply if self._entries else None
+        if reply is None:
+            raise UsageError(f"there is no reply to {what}; send a message first")
+        return reply
+
     @property
-    def token_ids(self) -> list[int]:
-        """The ids of everything so far: the last prompt, and the reply to it if there is one."""
-        return [i for chunk in self._chunks for i in chunk.ids]
+    def _tag_ids(self) -> frozenset[int]:
+        """The ids of thought tags that are special tokens."""
+        special = self._tokenizer.special_tokens
+        return frozenset(special[tag] for tag in self.thought_tags or () if tag in special)
 
-    def rendered_text(self) -> str:
-        """The text `token_ids` stand for, special tokens and generation prompt included."""
-        return "".join(chunk.text for chunk in self._chunks)
+    def _opened_by_prompt(self) -> str:
+        return _opened(self.rendered_text(), self.thought_tags)
 
-    def add_user(self, text: str) -> None:
-        """Append the user's message."""
-        self.messages.append({"role": "user", "content": text})
+    def _prompt(self, entries: Sequence[_Entry], role: str) -> _Prompt:
+        """The rendering of `entries` up to where a message of `role` begins."""
+        messages, breaker = self._broken(entries)
+        if role == "assistant":
+            marked = self._template.render(messages, add_generation_prompt=True, **self._kwargs)
+            text = marked.replace(breaker, "")
+            return _Prompt(marked, text, breaker, opened=_opened(text, self.thought_tags))
+        return self._user_prompt(messages, breaker)
 
-    def prompt_ids(self) -> list[int]:
-        """Ids of the whole conversation with the generation prompt; from here on these are `token_ids`.
+    def _user_prompt(self, messages: Sequence[Mapping[str, Any]], breaker: str) -> _Prompt:
+        """What the template writes before and after a user's message: there a sentinel is put and cut at."""
+        sentinel = unused_text(*_strings(messages))
+        try:
+            marked = self._template.render(
+                [*messages, {"role": "user", "content": sentinel}], add_generation_prompt=True, **self._kwargs
+            )
+        except UsageError as error:
+            raise UsageError(f"the model cannot play the user here: {error}") from error
+        head, found, tail = marked.rpartition(sentinel)
+        if not found:
+            raise UsageError(
+                "the model cannot play the user: its chat template does not write a user's message out"
+            )
+        # A space before the message is part of its first token, as in training: of "[INST] Hi" it is " Hi".
+        stripped = head.rstrip(" ")
+        stop_ids, stop_strings = self._end_of_message(tail.replace(breaker, ""))
+        text = stripped.replace(breaker, "")
+        return _Prompt(
+            stripped, text, breaker, head[len(stripped) :], stop_ids=stop_ids, stop_strings=stop_strings
+        )
 
-        Ids of earlier turns are reused wherever the rendered text still starts with the text they stand for.
-        Where the template rewrites history (drops reasoning, trims) the rest is tokenized anew.
+    def _end_of_message(self, tail: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """The id or the string that begins what follows a message."""
+        tokens = self._tokenizer
+        added = tokens.added_tokens if isinstance(tokens, TextTokenizer) else tokens.special_tokens
+        match = first_of(added, tail)
+        plain = tail[: match.start()] if match else tail
+        if plain.strip():
+            body = plain.lstrip()
+            line = plain[: len(plain) - len(body)] + body.split("\n", 1)[0]
+            return (), (line.strip(" "),)
+        return ((added[match[0]],) if match else ()), ()
+
+    def _lead(self, entries: Sequence[_Entry], prompt: str, prefix_in: Kind) -> str:
+        """What the template writes between the generation prompt and a reply's answer, or its reasoning.
 
         Raises:
-            UsageError: the template refuses the conversation.
+            UsageError: there is no place for reasoning.
         """
-        marked, breaker = self._render_marked()
-        text = marked.replace(breaker, "") if breaker else marked
-        kept = self._matching_chunks(text)
+        tags = self.thought_tags
+        if tags is None:
+            if prefix_in == "reasoning":
+                raise UsageError(
+                    "this model's chat template knows no reasoning: put the prefix into the content, "
+                    "or name the tags (thought_tags)"
+                )
+            return ""
+        opened = opens_reasoning(prompt, tags)
+        if prefix_in == "reasoning":
+            if prompt.rstrip().endswith(tags[1]):
+                raise UsageError("the prompt has closed the reasoning: put the prefix into the content")
+            return (
+                "" if opened else self._rendered_lead(entries, prompt, "reasoning_content") or f"{tags[0]}\n"
+            )
+        if opened:
+            return f"\n{tags[1]}\n\n"
+        return self._rendered_lead(entries, prompt, "content") or ""
+
+    def _rendered_lead(self, entries: Sequence[_Entry], prompt: str, key: str) -> str | None:
+        """What the template writes between `prompt` and one part of the assistant's message, if it does."""
+        sentinel = unused_text(prompt)
+        message = {"role": "assistant", "content": "", key: sentinel}
+        try:
+            text = self._template.render([*(entry.message for entry in entries), message], **self._kwargs)
+        except JaxchatError:
+            return None
+        head, found, _ = text.rpartition(sentinel)
+        return head[len(prompt) :] if found and head.startswith(prompt) else None
+
+    def _message(self, opening: Opening, text: str) -> dict[str, Any]:
+        """The message of a finished reply, in the keys that the template reads."""
+        inner = text[len(opening.lead) :]
+        if opening.role == "user":
+            return {"role": "user", "content": inner}
+        content, reasoning = split_reasoning(inner, self.thought_tags, opened=bool(opening.opened))
+        if reasoning is None:
+            return {"role": "assistant", "content": inner}
+        if "reasoning_content" in self._template.source:
+            return {"role": "assistant", "content": content, "reasoning_content": reasoning}
+        return {"role": "assistant", "content": opening.opened + inner}
+
+    def _rendered_chunks(self, prompt: _Prompt) -> list[_Chunk]:
+        """The ledger for a prompt: the chunks it starts with, and one with the rest."""
+        kept = self._matching_chunks(prompt.text)
         start = sum(len(chunk.text) for chunk in kept)
         after = next((c.ids[-1] for c in reversed(kept) if c.ids), None)
-        ids = self._encode(marked[_marked_offset(marked, breaker, start) :], after, breaker)
-        self._chunks = [*kept, _Chunk(text[start:], tuple(ids))]
-        return self.token_ids
+        rest = prompt.marked[_marked_offset(prompt.marked, prompt.breaker, start) :]
+        ids = self._encode(rest, after, prompt.breaker if prompt.breaker in rest else "")
+        return [*kept, _Chunk(prompt.text[start:], tuple(ids))]
 
-    def add_reply(self, ids: Sequence[int]) -> str:
-        """Store generated ids as the assistant's message.
+    def _decode(
+        self, prompt: Sequence[int], ids: Sequence[int], *, keep: frozenset[int] | None = None
+    ) -> tuple[str, tuple[int, ...]]:
+        """The text of ids after `prompt`, and where in it each id ends (-1: inside a character).
 
-        Args:
-            ids: as generated after `prompt_ids`, with or without an end-of-turn id.
-
-        Returns:
-            The message's text, without special tokens.
+        `keep`: special tokens other than these have no text; None is all have.
         """
-        if not self._chunks or self._chunks[-1].ends is not None:
-            self.prompt_ids()
-        prompt = self.token_ids
-        raw = Detokenizer(self._tokenizer, prompt_ids=prompt, skip_special_tokens=False)
-        shown = Detokenizer(self._tokenizer, prompt_ids=prompt, skip_special_tokens=True)
-        text, content, ends = "", "", []
+        detokenizer = Detokenizer(self._tokenizer, prompt_ids=prompt, skip_special_tokens=False)
+        hidden = (
+            frozenset(self._tokenizer.special_tokens.values()) - keep if keep is not None else frozenset()
+        )
+        text, ends = "", []
         for token_id in ids:
-            text += raw.push(token_id)
-            content += shown.push(token_id)
-            ends.append(-1 if raw.pending else len(text))
-        text, content = text + raw.flush(), content + shown.flush()
-        self._chunks.append(_Chunk(text, tuple(int(i) for i in ids), tuple(ends)))
-        self.messages.append({"role": "assistant", "content": content})
-        return content
+            if token_id not in hidden:
+                text += detokenizer.push(token_id)
+            ends.append(-1 if detokenizer.pending else len(text))
+        return text + detokenizer.flush(), tuple(ends)
 
-    def _render_marked(self) -> tuple[str, str]:
-        """The rendering with control tokens in messages broken by a character, and that character or ""."""
-        breaker = unused_marks(*_strings(self.messages))[0]
+    def _cut(self, prompt: Sequence[int], ids: Sequence[int], length: int) -> list[int]:
+        """`ids` up to `length` characters of text, a token across it cut in two."""
+        text, ends = self._decode(prompt, ids)
+        head = _Chunk(text, tuple(ids), ends).head(length)
+        return join(
+            self._tokenizer, head.ids, text[len(head.text) : length], after=prompt[-1] if prompt else None
+        )
+
+    def _broken(self, entries: Sequence[_Entry]) -> tuple[list[dict[str, Any]], str]:
+        """The messages with control tokens in them broken by a character, and that character."""
+        messages = [entry.message for entry in entries]
+        breaker = unused_marks(*_strings(messages))[0]
         regex = self._tokenizer.control_regex if isinstance(self._tokenizer, TextTokenizer) else None
-        messages: Any = self.messages
-        if regex is not None:
-            messages = _map_strings(messages, lambda s: regex.sub(lambda m: m[0][0] + breaker + m[0][1:], s))
-        text = self._template.render(messages, add_generation_prompt=True, **self._kwargs)
-        return text, breaker if breaker in text else ""
+        if regex is None:
+            return messages, breaker
+        tags = self.thought_tags or ()
+
+        def break_up(text: str) -> str:
+            return regex.sub(lambda m: m[0][0] + breaker + m[0][1:], text)
+
+        def break_up_but_tags(text: str) -> str:
+            return regex.sub(lambda m: m[0] if m[0] in tags else m[0][0] + breaker + m[0][1:], text)
+
+        return [
+            _map_strings(entry.message, break_up_but_tags if entry.reply else break_up) for entry in entries
+        ], breaker
 
     def _matching_chunks(self, text: str) -> list[_Chunk]:
         """The longest prefix of the ledger that `text` starts with.
@@ -391,6 +820,68 @@ class Conversation:
         return self._tokenizer.encode(text, add_special_tokens=False, parse_special=True)
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """A rendering up to where a message begins.
+
+    Attributes:
+        marked: the text with control tokens in messages broken by `breaker`.
+        text: the same without.
+        lead: text the template puts before the message that is tokenized with it.
+        opened: how the text opens the reasoning, "" if it does not.
+        stop_ids, stop_strings: see `Opening`.
+    """
+
+    marked: str
+    text: str
+    breaker: str
+    lead: str = ""
+    opened: str = ""
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+
+def _opened(prompt: str, tags: ThoughtTags | None) -> str:
+    """The end of a prompt that opens the reasoning, "" if there is none."""
+    if tags is None or not opens_reasoning(prompt, tags):
+        return ""
+    return prompt[prompt.rindex(tags[0]) :]
+
+
+def split_reasoning(text: str, tags: ThoughtTags | None, *, opened: bool = False) -> tuple[str, str | None]:
+    """Content and reasoning of a whole message; None is no reasoning, "" an empty one."""
+    splitter = ReasoningSplitter(tags, opened=opened)
+    pieces = [*splitter.push(text), *splitter.flush()]
+    content = "".join(piece.text for piece in pieces if piece.kind == "content")
+    reasoning = "".join(piece.text for piece in pieces if piece.kind == "reasoning")
+    return content, None if content == text and not opened else reasoning
+
+
+def _chunk_of(state: Mapping[str, Any]) -> _Chunk:
+    ends = state["ends"]
+    return _Chunk(state["text"], tuple(state["ids"]), None if ends is None else tuple(ends))
+
+
+def _entry_of(state: Mapping[str, Any]) -> _Entry:
+    reply = state["reply"]
+    if reply is not None:
+        reply = _Reply(**{**reply, "chunk": _chunk_of(reply["chunk"])})
+    return _Entry(dict(state["message"]), state["typed"], reply)
+
+
+def unused_text(*texts: str) -> str:
+    """A word that occurs in none of `texts`."""
+    return next(
+        word for word in (f"SENTINEL{n}END" for n in range(10**6)) if not any(word in text for text in texts)
+    )
+
+
+def first_of(contents: Iterable[str], text: str) -> re.Match[str] | None:
+    """The first of `contents` in `text`, the longest where several begin together."""
+    ordered = sorted((c for c in contents if c), key=len, reverse=True)
+    return re.search("|".join(map(re.escape, ordered)) or r"(?!)", text)
+
+
 def _common_length(left: str, right: str) -> int:
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
@@ -398,7 +889,7 @@ def _common_length(left: str, right: str) -> int:
 
 def _marked_offset(marked: str, breaker: str, plain: int) -> int:
     """Where the first `plain` characters that are not `breaker` end in `marked`."""
-    if not breaker:
+    if breaker not in marked:
         return plain
     at = 0
     for _ in range(plain):

@@ -5,24 +5,27 @@ Joins the engine (token ids) with the tokenizer and chat template (text).
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxchat.chat import ChatTemplate, Conversation
+from jaxchat import session_file
+from jaxchat.chat import ChatTemplate, Conversation, Opening
 from jaxchat.checkpoint import Progress, load_params
 from jaxchat.checkpoint_quantized import Quant
 from jaxchat.compilation_cache import enable_compilation_cache
 from jaxchat.config import ModelConfig
 from jaxchat.engine import ContextOverflowError, Engine, FinishReason, Generation, Session
 from jaxchat.errors import UsageError
+from jaxchat.healing import SETTLED_AFTER, Healing, byte_length, settle
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import GenerateOptions, Overflow
 from jaxchat.pallas import select as select_kernels
 from jaxchat.quant import QuantFormat
+from jaxchat.reasoning import Kind, Piece, ReasoningSplitter, ThoughtTags, overlap
 from jaxchat.sampling import SamplingParams
 from jaxchat.tokenizer import Detokenizer, Tokenizer, has_tokenizer, load_tokenizer
 
@@ -62,13 +65,17 @@ class Result:
     """One finished continuation.
 
     Attributes:
-      token_ids: the new tokens, the one that ended it included.
-      text: their text without special tokens and stop strings; None where the model has no tokenizer.
+      token_ids: the new tokens as they were drawn, the one that ended it included.
+      text: what was streamed: the prefix or suffix and the text of the new tokens, without special tokens,
+        stop strings and thought tags; None where the model has no tokenizer.
       finish_reason: `stop` (end-of-sequence, stop token or stop string), `length` (max_new_tokens) or
         `context` (the context is full).
       logprobs: natural log-probability of each token under the model, before temperature and penalties.
       prompt_tokens: tokens of the prompt.
       timings: of the batch it was computed in.
+      content: the part of `text` that is not reasoning.
+      reasoning: the rest, "" if there was none; None where no reasoning is told from content: outside of
+        chats, and with models whose template names no thought tags.
     """
 
     token_ids: list[int]
@@ -77,6 +84,8 @@ class Result:
     logprobs: list[float]
     prompt_tokens: int
     timings: Timings
+    content: str | None = None
+    reasoning: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,48 +107,174 @@ class Score:
 
 
 class _RowText:
-    """Text of one sequence as it grows: detokenizes, and holds back what may turn into a stop string."""
+    """Text of one sequence as it grows: detokenizes, holds back what may turn into a stop string, and tells
+    reasoning from content.
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int], stops: Sequence[str]):
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids=prompt_ids) if tokenizer else None
+    Args:
+      tokenizer: None is no text.
+      prompt_ids: what precedes the first pushed id.
+      stops: strings that end the text.
+      message: what a chat's message begins with.
+      tags: what the model thinks between.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompt_ids: Sequence[int],
+        stops: Sequence[str],
+        message: Opening | None = None,
+        tags: ThoughtTags | None = None,
+    ):
+        self._shown_ids = _shown_ids(tokenizer, tags)
+        self._detokenizer = (
+            Detokenizer(tokenizer, prompt_ids=prompt_ids, skip_special_tokens=not self._shown_ids)
+            if tokenizer
+            else None
+        )
+        self._special = frozenset(tokenizer.special_tokens.values()) if tokenizer else frozenset()
         self._stops = stops
         self._held = ""
-        self.text = ""
+        self._pieces: list[Piece] = []
+        self._tags = tags
+        self._splitter = ReasoningSplitter(tags, opened=bool(message and message.opened))
+        self._given = message.given if message else ""
+        self._skip = _characters_to_skip(tokenizer, prompt_ids, message) if tokenizer and message else 0
+        if message and message.continued:
+            self._splitter.push(message.continued)
+        self.length = len(message.continued or "") + len(self._given) if message else 0
         self.stopped = False
 
-    def push(self, token_id: int) -> str:
+    def begin(self) -> list[Piece]:
+        """The text that is given, no draw of the model's."""
+        return self._shown(self._splitter.push(self._given))
+
+    def push(self, token_id: int) -> list[Piece]:
         """Adds a token; returns the text that is now certain."""
-        return self._release(self._detokenizer.push(token_id), last=False) if self._detokenizer else ""
+        if self._detokenizer is None or (
+            self._shown_ids and token_id in self._special and token_id not in self._shown_ids
+        ):
+            return []
+        return self._release(self._detokenizer.push(token_id), last=False)
 
-    def flush(self) -> str:
+    def flush(self) -> list[Piece]:
         """Ends the sequence; returns the rest of the text."""
-        if self._detokenizer is None or self.stopped:
-            return ""
-        return self._release(self._detokenizer.flush(), last=True)
+        if self._detokenizer is None:
+            return []
+        rest = [] if self.stopped else self._release(self._detokenizer.flush(), last=True)
+        return [*rest, *self._shown(self._splitter.flush())]
 
-    def _release(self, piece: str, *, last: bool) -> str:
+    def part(self, kind: Kind) -> str:
+        """The text so far that is of one kind."""
+        return "".join(piece.text for piece in self._pieces if piece.kind == kind)
+
+    @property
+    def text(self) -> str | None:
+        """All the text so far; None without a tokenizer."""
+        return None if self._detokenizer is None else "".join(piece.text for piece in self._pieces)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether reasoning is told from content."""
+        return self._tags is not None
+
+    def _release(self, piece: str, *, last: bool) -> list[Piece]:
+        self._skip, piece = max(self._skip - len(piece), 0), piece[self._skip :]
         self._held += piece
         found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
         if found:
             self.stopped = True
             out, self._held = self._held[: min(found)], ""
         else:
-            keep = 0 if last else max((_overlap(self._held, stop) for stop in self._stops), default=0)
+            keep = 0 if last else max((overlap(self._held, stop) for stop in self._stops), default=0)
             cut = len(self._held) - keep
             out, self._held = self._held[:cut], self._held[cut:]
-        self.text += out
-        return out
+        self.length += len(out)
+        return self._shown(self._splitter.push(out)) if out else []
+
+    def _shown(self, pieces: list[Piece]) -> list[Piece]:
+        self._pieces += pieces
+        return pieces
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of `stop` that `text` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+def _shown_ids(tokenizer: Tokenizer | None, tags: ThoughtTags | None) -> frozenset[int]:
+    """Special tokens that are text: the thought tags, where they are special tokens."""
+    special = tokenizer.special_tokens if tokenizer else {}
+    return frozenset(special[tag] for tag in tags or () if tag in special)
+
+
+def _characters_to_skip(tokenizer: Tokenizer, prompt_ids: Sequence[int], message: Opening) -> int:
+    """Characters of the text drawn after `prompt_ids` that belong to the given text."""
+    given = [*message.prompt, *message.ids][len(prompt_ids) :]
+    detokenizer = Detokenizer(tokenizer, prompt_ids=prompt_ids, skip_special_tokens=False)
+    return sum(len(detokenizer.push(token_id)) for token_id in given) + len(detokenizer.flush())
+
+
+class _Message:
+    """A chat's message while it is generated: which ids are settled, and what may come next.
+
+    Attributes:
+      ids: of the whole message so far.
+    """
+
+    def __init__(self, owner: "Model", session: Session, opening: Opening, end_ids: frozenset[int]):
+        assert owner.tokenizer is not None
+        self.opening = opening
+        self._tokenizer, self._session, self._vocabulary = owner.tokenizer, session, owner.config.vocab_size
+        self._end_ids = end_ids
+        fresh = opening.given or (opening.lead and opening.continued is None)
+        self._healing = Healing(owner.tokenizer, opening.ids if fresh else [])
+        self._joint = byte_length(owner.tokenizer, opening.ids) if fresh else None
+        self.kept = self._healing.kept if fresh else len(opening.ids)
+        self.ids = list(opening.ids[: self.kept])
+        self._beyond = 0
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What the cache holds before the first draw."""
+        return [*self.opening.prompt, *self.ids]
+
+    def allowed(self) -> np.ndarray | None:
+        """bool [V]: the ids the next token may be; None is all."""
+        mask = np.zeros(self._vocabulary, bool)
+        if ids := self._healing.allowed():
+            mask[[i for i in ids if i < self._vocabulary]] = True
+        elif self.opening.resumes_ended and not self._beyond:
+            mask[:] = True
+            mask[list(self._end_ids)] = False
+        else:
+            return None
+        return mask
+
+    def push(self, token_id: int) -> bool:
+        """Takes a drawn token; true if it says nothing beyond what was given."""
+        self.ids.append(token_id)
+        spelled = self._healing.push(token_id)
+        if not spelled:
+            self._beyond += 1
+            if self._beyond == SETTLED_AFTER:
+                self._settle_cache()
+        return spelled
+
+    def _settle_cache(self) -> None:
+        """Puts the joint's ids right in the cache while little follows it."""
+        if self._session.ids[0] != [*self.opening.prompt, *self.ids]:
+            return  # the oldest tokens were dropped
+        self.settle()
+        self._session.set_ids([*self.opening.prompt, *self.ids])
+
+    def settle(self) -> None:
+        """Puts the ids where given and generated text meet right."""
+        if self._joint is not None:
+            after = self.opening.prompt[-1] if self.opening.prompt else None
+            self.ids = settle(self._tokenizer, self.ids, self._joint, after=after)
 
 
 class _Batch:
     """One running batch: drives a `Generation` and keeps each sequence's text and timings.
 
-    `numbers` say which prompt of a request each sequence is, for its seed.
+    With a `message` it is a batch of one, which goes on with that. `numbers` say which prompt of a request
+    each sequence is, for its seed.
     """
 
     def __init__(
@@ -147,13 +282,18 @@ class _Batch:
         owner: "Model",
         session: Session,
         options: GenerateOptions,
+        message: Opening | None = None,
+        tags: ThoughtTags | None = None,
         numbers: Sequence[int] | None = None,
     ):
         if options.stop_strings and owner.tokenizer is None:
             raise UsageError("stop strings need a tokenizer; use stop_token_ids")
         stop_ids = set(options.stop_token_ids)
         if not options.ignore_eos:
-            stop_ids |= set(owner.eos_ids)
+            stop_ids |= {*owner.eos_ids, *(message.stop_ids if message else ())}
+        self.message = _Message(owner, session, message, frozenset(stop_ids)) if message else None
+        if self.message:
+            session.set_ids(self.message.start_ids)
         started = time.perf_counter()
         self.generation: Generation = session.generate(
             max_new_tokens=options.max_new_tokens,
@@ -169,27 +309,37 @@ class _Batch:
             len(i) - min(c, len(i) - 1) for i, c in zip(session.ids, session.cached, strict=True)
         )
         self._prompts = [list(ids) for ids in session.ids]
-        self.rows = [_RowText(owner.tokenizer, ids, options.stop_strings) for ids in self._prompts]
+        self._end_ids = frozenset(message.stop_ids) if message else frozenset()
+        stops = (*options.stop_strings, *(message.stop_strings if message else ()))
+        self.rows = [_RowText(owner.tokenizer, ids, stops, message, tags) for ids in self._prompts]
         self.ids: list[list[int]] = [[] for _ in self.rows]
         self.logprobs: list[list[float]] = [[] for _ in self.rows]
 
-    def pieces(self) -> Iterator[tuple[int, str]]:
+    def pieces(self) -> Iterator[tuple[int, Piece]]:
         """Runs to the end, yielding (row, text) whenever text becomes certain."""
+        for row, text in enumerate(self.rows):
+            yield from ((row, piece) for piece in text.begin())
+        self._restrict()
         for row, token, logprob in self.generation:
             self._last = time.perf_counter()
             self._first = self._first or self._last
             self.ids[row].append(token)
             self.logprobs[row].append(logprob)
-            piece = self.rows[row].push(token)
+            if self.message and self.message.push(token):
+                self.generation.uncount(row)
+            self._restrict()
+            pieces = [] if token in self._end_ids else self.rows[row].push(token)
             if self.rows[row].stopped:
                 self.generation.stop(row)
             if self.generation.finish_reasons[row] is not None:
-                piece += self.rows[row].flush()
-            if piece:
-                yield row, piece
+                pieces += self.rows[row].flush()
+            yield from ((row, piece) for piece in pieces)
         for row, text in enumerate(self.rows):  # those the context's end stopped
-            if piece := text.flush():
-                yield row, piece
+            yield from ((row, piece) for piece in text.flush())
+
+    def _restrict(self) -> None:
+        if self.message and (allowed := self.message.allowed()) is not None:
+            self.generation.allow(0, allowed)
 
     def results(self) -> list[Result]:
         """The results as they stand; a sequence that was cut short by the caller counts as `stop`."""
@@ -199,41 +349,52 @@ class _Batch:
         return [
             Result(
                 token_ids=self.ids[row],
-                text=None if self.rows[row]._detokenizer is None else self.rows[row].text,
+                text=text.text,
                 finish_reason=self.generation.finish_reasons[row] or "stop",
                 logprobs=self.logprobs[row],
                 prompt_tokens=len(self._prompts[row]),
                 timings=timings,
+                content=None if text.text is None else text.part("content"),
+                reasoning=text.part("reasoning") if text.thinks else None,
             )
-            for row in range(len(self.rows))
+            for row, text in enumerate(self.rows)
         ]
 
 
 class TextStream:
     """The pieces of one continuation as they become certain; iterate it, then read `result`.
 
-    `close` ends it early, after the token last received.
+    Iterating yields strings: reasoning and content, without the tags. `parts` tells the two apart. `close`
+    ends it early, after the token last received.
     """
 
-    def __init__(self, batch: _Batch, on_end: Any = None):
+    def __init__(self, batch: _Batch, on_end: Callable[[_Batch], None] | None = None):
         self._batch = batch
         self._on_end = on_end
         self._pieces = self._run()
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Iterator[Piece]:
         try:
             for _, piece in self._batch.pieces():
                 yield piece
         finally:
             if self._on_end is not None:
-                self._on_end(self._batch.ids[0])
+                self._on_end(self._batch)
 
     def __iter__(self) -> Iterator[str]:
+        return (piece.text for piece in self._pieces)
+
+    def parts(self) -> Iterator[Piece]:
+        """The same pieces with their kind, "content" or "reasoning"."""
         return self._pieces
+
+    def stop(self) -> None:
+        """Ends the continuation after the token last received; a signal handler may call it."""
+        self._batch.generation.stop(0)
 
     def close(self) -> None:
         """Ends the continuation here."""
-        self._batch.generation.stop(0)
+        self.stop()
         next(self._pieces, None)  # lets a stream that was never started run its end
         self._pieces.close()  # type: ignore[attr-defined]
 
@@ -357,20 +518,45 @@ class Model:
 
         >>> model.chat("do you like music?", max_new_tokens=20).text  # doctest: +SKIP
         """
-        conversation = self._conversation(None)
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        conversation.messages.extend(dict(m) for m in messages)
-        session = self.engine.session(self.plan, max_slots=self._max_slots)
-        session.set_ids(conversation.prompt_ids())
-        batch = _Batch(self, session, _options(options))
-        for _ in batch.pieces():
+        chat = self.chat_session()
+        chat.conversation.extend(messages)
+        stream = chat.reply(**options)
+        for _ in stream:
             pass
-        return batch.results()[0]
+        return stream.result
 
-    def chat_session(self, system: str | None = None) -> "ChatSession":
-        """A conversation whose KV cache is kept between turns."""
-        return ChatSession(self, system)
+    def chat_session(
+        self,
+        system: str | None = None,
+        *,
+        reversed_role: bool = False,
+        opening: str | None = None,
+        thought_tags: ThoughtTags | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> "ChatSession":
+        """A conversation whose KV cache is kept between turns.
+
+        Args:
+          system: the system prompt.
+          reversed_role: the model plays the user, and what is sent to it is the assistant's.
+          opening: with `reversed_role`, the user's first message, which stands before what is sent.
+          thought_tags: what the model thinks between; default what its chat template says.
+          template_kwargs: variables for the chat template, such as `enable_thinking`.
+        """
+        conversation = self._conversation(
+            system=system,
+            reversed_role=reversed_role,
+            opening=opening,
+            thought_tags=thought_tags,
+            template_kwargs=template_kwargs,
+        )
+        return ChatSession(self, conversation)
+
+    def load_session(self, path: str | Path) -> "ChatSession":
+        """The conversation that `ChatSession.save` wrote, its KV cache included."""
+        return session_file.load(path, self)
 
     def score(
         self,
@@ -421,7 +607,7 @@ class Model:
             self.engine.check_plan(plan)
         return chosen, max([self._max_slots, *(len(plan.executed()) for plan in chosen)])
 
-    def _conversation(self, system: str | None) -> Conversation:
+    def _conversation(self, **settings: Any) -> Conversation:
         if self.tokenizer is None:
             raise UsageError("this model directory has no tokenizer; chat needs one")
         if self.template is None:
@@ -429,63 +615,149 @@ class Model:
                 "this model has no chat template (tokenizer_config.json, chat_template.jinja); "
                 "it can continue a text: use --format completion"
             )
-        return Conversation(self.template, self.tokenizer, system=system)
+        return Conversation(self.template, self.tokenizer, **settings)
 
 
 class ChatSession:
-    """A conversation with a model: history as token ids, KV cache kept between turns."""
+    """A conversation with a model: history as token ids, KV cache kept between turns.
 
-    def __init__(self, owner: Model, system: str | None = None):
-        self._model = owner
-        self._system = system
-        self.conversation = owner._conversation(system)
+    The options of each turn are those of `GenerateOptions`. A message joins the history when its stream ends.
+
+    Attributes:
+      model: the model under its present plan.
+      conversation: the history.
+      session: the token ids and their KV cache.
+    """
+
+    def __init__(self, owner: Model, conversation: Conversation):
+        self.model = owner
+        self.conversation = conversation
         self.session = owner.engine.session(owner.plan, max_slots=owner._max_slots)
 
-    def send(self, text: str, **options: Any) -> TextStream:
-        """Adds a user message and streams the reply, which joins the history when the stream ends.
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The history as dicts with "role" and "content"."""
+        return self.conversation.messages
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of the history, as the cache holds them."""
+        return self.conversation.token_ids
+
+    @property
+    def reversed_role(self) -> bool:
+        """Whether the model plays the user."""
+        return self.conversation.reversed_role
+
+    def send(self, text: str, *, prefix: str = "", prefix_in: Kind = "content", **options: Any) -> TextStream:
+        """Adds what was typed and streams the model's reply.
+
+        Args:
+          text: the user's message or, in reversed role, the assistant's. "" adds none: the model goes first.
+          prefix: opens the reply, which goes on from there; it is streamed, and part of message and history.
+          prefix_in: `content`, or `reasoning` to open the model's reasoning.
+          **options: see `GenerateOptions`.
 
         Raises:
           ContextOverflowError: the conversation does not fit the context (the message is taken back).
+          UsageError: the template refuses the conversation, or has no place for the prefix.
         """
         settings = _options(options)
-        self.conversation.add_user(text)
+        if text:
+            self.conversation.add_typed(text)
         try:
-            self.session.set_ids(self._fitting_prompt(settings.overflow))
-            batch = _Batch(self._model, self.session, settings)
+            return self._stream(lambda: self.conversation.open(prefix=prefix, prefix_in=prefix_in), settings)
         except Exception:
-            self.conversation.messages.pop()
+            if text:
+                self.conversation.take_back()
             raise
-        return TextStream(batch, on_end=self.conversation.add_reply)
+
+    def reply(self, *, prefix: str = "", prefix_in: Kind = "content", **options: Any) -> TextStream:
+        """Streams the model's next message to the conversation as it stands."""
+        return self.send("", prefix=prefix, prefix_in=prefix_in, **options)
+
+    def continue_(self, suffix: str = "", **options: Any) -> TextStream:
+        """Appends to the model's last message, which then goes on; streams the suffix and the new text.
+
+        Raises:
+          UsageError: the last message is not the model's.
+        """
+        return self._stream(lambda: self.conversation.reopen(suffix), _options(options))
+
+    def retry(self, **options: Any) -> TextStream:
+        """Generates the last message anew, with the same prefix; only other options make another text.
+
+        Raises:
+          UsageError: the last message is not the model's.
+        """
+        settings = _options(options)
+        return self._stream(self.conversation.reopen_anew, settings)
+
+    def undo(self) -> str | None:
+        """Forgets the last exchange.
+
+        Returns:
+          The message that was typed in it ("" if the model went first), None if there is none to forget.
+        """
+        return self.conversation.undo()
 
     def set_plan(self, plan: str | LayerPlan) -> None:
         """Reshapes the model in mid-conversation; the history is recomputed at the next turn."""
-        self._model = self._model.with_plan(plan)
-        self.session.set_plan(self._model.plan)
+        self.model = self.model.with_plan(plan)
+        self.session.set_plan(self.model.plan)
+
+    def set_system(self, text: str | None) -> None:
+        """Replaces the system prompt, from the next turn on for the whole history; None takes it away."""
+        self.conversation.set_system(text)
+
+    def set_role(self, reversed_role: bool) -> None:
+        """Lets the model play the user from now on, or the assistant again."""
+        self.conversation.reversed_role = reversed_role
 
     def restart(self) -> None:
-        """Forgets the conversation, but not the system prompt."""
-        self.conversation = self._model._conversation(self._system)
+        """Forgets the conversation, but not the system prompt and the opening line."""
+        self.conversation.restart()
 
-    def _fitting_prompt(self, overflow: Overflow) -> list[int]:
-        """The prompt's ids; `truncate_oldest` drops whole oldest turns until a quarter is free."""
-        limit = self._model.engine.max_length
-        ids = self.conversation.prompt_ids()
-        if len(ids) < limit:
-            return ids
-        first = 1 if self._system is not None else 0
-        while overflow == "truncate_oldest" and len(ids) > limit * 3 // 4:
-            if len(self.conversation.messages) <= first + 1:
+    def save(self, path: str | Path) -> None:
+        """Writes conversation and KV cache to a file; see `Model.load_session`."""
+        session_file.save(path, self)
+
+    def _stream(self, open_message: Callable[[], Opening], settings: GenerateOptions) -> TextStream:
+        opening = self._fitting(open_message, settings.overflow)
+        batch = _Batch(self.model, self.session, settings, opening, self.conversation.thought_tags)
+        return TextStream(batch, on_end=self._finish)
+
+    def _finish(self, batch: _Batch) -> None:
+        message, row = batch.message, batch.rows[0]
+        assert message is not None
+        message.settle()
+        self.conversation.add_reply(
+            message.ids,
+            message.opening,
+            end_ids=self.model.eos_ids,
+            length=row.length if row.stopped else None,
+        )
+        if self.session.ids[0][: len(message.opening.prompt)] == list(message.opening.prompt):
+            self.session.set_ids(self.conversation.token_ids)
+
+    def _fitting(self, open_message: Callable[[], Opening], overflow: Overflow) -> Opening:
+        """An opening that fits; `truncate_oldest` drops whole oldest turns until a quarter is free."""
+        limit = self.model.engine.max_length
+        opening = open_message()
+        if opening.length < limit:
+            return opening
+        while overflow == "truncate_oldest" and opening.length > limit * 3 // 4:
+            if not self.conversation.drop_oldest():
                 break
-            del self.conversation.messages[first : first + 2]
-            ids = self.conversation.prompt_ids()
-        if len(ids) >= limit:
+            opening = open_message()
+        if opening.length >= limit:
             advice = "shorten it or raise --max_length"
             if overflow == "error":
                 advice = "start anew, raise --max_length or use --overflow truncate_oldest"
             raise ContextOverflowError(
-                f"the conversation has {len(ids)} tokens, too many for the context of {limit}; {advice}"
+                f"the conversation has {opening.length} tokens, too many for the context of {limit}; {advice}"
             )
-        return ids
+        return opening
 
 
 def load(

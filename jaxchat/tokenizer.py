@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import bisect
 import codecs
 import json
 import re
@@ -154,6 +155,35 @@ class TextTokenizer:
     def is_special(self, token_id: int) -> bool:
         """True for the ids that `skip_special_tokens` removes."""
         return token_id in self._special_ids
+
+    def is_added(self, token_id: int) -> bool:
+        """True for special and other added tokens, across which no text is tokenized."""
+        return token_id in self._added
+
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """Special and other added tokens by their text."""
+        return {token.content: token.id for token in self._added.values()}
+
+    @cached_property
+    def _by_bytes(self) -> tuple[list[bytes], list[int]]:
+        """The bytes of everything but control tokens, sorted, with their ids."""
+        control = set(self.control_tokens.values())
+        spelled = ((self.token_bytes(i), i) for i in range(self.vocab_size) if i not in control)
+        pairs = sorted(pair for pair in spelled if pair[0])
+        return [text for text, _ in pairs], [token_id for _, token_id in pairs]
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most bytes that a token stands for."""
+        return max(map(len, self._by_bytes[0]), default=0)
+
+    def ids_starting_with(self, start: bytes) -> list[int]:
+        """The tokens, control tokens excepted, whose bytes begin with `start`."""
+        texts, ids = self._by_bytes
+        first = bisect.bisect_left(texts, start)
+        # No UTF-8 text, whole or cut, contains the byte 0xff.
+        return ids[first : bisect.bisect_left(texts, start + b"\xff", lo=first)]
 
     def dummy_spaces(self, prompt_ids: Sequence[int]) -> int:
         """How many leading spaces of a continuation are the tokenizer's own, no part of the text (0 or 1)."""
