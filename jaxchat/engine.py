@@ -255,7 +255,9 @@ class Session:
         parts = (
             [np.asarray(c[: len(valid), row, :, :rows]) for c in self._cache or ()] if rows else [empty] * 2
         )
-        k, v = parts
+        # The cache gets the slots of a longer plan at the next prefill only.
+        missing = len(valid) - len(parts[0])
+        k, v = (np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) for part in parts)
         return KVRows(k, v, slot_rows=valid, rope_regime=np.asarray(self._regime[row]))
 
     def restore(self, ids: Sequence[int], rows: KVRows, row: int = 0) -> None:

@@ -50,7 +50,6 @@ def save(path: str | Path, chat: "ChatSession") -> None:
     model, session = chat.model, chat.session
     rows = session.cached_rows()
     arrays = {"ids": np.asarray(session.ids[0], np.int32), **rows._asdict()}
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     stored = {
         "model": _fingerprint(model),
         "plan": str(session.plan),
@@ -147,8 +146,12 @@ def _stored(file: SafetensorsFile) -> dict[str, Any]:
 
 
 def _crc32(array: np.ndarray) -> int:
+    return zlib.crc32(_bytes_of(array), zlib.crc32(f"{array.dtype}{array.shape}".encode()))
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
     # Through uint8: numpy has no buffer protocol for bfloat16.
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 # --- which model
@@ -174,7 +177,7 @@ def _weight(value: Any) -> dict[str, str]:
     digest = hashlib.blake2b(digest_size=8)
     for part in jax.tree.leaves(value):
         digest.update(f"{part.dtype}{part.shape}".encode())
-        digest.update(np.ascontiguousarray(_sample(part)).reshape(-1).view(np.uint8))
+        digest.update(_bytes_of(_sample(part)))
     # bfloat16 is kept as its bits on the CPU.
     kind = getattr(value, "format_name", None) or str(value.dtype).replace("uint16", "bfloat16")
     return {"format": kind, "shape": str(list(value.shape)), "digest": digest.hexdigest()}
