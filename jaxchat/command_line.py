@@ -58,7 +58,31 @@ LAYER_SPEC = Flag(
     "LAYERS",
     "The layers to run, in this order: numbers and Python slices, e.g. 0:8,4:12,8: to repeat "
     "layers, 0:10,10:20:2,20: to leave some out, ::-1 to reverse; or a JSON list with scales,"
-    " e.g. '[0, [1, 0.5, 1.0], 2]'",
+    " e.g. '[0, [1, 0.5, 1.0], 2]'; or RYS '(4,8)' (layers 0 to 7, then from 4 on), exllamav2's "
+    "'[(0,8),(4,12)]', or @FILE, which holds any of these",
+)
+RECIPE = Flag(
+    "recipe",
+    flags.DEFINE_string,
+    "FILE",
+    "Run what a mergekit recipe (merge_method: passthrough) describes, without writing it to disk, e.g. "
+    "--recipe goliath.yaml --model_path Xwin=models/xwin --model_path Euryale=models/euryale",
+)
+MODEL_PATH = Flag(
+    "model_path",
+    flags.DEFINE_multi_string,
+    "NAME=DIR",
+    "Where a model of the recipe is; may be given more than once, e.g. "
+    "--model_path openchat/openchat-3.5-0106=models/openchat",
+    default=[],
+)
+KEEP_IDENTITY = Flag(
+    "keep_identity",
+    flags.DEFINE_bool,
+    "",
+    "Execute the recipe's layers that change nothing (o_proj and down_proj scaled by 0), as if they had been "
+    "written out; they are skipped if not given, e.g. --recipe expanded.yaml --keep_identity",
+    default=False,
 )
 DTYPE = Flag(
     "dtype",
@@ -219,6 +243,19 @@ def _with_underscores(values: flags.FlagValues, arguments: list[str]) -> list[st
         else:
             result.append(f"--{name}{equals}{value}")
             is_value = name in values and not equals and not values[name].boolean
+    return result
+
+
+def model_paths(values: Sequence[str]) -> dict[str, str]:
+    """The values of `--model_path` as name -> directory."""
+    result: dict[str, str] = {}
+    for value in values:
+        name, equals, directory = value.partition("=")
+        if not (name and equals and directory):
+            raise UsageError(f"--model_path {value}: expected NAME=DIR, the recipe's name and a directory")
+        if name in result:
+            raise UsageError(f"--model_path {name}: given twice, as {result[name]} and {directory}")
+        result[name] = directory
     return result
 
 

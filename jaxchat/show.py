@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxchat.assembly import Assembly, LayerSource, assembled_config
 from jaxchat.checkpoint_manifest import MANIFEST, WEIGHT_DTYPES, Manifest, load_config
 from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param, read_json
 from jaxchat.errors import UsageError
@@ -30,6 +31,7 @@ class SlotRow:
       kind: `global`, `sliding` (attention window) or `skipped` (both scales 0: no compute, no KV cache).
       window: tokens the attention sees; None is all.
       attn_scale, mlp_scale: of the slot.
+      source: what the layer is a copy of, in a stack put together from models; else None.
     """
 
     slot: int
@@ -38,6 +40,7 @@ class SlotRow:
     window: int | None
     attn_scale: float
     mlp_scale: float
+    source: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Report:
       kv_bytes_per_token, kv_bytes: of the executed slots, by dtype.
       kv_bytes_allocated: of the allocated slots, by dtype.
       layers: the slots.
+      notes: of the recipe, if the model comes from one.
     """
 
     model: str
@@ -84,6 +88,7 @@ class Report:
     kv_bytes: dict[str, int]
     kv_bytes_allocated: dict[str, int]
     layers: list[SlotRow]
+    notes: tuple[str, ...] = ()
 
 
 def describe_directory(
@@ -116,12 +121,48 @@ def describe_directory(
     report = describe(
         config, plan, name=directory.resolve().name, max_length=max_length, stored_dtype=stored_dtype
     )
+    return _with_quantization(report, directory, config, quant)
+
+
+def describe_assembly(
+    assembly: Assembly, *, name: str, max_length: int | None = None, quant: str | None = None
+) -> Report:
+    """The report on a model put together from others, of which `config.json` is enough; see there for errors.
+
+    Args:
+      assembly: the model, as `read_recipe` gives it.
+      name: what to call it.
+      max_length, quant: as for `describe_directory`.
+    """
+    config = assembled_config(assembly, [load_config(path) for path in assembly.models])
+    base = assembly.models[assembly.base]
+    report = describe(
+        config,
+        assembly.plan,
+        name=name,
+        max_length=max_length,
+        stored_dtype=assembly.dtype or _stored_dtype(base),
+    )
+    sources = [_source(assembly, layer) for layer in assembly.layers]
+    rows = [dataclasses.replace(row, source=sources[row.layer]) for row in report.layers]
+    report = dataclasses.replace(report, layers=rows, notes=assembly.notes)
+    return _with_quantization(report, base, config, quant)
+
+
+def _source(assembly: Assembly, layer: LayerSource) -> str:
+    """`xwin 17`, or `17` where there is one model; with the scaled copies after it."""
+    name = f"{assembly.models[layer.model].name} " if len(assembly.models) > 1 else ""
+    scales = "".join(f", {parameter} x {factor:g}" for parameter, factor in layer.scales)
+    return f"{name}{layer.layer}{scales}"
+
+
+def _with_quantization(report: Report, directory: Path, config: ModelConfig, quant: str | None) -> Report:
     manifest = Manifest.read(directory) if (directory / MANIFEST).exists() else None
     if quant is None and (manifest is None or manifest.quantization is None):
         return report
     manifest = manifest or Manifest(
         format="native",
-        dtypes={p.name: stored_dtype or "float32" for p in parameter_table(config)},
+        dtypes={p.name: report.stored_dtype or "float32" for p in parameter_table(config)},
         source=report.model,
     )
     return dataclasses.replace(report, **_quantized(directory, config, manifest, quant))
@@ -234,7 +275,8 @@ def render(report: Report) -> str:
         facts.append(("", f"{_by_dtype(report.kv_bytes_allocated)} with room for every plan of its layers"))
     facts.append(("", "float32 on CPU and with float32 weights, else bfloat16; grows as it fills"))
     lines = [f"{label:<12}{text}" for label, text in facts]
-    return "\n".join([*lines, "", *_table(report)])
+    lines += [f"{'note':<12}{note}" for note in report.notes]
+    return "\n".join([*lines, "", *slot_table(report.layers)])
 
 
 def _weight_facts(report: Report) -> Iterator[tuple[str, str]]:
@@ -316,18 +358,20 @@ def _wrap(text: str, width: int) -> Iterator[str]:
 # --- the table of slots
 
 
-def _table(report: Report) -> Iterator[str]:
-    rows = report.layers
+def slot_table(rows: Sequence[SlotRow]) -> Iterator[str]:
+    """Lines of a table with a slot each; long plans of one kind of layer in runs."""
     scaled = any((r.attn_scale, r.mlp_scale) != (1.0, 1.0) for r in rows)
-    uniform = len({(r.kind, r.window) for r in rows}) == 1 and not scaled
+    sources = any(r.source is not None for r in rows)
+    uniform = len({(r.kind, r.window) for r in rows}) == 1 and not scaled and not sources
     groups = list(_runs(rows)) if len(rows) > MAX_ROWS and uniform else [(r, r) for r in rows]
     header = f"{'slot':>9}  {'layer':>9}  {'kind':<8}{'window':>8}"
-    yield header + ("  attn scale  mlp scale" if scaled else "")
+    yield header + ("  attn scale  mlp scale" if scaled else "") + ("  source" if sources else "")
     for first, last in groups:
         window = "-" if first.window is None else f"{first.window:,}"
         line = f"{_span(first.slot, last.slot):>9}  {_span(first.layer, last.layer):>9}"
         line += f"  {first.kind:<8}{window:>8}"
-        yield line + (f"  {first.attn_scale:>10g}  {first.mlp_scale:>9g}" if scaled else "")
+        line += f"  {first.attn_scale:>10g}  {first.mlp_scale:>9g}" if scaled else ""
+        yield line + (f"  {first.source}" if sources else "")
 
 
 def _runs(rows: Sequence[SlotRow]) -> Iterator[tuple[SlotRow, SlotRow]]:

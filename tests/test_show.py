@@ -128,7 +128,8 @@ def test_the_report_as_json_has_every_field(describe):
     values = json.loads(json.dumps(show.as_json(report)))
     assert values.keys() == {field.name for field in dataclasses.fields(show.Report)}
     assert values["layers"][10] == {
-        "slot": 10, "layer": 10, "kind": "global", "window": None, "attn_scale": 1.0, "mlp_scale": 1.0
+        "slot": 10, "layer": 10, "kind": "global", "window": None, "attn_scale": 1.0, "mlp_scale": 1.0,
+        "source": None,
     }  # fmt: skip
 
 
