@@ -85,6 +85,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of `ids`; ids outside the vocabulary have none, bytes that are not UTF-8 become U+FFFD."""
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes the token stands for (possibly half a character); `b""` for an unknown id."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Added:

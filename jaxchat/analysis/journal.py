@@ -1,0 +1,127 @@
+"""Results kept on disk while they are found, so that an interrupted analysis goes on where it stopped.
+
+Knows neither models nor plans: names and JSON values, under a description of what they are results of.
+"""
+
+import collections
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxchat.errors import JaxchatError, UsageError
+
+_SAMPLE = 1 << 16  # bytes read at the start, in the middle and at the end of a file
+
+
+class Journal(collections.UserDict[str, Any]):
+    """A mapping whose every new entry is appended to a file.
+
+    The first line describes what was measured, every other is `[name, value]`. A line that a kill cut short
+    is dropped, so that name is measured again.
+    """
+
+    def __init__(self, path: Path, of: Mapping[str, str]):
+        """Opens or begins the file.
+
+        Args:
+          path: the file.
+          of: what the results depend on, as text for people, e.g. {"--window": "256"}.
+
+        Raises:
+          UsageError: the file holds results of something else, or another process is writing it.
+          JaxchatError: it is no such file.
+        """
+        super().__init__()
+        self.path = path
+        self._file = open(path, "a+b")  # noqa: SIM115 (held open, and with it the lock)
+        try:
+            self._lock()
+            self._read(dict(of))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the writing, and lets others write."""
+        self._file.close()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._append([name, value])
+        self.data[name] = value
+
+    def _append(self, entry: Any) -> None:
+        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._file.flush()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another analysis is writing to {self.path.parent}; give another --out"
+            ) from None
+
+    def _read(self, of: dict[str, str]) -> None:
+        self._file.seek(0)
+        data = self._file.read()
+        complete = data[: data.rfind(b"\n") + 1]
+        self._file.truncate(len(complete))
+        lines = complete.splitlines()
+        if not lines:
+            self._append(of)
+            return
+        try:
+            there = json.loads(lines[0])
+            if not isinstance(there, dict):
+                raise ValueError
+            self.data = dict(json.loads(line) for line in lines[1:])
+        except (ValueError, TypeError):
+            raise JaxchatError(
+                f"{self.path} is not the journal of an analysis; delete it, or give another --out"
+            ) from None
+        self._refuse_others(there, of)
+
+    def _refuse_others(self, there: dict[str, str], of: dict[str, str]) -> None:
+        for key in (*of, *there):
+            if there.get(key) != of.get(key):
+                raise UsageError(
+                    f"{self.path.parent} holds the results of another analysis: {key} is "
+                    f"{of.get(key, 'not given')} now and was {there.get(key, 'not given')}; give another "
+                    f"--out, or delete {self.path} to start anew"
+                )
+
+
+def directory_fingerprint(directory: Path) -> str:
+    """16 hexadecimal digits that change with the files of a model directory.
+
+    It reads names, sizes and three samples of each file: weights of gigabytes take no time.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name} {path.stat().st_size} {_samples(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _samples(path: Path) -> str:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file:
+        for start in (0, max(size // 2 - _SAMPLE // 2, 0), max(size - _SAMPLE, 0)):
+            file.seek(start)
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it: a reader sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
