@@ -65,23 +65,24 @@ RECIPE = Flag(
     "recipe",
     flags.DEFINE_string,
     "FILE",
-    "Run what a mergekit recipe (merge_method: passthrough) describes, without writing it to disk, e.g. "
-    "--recipe goliath.yaml --model_path Xwin=models/xwin --model_path Euryale=models/euryale",
+    "The model and its layers as a mergekit recipe says: YAML with merge_method: passthrough, over one or "
+    "several models, e.g. --recipe goliath.yml --model_path Xwin-LM/Xwin-LM-70B-V0.1=models/xwin",
 )
 MODEL_PATH = Flag(
     "model_path",
     flags.DEFINE_multi_string,
     "NAME=DIR",
-    "Where a model of the recipe is; may be given more than once, e.g. "
-    "--model_path openchat/openchat-3.5-0106=models/openchat",
+    "Where a model that the recipe names is; may be given more than once. Other names are directories, "
+    "relative to the recipe or to the working directory, e.g. --model_path openchat/openchat-3.5-0106=oc",
     default=[],
 )
 KEEP_IDENTITY = Flag(
     "keep_identity",
     flags.DEFINE_bool,
     "",
-    "Execute the recipe's layers that change nothing (o_proj and down_proj scaled by 0), as if they had been "
-    "written out; they are skipped if not given, e.g. --recipe expanded.yaml --keep_identity",
+    "Execute the recipe's layers that pass their input through (o_proj and down_proj scaled to 0), with "
+    "zeros for weights; otherwise they are counted, but take no time and no memory, e.g. --recipe seed.yml "
+    "--keep_identity",
     default=False,
 )
 DTYPE = Flag(
@@ -246,17 +247,20 @@ def _with_underscores(values: flags.FlagValues, arguments: list[str]) -> list[st
     return result
 
 
-def model_paths(values: Sequence[str]) -> dict[str, str]:
-    """The values of `--model_path` as name -> directory."""
-    result: dict[str, str] = {}
-    for value in values:
-        name, equals, directory = value.partition("=")
+def model_paths(values: flags.FlagValues) -> dict[str, str]:
+    """`--model_path NAME=DIR` as name -> directory; refuses what says how to read a recipe without one."""
+    for name in (MODEL_PATH.name, KEEP_IDENTITY.name):
+        if name in values and values[name].value and values.recipe is None:
+            raise UsageError(f"--{name} needs --recipe: it says how to read one")
+    found: dict[str, str] = {}
+    for text in values.model_path:
+        name, equals, directory = text.partition("=")
         if not (name and equals and directory):
-            raise UsageError(f"--model_path {value}: expected NAME=DIR, the recipe's name and a directory")
-        if name in result:
-            raise UsageError(f"--model_path {name}: given twice, as {result[name]} and {directory}")
-        result[name] = directory
-    return result
+            raise UsageError(f"--model_path {text}: expected NAME=DIR, the recipe's name and a directory")
+        if name in found:
+            raise UsageError(f"--model_path {name} is given twice; give it once")
+        found[name] = directory
+    return found
 
 
 def check_text(text: str | None, flag: str) -> None:
