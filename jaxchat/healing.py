@@ -7,7 +7,7 @@ go beyond it (token healing); then the tokens at the joint are made those of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 from jaxchat.tokenizer import TextTokenizer, Tokenizer, unused_marks
 
@@ -75,8 +75,8 @@ def join(tokenizer: Tokenizer, ids: Sequence[int], text: str, *, after: int | No
     whole = _encode_run(tokenizer, run, text, before)
     if whole is None:
         return [*ids, *_encode_text(tokenizer, text, ids[-1] if ids else after)]
-    size = len(_bytes(tokenizer, run))
-    return [*ids[:start], *_splice(tokenizer, run, whole, size, len(_bytes(tokenizer, whole)))]
+    left = _changed_from(tokenizer, run, whole, len(_bytes(tokenizer, run)), before)
+    return [*ids[:start], *_splice(tokenizer, run, whole, left, len(_bytes(tokenizer, whole)))]
 
 
 def settle(tokenizer: Tokenizer, ids: Sequence[int], joint: int, *, after: int | None) -> list[int]:
@@ -103,7 +103,8 @@ def settle(tokenizer: Tokenizer, ids: Sequence[int], joint: int, *, after: int |
     whole = _encode_run(tokenizer, ids[start:stop], "", before)
     if whole is None:
         return ids
-    middle = _splice(tokenizer, ids[start:stop], whole, joint - offset, joint - offset)
+    left = _changed_from(tokenizer, ids[start:stop], whole, joint - offset, before)
+    middle = _splice(tokenizer, ids[start:stop], whole, left, joint - offset)
     return [*ids[:start], *middle, *ids[stop:]]
 
 
@@ -131,8 +132,8 @@ def _bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
 
 
 def _is_barrier(tokenizer: Tokenizer, token_id: int) -> bool:
-    """An added token: text is never tokenized across one."""
-    return isinstance(tokenizer, TextTokenizer) and tokenizer.is_added(token_id)
+    """A control token: text is never tokenized across one."""
+    return isinstance(tokenizer, TextTokenizer) and tokenizer.is_control(token_id)
 
 
 def _run_start(tokenizer: Tokenizer, ids: Sequence[int], stop: int) -> int:
@@ -146,7 +147,7 @@ def _taken_back(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
     found, text = 0, b""
     for count, token_id in enumerate(reversed(ids), start=1):
         text = tokenizer.token_bytes(token_id) + text
-        if tokenizer.is_added(token_id) or len(text) >= tokenizer.longest_token:
+        if tokenizer.is_control(token_id) or len(text) >= tokenizer.longest_token:
             break
         if any(len(tokenizer.token_bytes(i)) > len(text) for i in tokenizer.ids_starting_with(text)):
             found = count
@@ -165,19 +166,33 @@ def _encode_run(tokenizer: Tokenizer, run: Sequence[int], text: str, before: int
     if not _heals(tokenizer):
         return None
     assert isinstance(tokenizer, TextTokenizer)
-    spelled = _bytes(tokenizer, run)
-    try:
-        head = spelled.decode()
-    except UnicodeDecodeError:
+    return _encode_bytes(tokenizer, _bytes(tokenizer, run), text, before)
+
+
+def _encode_bytes(
+    tokenizer: TextTokenizer, spelled: bytes, text: str, before: int | None
+) -> list[int] | None:
+    """The tokenizer's ids that spell these bytes and a text after them, if there are such."""
+    if not _is_text(spelled):
         return None
-    if head and tokenizer.dummy_spaces([] if before is None else [before]):
-        head = head.removeprefix(" ")
-    whole = _encode_text(tokenizer, head + text, before)
-    size = len(spelled)
-    same = _bytes(tokenizer, whole)[:size] == spelled and (
-        text != "" or byte_length(tokenizer, whole) == size
-    )
-    return whole if same else None
+    head = spelled.decode()
+    # A first space may be one that the tokenizer adds by itself.
+    for given in (head, head[1:]) if head.startswith(" ") else (head,):
+        whole = _encode_text(tokenizer, given + text, before)
+        found = _bytes(tokenizer, whole)
+        if found == spelled or (text and found.startswith(spelled)):
+            return whole
+    return None
+
+
+def _changed_from(
+    tokenizer: Tokenizer, ids: Sequence[int], whole: Sequence[int], joint: int, before: int | None
+) -> int:
+    """The byte from which what precedes `joint` is cut otherwise as a part of the whole than alone."""
+    assert isinstance(tokenizer, TextTokenizer)
+    alone = _encode_bytes(tokenizer, _bytes(tokenizer, ids)[:joint], "", before) or []
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False))
+    return min(len(_bytes(tokenizer, [token_id for token_id, _ in same])), joint) if alone else joint
 
 
 def _last_whole_character(tokenizer: Tokenizer, ids: Sequence[int], start: int, stop: int) -> int:

@@ -129,6 +129,7 @@ class TextTokenizer:
         )
         self.control_regex = _alternation(self.control_tokens)
         self._special_ids = frozenset(self.special_tokens.values())
+        self._control_ids = frozenset(self.control_tokens.values())
         self._bytes: dict[int, bytes] = {}
 
     def _token_text_bytes(self, token_id: int) -> bytes:
@@ -159,9 +160,9 @@ class TextTokenizer:
         """True for the ids that `skip_special_tokens` removes."""
         return token_id in self._special_ids
 
-    def is_added(self, token_id: int) -> bool:
-        """True for special and other added tokens, across which no text is tokenized."""
-        return token_id in self._added
+    def is_control(self, token_id: int) -> bool:
+        """True for what text never turns into, see `control_tokens`."""
+        return token_id in self._control_ids
 
     @property
     def added_tokens(self) -> Mapping[str, int]:
@@ -171,8 +172,7 @@ class TextTokenizer:
     @cached_property
     def _by_bytes(self) -> tuple[list[bytes], list[int]]:
         """The bytes of everything but control tokens, sorted, with their ids."""
-        control = set(self.control_tokens.values())
-        spelled = ((self.token_bytes(i), i) for i in range(self.vocab_size) if i not in control)
+        spelled = ((self.token_bytes(i), i) for i in range(self.vocab_size) if i not in self._control_ids)
         pairs = sorted(pair for pair in spelled if pair[0])
         return [text for text, _ in pairs], [token_id for _, token_id in pairs]
 
