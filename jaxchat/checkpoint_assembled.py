@@ -145,7 +145,12 @@ class BakedSource:
         self.config = gathered_config(source.config, [slot.layer for slot in plan])
         self.table = source.table
         self.manifest = dataclasses.replace(
-            source.manifest, parameters=count_parameters(self.config), plan=None, stack=None
+            source.manifest,
+            rename=("", ""),
+            tied_head="absent" if self.config.tied_embeddings else "untied",
+            parameters=count_parameters(self.config),
+            plan=None,
+            stack=None,
         )
 
     def _row(self, param: Param, index: int) -> int:

@@ -160,6 +160,8 @@ def recorded_plan(manifest: Manifest, config: ModelConfig) -> LayerPlan | None:
     if manifest.plan is None:
         return None
     try:
+        if not isinstance(manifest.plan, str) or manifest.plan.lstrip().startswith("@"):
+            raise PlanError(f"{manifest.plan!r} is not spelled out")
         return LayerPlan.parse(manifest.plan, config.num_layers)
     except PlanError as error:
         reason = str(error).splitlines()[0]

@@ -1,6 +1,7 @@
-"""Writing checkpoints: any readable directory -> native or Orbax (`convert`), and back (`to_hf`).
+"""Writing checkpoints: any readable directory -> native or Orbax (`convert`), or Hugging Face's (`to_hf`).
 
-A checkpoint appears under its name complete or not at all: it is written beside it and renamed at the end.
+Both take a layer plan or a recipe along. A checkpoint appears under its name complete or not at all: it is
+written beside it and renamed at the end.
 """
 
 import contextlib
@@ -11,12 +12,24 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxchat.assembly import Assembly, under, whole
 from jaxchat.checkpoint import Meter, Progress, layers_of, storages
-from jaxchat.checkpoint_manifest import MANIFEST, NATIVE_FILE, Manifest, check_directory, weight_dtype
+from jaxchat.checkpoint_assembled import AssembledSource, BakedSource
+from jaxchat.checkpoint_manifest import (
+    MANIFEST,
+    NATIVE_FILE,
+    Manifest,
+    check_directory,
+    load_plan,
+    recorded_plan,
+    stack_entry,
+    weight_dtype,
+)
 from jaxchat.checkpoint_quantized import (
     Quant,
     Storage,
@@ -28,9 +41,10 @@ from jaxchat.checkpoint_quantized import (
     tensor_specs,
 )
 from jaxchat.checkpoint_source import Source, convert_into, open_source
-from jaxchat.config import EMBED, HEAD, Param, read_json
+from jaxchat.config import EMBED, HEAD, ModelConfig, Param, read_json
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families import Family, family_of
+from jaxchat.families import Family, family_of, relayered_config
+from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantizedTensor
 from jaxchat.quant import dequantize as dequantize_tensor
 from jaxchat.safetensors_file import ALIGNMENT, SafetensorsWriter
@@ -42,8 +56,8 @@ except ImportError:  # Windows: leftovers of a running conversion are not told f
     fcntl = None  # type: ignore[assignment]
 
 FORMATS = ("native", "orbax")
+KEEP = ("record", "bake")
 _DEQUANTIZED = 1 << 22  # weights dequantized at a time
-_CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +75,32 @@ class _HfTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _Model(NamedTuple):
+    """What is to be written.
+
+    Attributes:
+      source: the parameters.
+      plan: over the source's stack; None is an ordinary model, every layer once.
+      directories: every directory that is read.
+      base: of these, the one with the `config.json`.
+      words: the one with the tokenizer.
+      dtype: what a recipe converts the weights to, if it does.
+    """
+
+    source: Source
+    plan: LayerPlan | None
+    directories: tuple[Path, ...]
+    base: Path
+    words: Path
+    dtype: str | None
+
+
 def convert(
-    src: str | Path,
+    src: str | Path | Assembly,
     dst: str | Path,
     *,
+    layer_spec: str | None = None,
+    plan: Literal["record", "bake"] = "record",
     dtype: str | None = None,
     quant: Quant = "auto",
     format: str = "native",
@@ -74,8 +110,12 @@ def convert(
     """Converts a model directory of any readable format into a native or Orbax checkpoint, layer by layer.
 
     Args:
-      src: a Hugging Face, native or Orbax directory.
+      src: a Hugging Face, native or Orbax directory, or what a recipe assembles.
       dst: the directory to create.
+      layer_spec: a layer plan over the slots of a recipe or of the plan that `src` records, else its layers.
+      plan: what becomes of the layer plan. `record` writes every layer that a slot uses once, and the plan,
+        which is the model when it is loaded; `bake` writes every slot as a layer, with its scales multiplied
+        in: an ordinary model that needs no plan.
       dtype: `float32`, `bfloat16` or `float16`, of what is not quantized; None keeps what is stored.
       quant: the format to quantize to, None for plain numbers, or `auto` for what `src` has.
       format: `native` or, of plain numbers, `orbax`.
@@ -89,12 +129,16 @@ def convert(
       UsageError: a wrong argument, no such source, or an existing destination.
       JaxchatError: the source is malformed, a value does not fit the dtype, or the disk is full.
     """
-    if format not in FORMATS:
-        raise UsageError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    for name, value, known in (("format", format, FORMATS), ("plan", plan, KEEP)):
+        if value not in known:
+            raise UsageError(f"{name} {value!r} is not one of {', '.join(known)}")
     target = None if dtype is None else weight_dtype(dtype)
-    src, dst = check_directory(src), Path(dst)
-    source = open_source(src)
-    fmt = choose_format(src, source.manifest, quant)
+    model = _open(src, layer_spec, target)
+    if plan == "bake" and model.plan is None:
+        raise UsageError(f"{model.base}: there is no layer plan to bake; give --layer_spec or --recipe")
+    source = model.source if plan == "record" or model.plan is None else BakedSource(model.source, model.plan)
+    values = None if source is model.source else _unrolled_config(model, source.config)
+    fmt = choose_format(model.base, source.manifest, quant)
     if fmt is not None and format == "orbax":
         raise UsageError(
             f"--format orbax holds no quantized weights ({fmt}); use --format native, or leave --quant out "
@@ -102,15 +146,15 @@ def convert(
         )
     stored_as = storages(source, target, fmt)
     manifest = dataclasses.replace(
-        source.manifest,
+        _recorded(model) if source is model.source else source.manifest,
         format=format,
         dtypes={p.name: (target or source.dtype(p)).name for p in source.table},
         quantization=source.manifest.quantization or quantization_entry(fmt, source.table),
     )
-    with _new_directory(src, dst, overwrite) as directory:
+    with _new_directory(model.directories, Path(dst), overwrite) as directory:
         _write_native(source, directory / NATIVE_FILE, stored_as, progress)
         manifest.write(directory)
-        _copy_files(src, directory, dtype)
+        _write_files(model, directory, values, dtype or model.dtype)
         if format == "orbax":
             from jaxchat.orbax_checkpoint import replace_native_file  # half a second of imports
 
@@ -119,40 +163,49 @@ def convert(
 
 
 def to_hf(
-    src: str | Path,
+    src: str | Path | Assembly,
     dst: str | Path,
     *,
+    layer_spec: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     dequantize: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Writes a converted checkpoint back in Hugging Face's layout, every tensor byte for byte as it was.
+    """Writes a model in Hugging Face's layout: as it was stored there, or unrolled under a layer plan.
+
+    Without a plan every tensor comes back byte for byte. With one (`layer_spec`, a recipe, or the one that
+    `src` records) every slot is a layer, its scales multiplied into the output projections, identity slots
+    included, and `config.json` describes those layers.
 
     Of quantized weights the layout knows nothing: they are written as the numbers they stand for, in the
     dtype they had, if `dequantize` says so.
 
     Args:
-      src: a native or Orbax directory.
+      src: a model directory of any readable format, or what a recipe assembles.
       dst: the directory to create.
+      layer_spec: as in `convert`.
       max_shard_bytes: larger models are split into files of at most this size (a larger tensor has its own).
       dequantize: whether `src` may be quantized.
       overwrite: replace an existing checkpoint.
       progress: called after every layer.
 
     Raises:
-      UsageError, JaxchatError: as `convert`.
+      UsageError: as `convert`, or the family's `config.json` cannot describe the plan's layers.
+      JaxchatError: as `convert`.
     """
-    src, dst = check_directory(src), Path(dst)
-    source = open_source(src)
+    model = _open(src, layer_spec, None)
+    source = model.source if model.plan is None else BakedSource(model.source, model.plan)
+    values = None if model.plan is None else _unrolled_config(model, source.config)
     if (fmt := stored_format(source.manifest)) is not None and not dequantize:
         raise UsageError(
-            f"{src}: holds {fmt} weights, which Hugging Face's layout has no place for; add --dequantize to "
-            "write the numbers they stand for (the original weights are not in there any more)"
+            f"{model.base}: holds {fmt} weights, which Hugging Face's layout has no place for; "
+            "add --dequantize to write the numbers they stand for (the original weights are not in there any "
+            "more)"
         )
     tensors = _hf_tensors(source)
     shards = _split(tensors, max_shard_bytes)
-    with _new_directory(src, dst, overwrite) as directory:
+    with _new_directory(model.directories, Path(dst), overwrite) as directory:
         meter = Meter(source, progress)
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         if len(shards) == 1:
@@ -167,8 +220,41 @@ def to_hf(
                 },
             }
             _write_json(directory / "model.safetensors.index.json", index)
-        _copy_files(src, directory, None)
+        _write_files(model, directory, values, model.dtype)
     return source.manifest
+
+
+def _open(src: str | Path | Assembly, layer_spec: str | None, dtype: np.dtype | None) -> _Model:
+    """Opens a directory as it is, or else what is assembled, without the layers that the plan leaves out."""
+    if isinstance(src, Assembly):
+        assembly = src
+    else:
+        src = check_directory(src)
+        if layer_spec is None:
+            source = open_source(src)
+            plan = recorded_plan(source.manifest, source.config)
+            return _Model(source, plan, (src,), src, src, None)
+        assembly = whole(src, load_plan(src))
+    if layer_spec is not None:
+        outer = LayerPlan.parse(layer_spec, len(assembly.plan))
+        assembly = under(assembly, outer.compose(assembly.plan))
+    base, words = assembly.models[assembly.base], assembly.models[assembly.tokenizer]
+    source = AssembledSource(assembly, dtype)
+    return _Model(source, assembly.plan, assembly.models, base, words, assembly.dtype)
+
+
+def _unrolled_config(model: _Model, config: ModelConfig) -> dict[str, Any]:
+    path = model.base / "config.json"
+    return relayered_config(read_json(path), config, source=str(path))
+
+
+def _recorded(model: _Model) -> Manifest:
+    """The description of a stack and the plan over it, as far as `config.json` does not say them already."""
+    manifest, config = model.source.manifest, model.source.config
+    plan = None if model.plan in (None, LayerPlan.identity(config.num_layers)) else str(model.plan)
+    stack = stack_entry(config)
+    ordinary = stack_entry(ModelConfig.from_directory(model.base))
+    return dataclasses.replace(manifest, plan=plan, stack=None if stack == ordinary else stack)
 
 
 def _write_native(
@@ -194,7 +280,7 @@ def _hf_tensors(source: Source) -> list[_HfTensor]:
     tensors = []
     for hf, parts in by_hf.items():
         parts.sort(key=lambda param: param.part)
-        for layer in range(config.num_layers if parts[0].per_layer else 1):
+        for layer in range(parts[0].rows(config)):
             for name in _hf_names(family, parts[0], hf, manifest):
                 dtype, shape = source.dtype(parts[0]), parts[0].hf_shape(config)
                 tensors.append(_HfTensor(name.format(layer), tuple(parts), layer, dtype, shape))
@@ -248,15 +334,24 @@ def _plain(values: np.ndarray | QuantizedTensor, tensor: _HfTensor) -> np.ndarra
     return out
 
 
-def _copy_files(src: Path, dst: Path, dtype: str | None) -> None:
-    """Copies configuration, tokenizer and chat template; a conversion's dtype is noted in `config.json`."""
-    for name in (*_CONFIG_FILES, *TOKENIZER_FILES):
-        if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
-    config = read_json(dst / "config.json")
-    stated = [key for key in ("dtype", "torch_dtype") if key in config]
-    if dtype is not None and any(config[key] != dtype for key in stated):
-        config.update(dict.fromkeys(stated, dtype))
+def _write_files(model: _Model, dst: Path, values: dict[str, Any] | None, dtype: str | None) -> None:
+    """Copies configuration, tokenizer and chat template.
+
+    `config.json` is the base model's, byte for byte if nothing is to be changed in it: `values` replaces its
+    contents, a conversion's dtype is noted, and a tokenizer of another model brings its own special ids.
+    """
+    shutil.copyfile(model.base / "config.json", dst / "config.json")
+    for name in ("generation_config.json", *TOKENIZER_FILES):
+        if (model.words / name).is_file():
+            shutil.copyfile(model.words / name, dst / name)
+    before = read_json(dst / "config.json")
+    config = before if values is None else values
+    if dtype is not None:
+        config = config | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    if model.words != model.base:
+        other = read_json(model.words / "config.json")
+        config = config | {key: other[key] for key in ("bos_token_id", "eos_token_id") if key in other}
+    if config != before:
         _write_json(dst / "config.json", config)
 
 
@@ -265,10 +360,11 @@ def _write_json(path: Path, value: object) -> None:
 
 
 @contextlib.contextmanager
-def _new_directory(src: Path, dst: Path, overwrite: bool) -> Iterator[Path]:
+def _new_directory(sources: tuple[Path, ...], dst: Path, overwrite: bool) -> Iterator[Path]:
     """A directory to write into, which becomes `dst` if the block ends well and disappears otherwise."""
     dst = Path(os.path.abspath(dst))
-    _check_destination(src, dst, overwrite)
+    for src in sources:
+        _check_destination(src, dst, overwrite)
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(dst)
