@@ -31,7 +31,7 @@ class SlotRow:
       kind: `global`, `sliding` (attention window) or `skipped` (both scales 0: no compute, no KV cache).
       window: tokens the attention sees; None is all.
       attn_scale, mlp_scale: of the slot.
-      source: what the layer is a copy of, in a stack put together from models; else None.
+      source: which layer of which model that is, where a recipe loads others than 0, 1, 2 ... of one model.
     """
 
     slot: int
@@ -144,7 +144,9 @@ def describe_assembly(
         stored_dtype=assembly.dtype or _stored_dtype(base),
     )
     sources = [_source(assembly, layer) for layer in assembly.layers]
-    rows = [dataclasses.replace(row, source=sources[row.layer]) for row in report.layers]
+    rows = report.layers
+    if sources != [str(layer) for layer in range(len(sources))]:
+        rows = [dataclasses.replace(row, source=sources[row.layer]) for row in rows]
     report = dataclasses.replace(report, layers=rows, notes=assembly.notes)
     return _with_quantization(report, base, config, quant)
 
