@@ -4,6 +4,7 @@ Joins the engine (token ids) with the tokenizer and chat template (text).
 """
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,19 @@ import numpy as np
 
 from jaxchat import session_file
 from jaxchat.chat import ChatTemplate, Conversation, Opening
-from jaxchat.checkpoint import Progress, load_params
+from jaxchat.checkpoint import Progress, load_assembly, load_params
+from jaxchat.checkpoint_manifest import load_plan
 from jaxchat.checkpoint_quantized import Quant
 from jaxchat.compilation_cache import enable_compilation_cache
 from jaxchat.config import ModelConfig
-from jaxchat.engine import ContextOverflowError, Engine, FinishReason, Generation, Session
+from jaxchat.engine import (
+    ContextOverflowError,
+    Engine,
+    FinishReason,
+    Generation,
+    Session,
+    checked_kv_dtype,
+)
 from jaxchat.errors import UsageError
 from jaxchat.healing import SETTLED_AFTER, Healing, byte_length, settle
 from jaxchat.layer_plan import LayerPlan
@@ -26,8 +35,11 @@ from jaxchat.options import GenerateOptions, Overflow
 from jaxchat.pallas import select as select_kernels
 from jaxchat.quant import QuantFormat
 from jaxchat.reasoning import Kind, Piece, ReasoningSplitter, ThoughtTags, overlap
+from jaxchat.recipe import read_recipe
 from jaxchat.sampling import SamplingParams
 from jaxchat.tokenizer import Detokenizer, Tokenizer, has_tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,6 +422,8 @@ class Model:
     Attributes:
       config: the model's configuration.
       plan: the layer plan that runs.
+      base_plan: what plans in text count the slots of: the plan of the recipe, or the one that the checkpoint
+        records, else every layer once. A `LayerPlan` is over the stacked layers.
       engine: the token-level runtime.
       tokenizer: None where the directory has none; token ids still work.
       template: the chat template, or None.
@@ -420,10 +434,12 @@ class Model:
         engine: Engine,
         plan: LayerPlan,
         *,
+        base_plan: LayerPlan | None = None,
         tokenizer: Tokenizer | None = None,
         template: ChatTemplate | None = None,
         max_slots: int = 0,
     ):
+        self.base_plan = base_plan or LayerPlan.identity(engine.config.num_layers)
         self.config: ModelConfig = engine.config
         self.engine = engine
         self.plan = plan
@@ -444,7 +460,8 @@ class Model:
         """
         return Model(
             self.engine,
-            as_plan(plan, self.config),
+            as_plan(plan, self.base_plan),
+            base_plan=self.base_plan,
             tokenizer=self.tokenizer,
             template=self.template,
             max_slots=self._max_slots,
@@ -602,7 +619,7 @@ class Model:
         if isinstance(plans, str) or len(plans) != count:
             what = f"the string {plans!r}" if isinstance(plans, str) else f"{len(plans)} plans"
             raise UsageError(f"plans: got {what} for {count} prompts; give a list of one a prompt (or None)")
-        chosen = [self.plan if plan is None else as_plan(plan, self.config) for plan in plans]
+        chosen = [self.plan if plan is None else as_plan(plan, self.base_plan) for plan in plans]
         for plan in chosen:  # before the first one runs
             self.engine.check_plan(plan)
         return chosen, max([self._max_slots, *(len(plan.executed()) for plan in chosen)])
@@ -723,7 +740,7 @@ class ChatSession:
         session_file.save(path, self)
 
     def _stream(self, open_message: Callable[[], Opening], settings: GenerateOptions) -> TextStream:
-        opening = self._fitting(open_message, settings.overflow)
+        opening = fitting(self.conversation, open_message, self.model.engine.max_length, settings.overflow)
         batch = _Batch(self.model, self.session, settings, opening, self.conversation.thought_tags)
         return TextStream(batch, on_end=self._finish)
 
@@ -740,32 +757,38 @@ class ChatSession:
         if self.session.ids[0][: len(message.opening.prompt)] == list(message.opening.prompt):
             self.session.set_ids(self.conversation.token_ids)
 
-    def _fitting(self, open_message: Callable[[], Opening], overflow: Overflow) -> Opening:
-        """An opening that fits; `truncate_oldest` drops whole oldest turns until a quarter is free."""
-        limit = self.model.engine.max_length
-        opening = open_message()
-        if opening.length < limit:
-            return opening
-        while overflow == "truncate_oldest" and opening.length > limit * 3 // 4:
-            if not self.conversation.drop_oldest():
-                break
-            opening = open_message()
-        if opening.length >= limit:
-            advice = "shorten it or raise --max_length"
-            if overflow == "error":
-                advice = "start anew, raise --max_length or use --overflow truncate_oldest"
-            raise ContextOverflowError(
-                f"the conversation has {opening.length} tokens, too many for the context of {limit}; {advice}"
-            )
+
+def fitting(
+    conversation: Conversation, open_message: Callable[[], Opening], limit: int, overflow: Overflow
+) -> Opening:
+    """An opening that fits `limit` tokens; `truncate_oldest` drops whole oldest turns until a quarter is free."""
+    opening = open_message()
+    if opening.length < limit:
         return opening
+    while overflow == "truncate_oldest" and opening.length > limit * 3 // 4:
+        if not conversation.drop_oldest():
+            break
+        opening = open_message()
+    if opening.length >= limit:
+        advice = "shorten it or raise --max_length"
+        if overflow == "error":
+            advice = "start anew, raise --max_length or use --overflow truncate_oldest"
+        raise ContextOverflowError(
+            f"the conversation has {opening.length} tokens, too many for the context of {limit}; {advice}"
+        )
+    return opening
 
 
 def load(
-    path: str | Path,
+    path: str | Path | None = None,
     plan: str | LayerPlan | None = None,
     *,
+    recipe: str | Path | None = None,
+    model_paths: Mapping[str, str | Path] | None = None,
+    keep_identity: bool = False,
     dtype: str | None = None,
     quant: str | QuantFormat | None = None,
+    kv_dtype: str | None = None,
     kernels: str = "auto",
     max_length: int | None = None,
     max_slots: int = 0,
@@ -773,14 +796,20 @@ def load(
     compilation_cache_dir: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """Loads a model directory: Hugging Face layout, or one that `tools/convert.py` wrote.
+    """Loads a model directory (Hugging Face layout, or one that `tools/convert.py` wrote), or a recipe.
 
     Args:
       path: the directory.
-      plan: a layer plan or `--layer_spec` string; default every layer once, in order.
+      plan: a layer plan or `--layer_spec` string; default every layer once, in order. Of a recipe, or of a
+        directory that records a plan, a string counts the slots, and the default is that plan.
+      recipe: instead of `path`, a mergekit recipe; its remarks are logged as warnings. See `read_recipe`.
+      model_paths: model names of the recipe -> directories.
+      keep_identity: executes the recipe's layers that change nothing, too.
       dtype: of the weights, `float32`, `bfloat16` or `float16`; default as stored.
       quant: quantizes the weights while they are read: `int8`, `int4`, `int4:64`, ... (`QuantFormat.parse`);
         default as stored.
+      kv_dtype: of the KV cache, `float32`, `bfloat16` or `int8`; default that of the activations, which is
+        float32 on CPU and with float32 weights, else bfloat16.
       kernels: `auto`, `reference`, `native` or `pallas`: which implementations of the operations run.
       max_length: the longest context in tokens (the KV cache grows up to it); default the model's own.
       max_slots: cache slots to reserve, so that longer plans chosen later need no new executable.
@@ -793,27 +822,46 @@ def load(
 
     >>> model = jaxchat.load("path/to/model", plan="0:8,4:12,8:", quant="int4")  # doctest: +SKIP
     """
-    directory = Path(path)
     wanted: Quant = QuantFormat.parse(quant) if isinstance(quant, str) else quant or "auto"
     enable_compilation_cache(compilation_cache_dir)
-    config = ModelConfig.from_directory(directory)
-    chosen = as_plan(plan, config)
+    if (path is None) == (recipe is None):
+        raise UsageError("give a model directory or a recipe, one of them")
+    if recipe is None:
+        assembly, directory = None, Path(path or "")
+        base_plan = load_plan(directory)
+    else:
+        assembly = read_recipe(recipe, model_paths, keep_identity=keep_identity)
+        directory, base_plan = assembly.models[assembly.tokenizer], assembly.plan
+        for note in assembly.notes:
+            logger.warning("%s: %s", recipe, note)
+    chosen = as_plan(plan, base_plan)
     # Before the weights: what is wrong with a setting or a small file is not told after minutes of loading.
     select_kernels(kernels, jax.default_backend())
+    if kv_dtype is not None:
+        checked_kv_dtype(kv_dtype)
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     template = ChatTemplate.load(directory, tokenizer) if tokenizer else None
-    config, params = load_params(
-        directory, config=config, dtype=dtype, quant=wanted, mesh=mesh, progress=progress
+    weights: dict[str, Any] = {"dtype": dtype, "quant": wanted, "mesh": mesh, "progress": progress}
+    if assembly is None:
+        config, params = load_params(directory, **weights)
+    else:
+        config, params = load_assembly(assembly, **weights)
+    engine = Engine(config, params, max_length=max_length, kv_dtype=kv_dtype, kernels=kernels, mesh=mesh)
+    return Model(
+        engine,
+        chosen,
+        base_plan=base_plan,
+        tokenizer=tokenizer,
+        template=template,
+        max_slots=max_slots,
     )
-    engine = Engine(config, params, max_length=max_length, kernels=kernels, mesh=mesh)
-    return Model(engine, chosen, tokenizer=tokenizer, template=template, max_slots=max_slots)
 
 
-def as_plan(plan: str | LayerPlan | None, config: ModelConfig) -> LayerPlan:
-    """A plan from a spec string, a plan, or nothing (every layer once, in order)."""
-    if plan is None:
-        return LayerPlan.identity(config.num_layers)
-    return LayerPlan.parse(plan, config.num_layers) if isinstance(plan, str) else plan
+def as_plan(plan: str | LayerPlan | None, base: LayerPlan) -> LayerPlan:
+    """A plan over the stacked layers: from a spec of the slots of `base`, a plan as it is, or `base` itself."""
+    if isinstance(plan, str):
+        return LayerPlan.parse(plan, len(base)).compose(base)
+    return base if plan is None else plan
 
 
 def sampling_params(options: GenerateOptions, batch: int) -> SamplingParams:
