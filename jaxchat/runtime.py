@@ -761,7 +761,7 @@ class ChatSession:
 def fitting(
     conversation: Conversation, open_message: Callable[[], Opening], limit: int, overflow: Overflow
 ) -> Opening:
-    """An opening that fits `limit` tokens; `truncate_oldest` drops whole oldest turns until a quarter is free."""
+    """An opening of at most `limit` tokens; `truncate_oldest` drops oldest turns until a quarter is free."""
     opening = open_message()
     if opening.length < limit:
         return opening
@@ -858,7 +858,7 @@ def load(
 
 
 def as_plan(plan: str | LayerPlan | None, base: LayerPlan) -> LayerPlan:
-    """A plan over the stacked layers: from a spec of the slots of `base`, a plan as it is, or `base` itself."""
+    """A plan over the stacked layers: a spec of the slots of `base`, a plan as it is, or `base` itself."""
     if isinstance(plan, str):
         return LayerPlan.parse(plan, len(base)).compose(base)
     return base if plan is None else plan
