@@ -156,6 +156,14 @@ class LayerPlan:
         """`outer(inner)` is `outer.compose(inner)`."""
         return self.compose(inner)
 
+    def select(self, spec: str) -> "LayerPlan":
+        """The plan that `spec` says over the slots of this one: `parse`, then `compose`.
+
+        >>> str(LayerPlan.parse("0:2,0:2", 4).select("::-1"))
+        '1,0,1,0'
+        """
+        return LayerPlan.parse(spec, len(self)).compose(self)
+
     def executed(self) -> tuple[Slot, ...]:
         """The slots that compute something, in order. Identity slots cost no compute and no KV cache.
 

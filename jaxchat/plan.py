@@ -14,7 +14,7 @@ from absl import flags
 
 from jaxchat import command_line, cost, show
 from jaxchat.assembly import Assembly, assembled_config
-from jaxchat.checkpoint_manifest import WEIGHT_DTYPES, load_config
+from jaxchat.checkpoint_manifest import WEIGHT_DTYPES, load_config, load_plan
 from jaxchat.command_line import Flag
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import UsageError
@@ -187,8 +187,6 @@ def _refuse_combinations(values: flags.FlagValues) -> None:
         raise UsageError("no model: give its directory with -m, a --recipe, or only --num_layers")
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} are given; give one")
-    if values.recipe is not None and values.layer_spec is not None:
-        raise UsageError("--recipe and --layer_spec are given; a recipe has its own layers, give one")
     for name in ("model_path", "keep_identity"):
         if getattr(values, name) and values.recipe is None:
             raise UsageError(f"--{name} needs --recipe: it says how to read one")
@@ -211,12 +209,13 @@ def _subject(values: flags.FlagValues) -> _Subject:
         paths = command_line.model_paths(values)
         assembly = read_recipe(values.recipe, paths, keep_identity=values.keep_identity)
         config = assembled_config(assembly, [load_config(path) for path in assembly.models])
+        if values.layer_spec is not None:
+            assembly = dataclasses.replace(assembly, plan=assembly.plan.select(values.layer_spec))
         return _Subject(assembly.plan, config, assembly, Path(values.recipe).name)
     spec = "all" if values.layer_spec is None else values.layer_spec
     if values.model is None:
         return _Subject(LayerPlan.parse(spec, values.num_layers), None, None, None)
-    config = load_config(values.model)
-    return _Subject(LayerPlan.parse(spec, config.num_layers), config, None, values.model)
+    return _Subject(load_plan(values.model).select(spec), load_config(values.model), None, values.model)
 
 
 # --- conversion
@@ -267,7 +266,7 @@ def _report(subject: _Subject, values: flags.FlagValues | None = None) -> show.R
     )
     if subject.assembly is not None:
         return show.describe_assembly(subject.assembly, name=str(subject.name), **options)
-    return show.describe_directory(str(subject.name), str(subject.plan), **options)
+    return show.describe_directory(str(subject.name), subject.plan, **options)
 
 
 def _warn_of_notes(subject: _Subject) -> None:

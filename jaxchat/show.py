@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.assembly import Assembly, LayerSource, assembled_config
-from jaxchat.checkpoint_manifest import MANIFEST, WEIGHT_DTYPES, Manifest, load_config
+from jaxchat.checkpoint_manifest import MANIFEST, WEIGHT_DTYPES, Manifest, load_config, load_plan
 from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param, read_json
 from jaxchat.errors import UsageError
 from jaxchat.families import count_parameters, parameter_table
@@ -93,7 +93,7 @@ class Report:
 
 def describe_directory(
     directory: str | Path,
-    layer_spec: str | None = None,
+    plan: str | LayerPlan | None = None,
     *,
     max_length: int | None = None,
     quant: str | None = None,
@@ -102,7 +102,8 @@ def describe_directory(
 
     Args:
       directory: the model.
-      layer_spec: the plan; None is every layer once.
+      plan: over the stacked layers, or as text over the slots of the plan that the directory records, which
+        is the default; where none is recorded it is every layer once.
       max_length: the context that the KV cache is counted for; None is the model's own.
       quant: the format to count weights in; None is as stored.
 
@@ -112,11 +113,9 @@ def describe_directory(
     """
     directory = Path(directory)
     config = load_config(directory)
-    plan = (
-        LayerPlan.identity(config.num_layers)
-        if layer_spec is None
-        else LayerPlan.parse(layer_spec, config.num_layers)
-    )
+    if not isinstance(plan, LayerPlan):
+        recorded = load_plan(directory)
+        plan = recorded if plan is None else recorded.select(plan)
     stored_dtype = _stored_dtype(directory)
     report = describe(
         config, plan, name=directory.resolve().name, max_length=max_length, stored_dtype=stored_dtype

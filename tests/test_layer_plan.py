@@ -159,6 +159,12 @@ def test_composition_picks_slots_and_multiplies_scales():
     assert outer.compose(inner) == LayerPlan((Slot(3), Slot(7, 0.25, 0.25)), 8)
 
 
+def test_select_counts_the_slots_of_a_plan():
+    assert LayerPlan.parse("[5, [6, 0.5, 1]]", 8).select("1,::-1") == LayerPlan.parse(
+        "[[6, 0.5, 1], [6, 0.5, 1], 5]", 8
+    )
+
+
 def test_composition_of_plans_that_do_not_fit_is_an_error():
     with pytest.raises(PlanError, match="outer layer plan is for 4 slots but the inner one has 2"):
         LayerPlan.identity(4)(LayerPlan.identity(2))

@@ -184,6 +184,14 @@ def test_a_recipe_of_two_models_shows_where_each_slot_comes_from(output, llama, 
     assert rows == ["llama-3-8b 3", "llama-3-8b 4", "other 7, q.weight x 0.5"]
 
 
+def test_a_layer_spec_of_a_recipe_counts_the_slots_of_the_recipe(output, llama, tmp_path):
+    (tmp_path / "recipe.yml").write_text(output("-m", llama, "--layer_spec", "5:9,5:9", "--to", "mergekit"))
+    arguments = ("--recipe", tmp_path / "recipe.yml", "--layer_spec", "2:6", "--json")
+    found = json.loads(output(*arguments))
+    assert found["notations"]["spec"] == "7,8,5,6"
+    assert [row["source"] for row in found["layers"]] == ["7", "8", "5", "6"]
+
+
 def test_keep_identity_counts_the_slots_as_executed(output, llama, tmp_path):
     (tmp_path / "recipe.yml").write_text(
         output("-m", llama, "--layer_spec", "[0, [0, 0, 0]]", "--to", "mergekit")
@@ -221,7 +229,6 @@ def test_a_wrong_plan_is_pointed_at_and_the_exit_code_is_2():
         (["-m", "x", "--num_layers", "3"], "--model and --num_layers are given; give one"),
         (["-m", "nowhere"], "nowhere: no such model directory"),
         (["--recipe", "nowhere.yml"], "nowhere.yml: No such file or directory"),
-        (["--recipe", "x", "--layer_spec", "all"], "a recipe has its own layers, give one"),
         (["--num_layers", "0"], "num_layers"),
         (["-m", "x", "--device", "h300"], "no device is called 'h300'; choose one of a100,"),
         (["--num_layers", "3", "--device", "h200"], "--device needs a model: give its directory with -m"),
