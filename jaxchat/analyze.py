@@ -327,7 +327,7 @@ def _windows(
 ) -> "Windows":
     from jaxchat.analysis import cut_windows
 
-    ids = model.encode(text) if text is not None else given or []
+    ids = _first_ids(model, text, values.max_tokens) if text is not None else given or []
     length = values.window or min(_WINDOW, model.engine.max_length)
     if length > model.engine.max_length:
         raise UsageError(
@@ -337,6 +337,17 @@ def _windows(
     if not ids or ids[0] != bos:
         bos = None
     return cut_windows(ids[bos is not None : values.max_tokens], length, bos=bos)
+
+
+def _first_ids(model: "Model", text: str, count: int) -> list[int]:
+    """The first `count` or more token ids of a text, of which a tokenizer need not read gigabytes."""
+    length = 8 * count
+    while True:
+        ids = model.encode(text[:length])
+        # Where the text was cut, the last few tokens may be others than in the whole.
+        if length >= len(text) or len(ids) >= count + 64:
+            return ids
+        length *= 2
 
 
 def _dependencies(model: "Model", windows: "Windows", values: flags.FlagValues, batch: int) -> dict[str, str]:

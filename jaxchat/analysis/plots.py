@@ -26,8 +26,23 @@ _DPI = 110
 _BLUE, _ORANGE, _GREY = "#3b6fb6", "#d9822b", "#7f8791"
 _HALF_COLORS = {"attention": _BLUE, "mlp": _ORANGE, "both": _GREY}
 _HALF_LABELS = {"attention": "without its attention", "mlp": "without its MLP", "both": "without the layer"}
-_CLIP = 16.0  # ratios of perplexity beyond this, and below its inverse, share a colour
-_RATIOS = (1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 4, 8, 16)  # ticks of the scale of ratios
+_RATIOS = (
+    1.01,
+    1.02,
+    1.05,
+    1.1,
+    1.2,
+    1.5,
+    2,
+    3,
+    5,
+    10,
+    30,
+    100,
+    1e3,
+    1e4,
+    1e6,
+)  # ticks of the scale of ratios
 _WRITTEN = 9  # up to so many slots, cells have their figures in them
 
 
@@ -67,17 +82,23 @@ def influence_figure(result: Analysis, name: str) -> Figure:
 def skip_figure(result: Analysis, name: str) -> Figure:
     """Bars, logarithmic: perplexity without a slot's attention, its MLP or both, over the base plan's."""
     figure, axes = _figure(_width(result), 4.0, f"{name}: perplexity without a layer, or half of it")
-    bar = 0.8 / len(result.skip)
-    for number, (half, nats) in enumerate(result.skip.items()):
-        ratios = np.array([result.ratio(value) for value in nats.tolist()])
-        shown = np.where(np.isfinite(ratios), ratios, np.nan)
-        x = np.arange(len(nats)) + (number - (len(result.skip) - 1) / 2) * bar
-        axes.bar(x, shown - 1, bar, bottom=1, color=_HALF_COLORS[half], label=_HALF_LABELS[half])
+    ratios = {half: np.array([result.ratio(n) for n in nats.tolist()]) for half, nats in result.skip.items()}
+    everything = np.concatenate(list(ratios.values()))
+    # A first layer whose loss is a catastrophe must not hide what the others do.
+    top = 2.0 ** (1.2 * _reach(np.log2(everything[np.isfinite(everything)])))
+    bar = 0.8 / len(ratios)
+    for number, (half, values) in enumerate(ratios.items()):
+        x = np.arange(len(values)) + (number - (len(ratios) - 1) / 2) * bar
+        heights = np.where(np.isfinite(values), np.minimum(values, top), top)
+        axes.bar(x, heights - 1, bar, bottom=1, color=_HALF_COLORS[half], label=_HALF_LABELS[half])
+        for slot in np.flatnonzero(~(values <= top)).tolist():
+            axes.text(x[slot], top, f" {_times(values[slot])}", rotation=90, ha="center", fontsize=7)
     axes.set_yscale("log")
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylabel(_over_base(result))
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e3 else (1,)))
+    subs = (1, 1.5, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 1e3 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(_times))
     axes.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(frameon=False, ncols=3, loc="outside lower center", fontsize=9)
@@ -115,11 +136,12 @@ def rys_figure(result: Analysis, name: str) -> Figure:
     slots = len(result.plan)
     grid = np.full((slots, slots), np.nan)
     for (i, j), nats in result.rys.items():
-        grid[i, j - 1] = math.log2(np.clip(result.ratio(nats), 1 / _CLIP, _CLIP))
+        grid[i, j - 1] = (nats - result.base) / math.log(2)
     known = {pair: nats for pair, nats in result.rys.items() if not math.isnan(nats)}
     unit = "layers" if _is_plain(result) else "slots"
     figure, axes = _square(slots, f"{name}: perplexity with {unit} i to j - 1 run twice")
-    reach = max(float(np.nanmax(np.abs(grid))), 1e-3) if known else 1.0
+    logs = grid[np.isfinite(grid)]
+    reach = _reach(logs)
     cmap = colormaps["RdBu_r"].copy()
     cmap.set_bad("#ececec")
     norm = TwoSlopeNorm(0, -reach, reach)
@@ -135,7 +157,7 @@ def rys_figure(result: Analysis, name: str) -> Figure:
         axes.legend(loc="upper left", fontsize=8)
     axes.set_xlabel("j: where the repeated block ends")
     axes.set_ylabel("i: where the repeated block begins")
-    beyond = "both" if reach >= math.log2(_CLIP) else "neither"
+    beyond = "max" if (logs > reach).any() else "neither"
     bar = figure.colorbar(image, ax=axes, shrink=0.9, extend=beyond)
     ratios = [ratio for ratio in _RATIOS if 0.13 * reach < math.log2(ratio) <= reach][-5:]
     ticks = [-math.log2(ratio) for ratio in ratios[::-1]] + [0.0] + [math.log2(ratio) for ratio in ratios]
@@ -205,7 +227,7 @@ def _png(figure: Figure) -> bytes:
     with warnings.catch_warnings():
         # Characters the font does not have become boxes; the CSV has them.
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(out, format="png", dpi=_DPI)
+        figure.savefig(out, format="png", dpi=_DPI, bbox_inches="tight")
     return out.getvalue()
 
 
@@ -274,7 +296,15 @@ def _over_base(result: Analysis) -> str:
 
 
 def _times(value: float, _: Any = None) -> str:
-    return f"{value:,.3g}" if 1e-3 < value < 1e5 else f"{value:.0e}"
+    return f"{value:.3g}" if 1e-3 < value < 1e3 else f"{value:,.0f}" if 1e3 <= value < 1e5 else f"{value:.0e}"
+
+
+def _reach(logs: np.ndarray) -> float:
+    """How far a scale of log2 ratios goes up and down so that four fifths of them are told apart."""
+    if not logs.size:
+        return 1.0
+    most, usual = float(np.abs(logs).max()), float(np.quantile(np.abs(logs), 0.8))
+    return max(most if most < 2 * usual else 1.5 * usual, 1e-3)
 
 
 def _percent(ratio: float) -> str:

@@ -210,14 +210,17 @@ def _table() -> Table:
 
 
 def _change(result: Analysis, nats: float) -> str:
-    """A perplexity, and how much more that is than the base plan's: "12.3  +14 %"."""
+    """A perplexity, and how it compares with the base plan's: "12.30  +14 %", "9,870  x803"."""
     if math.isnan(nats):
         return "not finite"
-    change = 100 * (result.ratio(nats) - 1)
-    shown = f"{change:+.2f} %" if abs(change) < 10 else f"{change:+,.0f} %"
-    return f"{number(perplexity(nats))}  {shown if abs(change) < 1e6 else f'{result.ratio(nats):.1e} x'}"
+    ratio = result.ratio(nats)
+    if ratio < 10:
+        change = f"{100 * (ratio - 1):+.{2 if abs(ratio - 1) < 0.1 else 0}f} %"
+    else:
+        change = f"x{number(ratio)}"
+    return f"{number(perplexity(nats))}  {change}"
 
 
 def number(value: float) -> str:
     """Four significant digits."""
-    return f"{value:,.0f}" if 1e4 <= value < 1e7 else f"{value:#.4g}".removesuffix(".")
+    return f"{value:,.0f}" if 1e3 <= value < 1e7 else f"{value:#.4g}"
