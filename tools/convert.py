@@ -5,6 +5,8 @@ Examples:
   python tools/convert.py --src Llama-3.2-1B-Instruct --dst llama-1b-int4 --quant int4
   python tools/convert.py --src Llama-3.2-1B-Instruct --dst llama-1b-orbax --format orbax
   python tools/convert.py --src llama-1b --dst llama-1b-hf --to_hf
+  python tools/convert.py --src llama-3-8b --dst llama-13b --to_hf --layer_spec 0:8,4:12,8:16,12:
+  python tools/convert.py --recipe expanded.yaml --model_path openchat=models/openchat --dst openchat-9b
 """
 
 import contextlib
@@ -30,22 +32,25 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from jaxchat import checkpoint_writer
+from jaxchat import checkpoint_writer, command_line
+from jaxchat.assembly import Assembly
 from jaxchat.checkpoint import Progress as Report
 from jaxchat.checkpoint_manifest import WEIGHT_DTYPES
 from jaxchat.checkpoint_quantized import Quant
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.quant import QuantFormat
+from jaxchat.recipe import read_recipe
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
 
 _FLAGS = (
-    "src", "dst", "dtype", "quant", "format", "to_hf", "max_shard_bytes", "dequantize", "overwrite", "help",
+    "src", "dst", "layer_spec", "recipe", "model_path", "plan", "dtype", "quant", "format", "to_hf",
+    "max_shard_bytes", "dequantize", "overwrite", "help",
 )  # fmt: skip
 _ONLY_TO_HF = ("max_shard_bytes", "dequantize")
-_NEVER_TO_HF = ("dtype", "quant", "format")
+_NEVER_TO_HF = ("dtype", "quant", "format", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +83,37 @@ def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_string("src", None, "The model directory to read, e.g. --src Llama-3.2-1B-Instruct", values)
     flags.DEFINE_string("dst", None, "The directory to create, e.g. --dst llama-1b", values)
+    flags.DEFINE_string(
+        "layer_spec",
+        None,
+        "A layer plan: the layers of the result, in this order, in any notation that generate takes; it "
+        "counts the slots of a recipe, or of the plan that --src records, if there is one, e.g. "
+        "--layer_spec 0:8,4:12,8:",
+        values,
+    )
+    flags.DEFINE_string(
+        "recipe",
+        None,
+        "Instead of --src: a mergekit recipe (merge_method: passthrough) over one or several models, e.g. "
+        "--recipe goliath.yaml",
+        values,
+    )
+    flags.DEFINE_multi_string(
+        "model_path",
+        [],
+        "NAME=DIR: where a model of the recipe is; may be given more than once, e.g. "
+        "--model_path Xwin=models/xwin",
+        values,
+    )
+    flags.DEFINE_enum(
+        "plan",
+        "record",
+        list(checkpoint_writer.KEEP),
+        "What becomes of the layer plan: record stores each layer once, and the plan, under which the result "
+        "then runs; bake stores every slot as a layer of its own, an ordinary model, as --to_hf always does, "
+        "e.g. --plan bake",
+        values,
+    )
     flags.DEFINE_enum(
         "dtype",
         None,
@@ -146,22 +182,29 @@ def _help(values: flags.FlagValues) -> str:
 def _run(values: flags.FlagValues, rest: list[str]) -> None:
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r}; give directories as --src DIR --dst DIR")
-    missing = [f"--{name}" for name in ("src", "dst") if not values[name].value]
+    if values.src and values.recipe:
+        raise UsageError("both --src and --recipe are given; the recipe says which models it is made from")
+    needed = ("dst",) if values.recipe else ("src", "dst")
+    missing = [f"--{name}" for name in needed if not values[name].value]
     if missing:
         raise UsageError(f"{' and '.join(missing)} must be given; --help shows examples")
     refused = [name for name in (_NEVER_TO_HF if values.to_hf else _ONLY_TO_HF) if values[name].present]
     if refused:
         reason = "cannot be combined with --to_hf" if values.to_hf else "needs --to_hf"
         raise UsageError(f"--{refused[0]} {reason}")
+    if values.model_path and not values.recipe:
+        raise UsageError("--model_path needs --recipe")
     quant: Quant = "auto" if values.quant is None else QuantFormat.parse(values.quant)
     if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
+    source = _source(values)
     with _progress() as report:
         if values.to_hf:
             manifest = checkpoint_writer.to_hf(
-                values.src,
+                source,
                 values.dst,
+                layer_spec=values.layer_spec,
                 max_shard_bytes=values.max_shard_bytes,
                 dequantize=values.dequantize,
                 overwrite=values.overwrite,
@@ -169,8 +212,10 @@ def _run(values: flags.FlagValues, rest: list[str]) -> None:
             )
         else:
             manifest = checkpoint_writer.convert(
-                values.src,
+                source,
                 values.dst,
+                layer_spec=values.layer_spec,
+                plan=values.plan,
                 dtype=values.dtype,
                 quant=quant,
                 format=values.format,
@@ -180,6 +225,16 @@ def _run(values: flags.FlagValues, rest: list[str]) -> None:
     size = sum(path.stat().st_size for path in Path(values.dst).rglob("*") if path.is_file())
     seconds = time.monotonic() - started
     print(f"{values.dst}: {manifest.parameters:,} parameters, {size:,} bytes, {seconds:.1f} s")
+
+
+def _source(values: flags.FlagValues) -> str | Assembly:
+    """What to convert: a directory, or what a recipe assembles; its remarks go to standard error."""
+    if not values.recipe:
+        return str(values.src)
+    assembly = read_recipe(values.recipe, command_line.model_paths(values))
+    for note in assembly.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return assembly
 
 
 @contextlib.contextmanager
