@@ -196,7 +196,8 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it can raise anything
             kind = type(error).__name__
             raise JaxchatError(
-                f"{self.path}: the chat template failed ({kind}: {_one_line(error)})"
+                f"{self.path}: the chat template failed ({kind}: {_one_line(error)}); "
+                "it may need a variable, as in template_kwargs={'tools': []}"
             ) from error
 
 
@@ -280,6 +281,7 @@ class Opening:
         replaces: it takes the place of the last message.
         prefix, prefix_in: what the message was opened with, to retry it.
         stop_ids, stop_strings: what ends the role's message, beside the model's own end tokens.
+        tail: white space that the template puts between the message and that.
         resumes_ended: a message that had come to its end goes on with nothing given.
     """
 
@@ -295,6 +297,7 @@ class Opening:
     prefix_in: Kind = "content"
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    tail: str = ""
     resumes_ended: bool = False
 
     @property
@@ -496,11 +499,12 @@ class Conversation:
         self._chunks = self._rendered_chunks(prompt)
         ids = self.token_ids
         lead, opened = prompt.lead, prompt.opened
-        if prefix and role == "assistant":
+        if prefix_in == "reasoning" and role == "user":
+            raise UsageError("a user's message has no reasoning: put the prefix into the content")
+        spelled_out = self.thought_tags is not None and prefix.lstrip().startswith(self.thought_tags[0])
+        if prefix and role == "assistant" and not spelled_out:
             lead = self._lead(entries, prompt.text, prefix_in)
             opened = "" if prefix_in == "content" else opened or lead
-        elif prefix and prefix_in == "reasoning":
-            raise UsageError("a user's message has no reasoning: put the prefix into the content")
         after = ids[-1] if ids else None
         message = self._encode(lead, after, "") if lead else []
         lead, _ = self._decode(ids, message)  # a space that the tokenizer adds by itself is no text
@@ -515,6 +519,7 @@ class Conversation:
             prefix_in=prefix_in,
             stop_ids=prompt.stop_ids,
             stop_strings=prompt.stop_strings,
+            tail=prompt.tail,
         )
 
     def reopen(self, suffix: str = "") -> Opening:
@@ -545,6 +550,7 @@ class Conversation:
             prefix_in=reply.prefix_in,
             stop_ids=prompt.stop_ids,
             stop_strings=prompt.stop_strings,
+            tail=prompt.tail,
             resumes_ended=reply.ended and not suffix,
         )
 
@@ -578,6 +584,8 @@ class Conversation:
         text, ends = self._decode(opening.prompt, ids)
         chunk = _Chunk(text, tuple(ids), ends)
         shown, _ = self._decode(opening.prompt, ids[:-1] if ended else ids, keep=self._tag_ids)
+        if ended or length is not None:
+            shown = shown.removesuffix(opening.tail)
         entry = _Entry(
             self._message(opening, shown),
             reply=_Reply(chunk, opening.lead, opening.opened, opening.prefix, opening.prefix_in, ended),
@@ -674,23 +682,21 @@ class Conversation:
             )
         # A space before the message is part of its first token, as in training: of "[INST] Hi" it is " Hi".
         stripped = head.rstrip(" ")
-        stop_ids, stop_strings = self._end_of_message(tail.replace(breaker, ""))
-        text = stripped.replace(breaker, "")
-        return _Prompt(
-            stripped, text, breaker, head[len(stripped) :], stop_ids=stop_ids, stop_strings=stop_strings
-        )
+        prompt = _Prompt(stripped, stripped.replace(breaker, ""), breaker, head[len(stripped) :])
+        return dataclasses.replace(prompt, **self._end_of_message(tail.replace(breaker, "")))
 
-    def _end_of_message(self, tail: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """The id or the string that begins what follows a message."""
+    def _end_of_message(self, after: str) -> dict[str, Any]:
+        """`stop_ids` or `stop_strings`, and `tail`, of a message that is followed by this text."""
         tokens = self._tokenizer
         added = tokens.added_tokens if isinstance(tokens, TextTokenizer) else tokens.special_tokens
-        match = first_of(added, tail)
-        plain = tail[: match.start()] if match else tail
-        if plain.strip():
-            body = plain.lstrip()
-            line = plain[: len(plain) - len(body)] + body.split("\n", 1)[0]
-            return (), (line.strip(" "),)
-        return ((added[match[0]],) if match else ()), ()
+        match = first_of(added, after)
+        plain = after[: match.start()] if match else after
+        body = plain.lstrip()
+        if not body:
+            return {"stop_ids": (added[match[0]],) if match else (), "tail": plain}
+        blank = plain[: len(plain) - len(body)]
+        tail = blank if not blank.strip(" ") else ""
+        return {"stop_strings": ((blank[len(tail) :] + body.split("\n", 1)[0]).rstrip(" "),), "tail": tail}
 
     def _lead(self, entries: Sequence[_Entry], prompt: str, prefix_in: Kind) -> str:
         """What the template writes between the generation prompt and a reply's answer, or its reasoning.
@@ -699,23 +705,18 @@ class Conversation:
             UsageError: there is no place for reasoning.
         """
         tags = self.thought_tags
-        if tags is None:
-            if prefix_in == "reasoning":
-                raise UsageError(
-                    "this model's chat template knows no reasoning: put the prefix into the content, "
-                    "or name the tags (thought_tags)"
-                )
-            return ""
         opened = opens_reasoning(prompt, tags)
-        if prefix_in == "reasoning":
-            if prompt.rstrip().endswith(tags[1]):
-                raise UsageError("the prompt has closed the reasoning: put the prefix into the content")
-            return (
-                "" if opened else self._rendered_lead(entries, prompt, "reasoning_content") or f"{tags[0]}\n"
+        if prefix_in == "content":
+            closing = f"\n{tags[1]}\n\n" if tags and opened else ""
+            return closing or self._rendered_lead(entries, prompt, "content") or ""
+        if tags is None:
+            raise UsageError(
+                "this model's chat template knows no reasoning: put the prefix into the content, "
+                "or name the tags (thought_tags)"
             )
-        if opened:
-            return f"\n{tags[1]}\n\n"
-        return self._rendered_lead(entries, prompt, "content") or ""
+        if prompt.rstrip().endswith(tags[1]):
+            raise UsageError("the prompt has closed the reasoning: put the prefix into the content")
+        return "" if opened else self._rendered_lead(entries, prompt, "reasoning_content") or f"{tags[0]}\n"
 
     def _rendered_lead(self, entries: Sequence[_Entry], prompt: str, key: str) -> str | None:
         """What the template writes between `prompt` and one part of the assistant's message, if it does."""
@@ -829,7 +830,7 @@ class _Prompt:
         text: the same without.
         lead: text the template puts before the message that is tokenized with it.
         opened: how the text opens the reasoning, "" if it does not.
-        stop_ids, stop_strings: see `Opening`.
+        stop_ids, stop_strings, tail: see `Opening`.
     """
 
     marked: str
@@ -839,6 +840,7 @@ class _Prompt:
     opened: str = ""
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    tail: str = ""
 
 
 def _opened(prompt: str, tags: ThoughtTags | None) -> str:
