@@ -19,8 +19,9 @@ from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays, Slot
 from jaxchat.model import KVCache, Params
-from jaxchat.options import Overflow
+from jaxchat.options import KV_DTYPES, Overflow
 from jaxchat.pallas import Kernels
+from jaxchat.pallas.cache_attention import QuantizedRows
 from jaxchat.sampling import SamplingParams
 from jaxchat.sharding import cache_sharding
 
@@ -52,10 +53,12 @@ class KVRows(NamedTuple):
     last; the rows beyond `slot_rows` are unspecified.
     """
 
-    k: np.ndarray  # [P, K, S, H] of the executed slots and of the rows in use, in the cache's dtype
+    k: np.ndarray  # [P, K, S, H] of the executed slots and of the rows in use, in the cache's `kv_dtype`
     v: np.ndarray  # [P, K, S, H]
     slot_rows: np.ndarray  # int64 [P], how many rows of each slot are in use; S is the largest
     rope_regime: np.ndarray  # int64 [], `ModelConfig.rope_regime` of the context the keys are rotated for
+    k_scale: np.ndarray | None = None  # float32 [P, K, S], with int8: see `QuantizedRows`
+    v_scale: np.ndarray | None = None  # float32 [P, K, S]
 
 
 class Engine:
@@ -67,7 +70,8 @@ class Engine:
       config: the model.
       params: the parameter pytree, on device.
       max_length: the longest context in tokens; default the model's own.
-      dtype: of activations and KV cache; default float32 on CPU and with float32 weights, else bfloat16.
+      dtype: of the activations; default float32 on CPU and with float32 weights, else bfloat16.
+      kv_dtype: of the KV cache, `float32`, `bfloat16` or `int8`; default as the activations.
       kernels: `auto`, `reference`, `native` or `pallas`: which implementations of the operations run.
       mesh: the mesh the parameters are sharded over; the caches are sharded to match.
     """
@@ -79,6 +83,7 @@ class Engine:
         *,
         max_length: int | None = None,
         dtype: Any = None,
+        kv_dtype: str | None = None,
         kernels: str = "auto",
         mesh: jax.sharding.Mesh | None = None,
     ):
@@ -96,6 +101,10 @@ class Engine:
         self.params = self.kernels.prepare(params)
         self.max_length = max_length or config.max_position_embeddings
         self.dtype = jnp.dtype(dtype or default_dtype(params))
+        self.kv_dtype = self.dtype if kv_dtype is None else jnp.dtype(checked_kv_dtype(kv_dtype))
+        # XLA on CPU would widen a whole bfloat16 cache for every update of a row.
+        as_bits = self.kv_dtype == jnp.bfloat16 and platform_of(params) == "cpu"
+        self._stored_dtype = jnp.dtype(jnp.uint16) if as_bits else self.kv_dtype
         self.mesh = mesh
         self._placement = _placement(params, mesh)
 
@@ -129,6 +138,13 @@ def platform_of(params: Params) -> str:
     """`cpu`, `gpu` or `tpu`: where the parameters are."""
     platform = next(iter(params["norm.weight"].devices())).platform
     return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def checked_kv_dtype(name: str) -> str:
+    """The name, unless it is not one of `KV_DTYPES`."""
+    if name not in KV_DTYPES:
+        raise UsageError(f"--kv_dtype is {name!r}; expected one of {', '.join(KV_DTYPES)}")
+    return name
 
 
 def default_dtype(params: Params) -> jnp.dtype:
@@ -182,7 +198,7 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Bytes the KV cache takes now."""
-        return sum(c.nbytes for c in self._cache) if self._cache else 0
+        return sum(part.nbytes for part in jax.tree.leaves(self._cache))
 
     def set_plan(self, plan: LayerPlan) -> None:
         """Runs everything from now on under another plan.
@@ -249,16 +265,24 @@ class Session:
     def cached_rows(self, row: int = 0) -> KVRows:
         """A sequence's keys and values, to be stored with its `ids` and given to `restore` later."""
         valid = self._rows_by_slot()[: len(self.plan.executed()), row]
-        rows = int(valid.max(initial=0))
-        config = self.engine.config
-        empty = np.zeros((len(valid), config.num_kv_heads, 0, config.head_dim), self.engine.dtype)
-        parts = (
-            [np.asarray(c[: len(valid), row, :, :rows]) for c in self._cache or ()] if rows else [empty] * 2
+        slots, rows = len(valid), int(valid.max(initial=0))
+
+        def take(part: jax.Array) -> np.ndarray:
+            out = np.asarray(part[:slots, row, :, :rows])
+            # The cache gets the slots of a longer plan at the next prefill only.
+            out = np.pad(out, [(0, slots - len(out))] + [(0, 0)] * (out.ndim - 1))
+            return out.view(self.engine.kv_dtype) if out.dtype == np.uint16 else out
+
+        config, dtype = self.engine.config, self.engine._stored_dtype
+        cache = self._cache or model.init_cache(
+            config, slots=slots, batch=self._rows, capacity=0, dtype=dtype
         )
-        # The cache gets the slots of a longer plan at the next prefill only.
-        missing = len(valid) - len(parts[0])
-        k, v = (np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) for part in parts)
-        return KVRows(k, v, slot_rows=valid, rope_regime=np.asarray(self._regime[row]))
+        regime = np.asarray(self._regime[row])
+        if isinstance(cache.k, QuantizedRows) and isinstance(cache.v, QuantizedRows):
+            scales = take(cache.k.scale), take(cache.v.scale)
+            return KVRows(take(cache.k.codes), take(cache.v.codes), valid, regime, *scales)
+        k, v = map(take, jax.tree.leaves(cache))
+        return KVRows(k, v, valid, regime)
 
     def restore(self, ids: Sequence[int], rows: KVRows, row: int = 0) -> None:
         """Makes `ids` a sequence's context whose keys and values are those that `cached_rows` gave.
@@ -282,7 +306,12 @@ class Session:
             return
         self._reserve(length)
         put = jax.jit(_put_rows, donate_argnums=0, out_shardings=self.engine.cache_sharding(self._rows))
-        self._cache = put(self._cache, (rows.k, rows.v), row)
+        k, v = (jnp.asarray(part.view(self.engine._stored_dtype)) for part in (rows.k, rows.v))
+        new = KVCache(k, v)
+        if rows.k_scale is not None and rows.v_scale is not None:
+            scales = jnp.asarray(rows.k_scale), jnp.asarray(rows.v_scale)
+            new = KVCache(QuantizedRows(k, scales[0]), QuantizedRows(v, scales[1]))
+        self._cache = put(self._cache, new, row)
         self._valid[:slots, row] = rows.slot_rows
         self.cached[row] = int(rows.slot_rows[-1])
         self._regime[row] = int(rows.rope_regime)
@@ -296,10 +325,17 @@ class Session:
                     f"the stored {name} have the shape {list(part.shape)}, expected {list(shape)} (slots, "
                     "key/value heads, tokens, head size): restore them under their own model and plan"
                 )
-            if part.dtype != self.engine.dtype:
+            if part.dtype != self.engine.kv_dtype:
                 raise UsageError(
-                    f"the stored {name} are {part.dtype}, the cache here is {self.engine.dtype}: "
-                    "restore with the dtype they were stored with"
+                    f"the stored {name} are {part.dtype}, the cache here is {self.engine.kv_dtype}: "
+                    f"restore them with --kv_dtype {part.dtype}"
+                )
+        needed = (shape[:-1], np.dtype(np.float32)) if self.engine.kv_dtype == np.int8 else None
+        for name, scale in (("keys", rows.k_scale), ("values", rows.v_scale)):
+            if (None if scale is None else (scale.shape, scale.dtype)) != needed:
+                raise UsageError(
+                    f"the stored scales of the {name} do not belong to {self.engine.kv_dtype} {name}: "
+                    f"expected {'none' if needed is None else f'float32 {list(shape[:-1])}'}"
                 )
         counts = np.asarray(rows.slot_rows)
         falling = counts.shape == (slots,) and (np.diff(counts) <= 0).all() and (counts >= 0).all()
@@ -384,26 +420,36 @@ class Session:
         return slots, int(valid[slots - 1]) if slots else len(self.ids[row])
 
     def score(self, row: int = 0) -> np.ndarray:
-        """Log-probability of each token of a sequence given those before it, float32 [len(ids) - 1].
+        """`score_rows` of one sequence."""
+        return self.score_rows([row])[0]
 
-        Recomputes the sequence from its start.
+    def score_rows(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """Log-probability of each token of sequences given those before it, float32 [len(ids) - 1] each.
+
+        Recomputes them from their starts, together.
         """
-        ids = self.ids[row]
-        if len(ids) > self.engine.max_length:
+        ids = {row: self.ids[row] for row in rows}
+        longest = max((len(tokens) for tokens in ids.values()), default=0)
+        if longest > self.engine.max_length:
             raise ContextOverflowError(
-                f"the text has {len(ids)} tokens but the context holds {self.engine.max_length}; "
+                f"the text has {longest} tokens but the context holds {self.engine.max_length}; "
                 "score it in pieces or raise --max_length"
             )
-        self._follow_rope(row)
-        self._reserve(len(ids))
-        context = self._int_rows({row: len(ids)})
-        parts, done = [], 0
-        while done < len(ids) - 1:
-            # Logits of a whole chunk are [T, V] float32: chunks are kept short.
-            chunk = min(_chunk_length(len(ids) - 1 - done), 256)
-            n = min(chunk, len(ids) - 1 - done)
+        for row in rows:
+            self._follow_rope(row)
+        self._reserve(longest)
+        context = self._int_rows({row: len(tokens) for row, tokens in ids.items()})
+        # Logits of a whole chunk are [B, T, V] float32: chunks are kept short.
+        limit = max(b for b in PREFILL_BUCKETS if b == PREFILL_BUCKETS[0] or b * self._rows <= 256)
+        done = dict.fromkeys(rows, 0)
+        parts: dict[int, list[np.ndarray]] = {row: [np.zeros(0, np.float32)] for row in rows}
+        while left := max((len(ids[row]) - 1 - done[row] for row in rows), default=0):
+            chunk = min(_chunk_length(left), limit)
             tokens, targets = np.zeros((2, self._rows, chunk), np.int32)
-            tokens[row, :n], targets[row, :n] = ids[done : done + n], ids[done + 1 : done + n + 1]
+            new = {row: min(chunk, len(ids[row]) - 1 - done[row]) for row in rows}
+            for row, n in new.items():
+                at = done[row]
+                tokens[row, :n], targets[row, :n] = ids[row][at : at + n], ids[row][at + 1 : at + n + 1]
             logprobs, self._cache = _score(
                 self.engine.config,
                 self.engine.dtype,
@@ -412,15 +458,17 @@ class Session:
                 self._cache,
                 self._plan_arrays,
                 tokens,
-                self._int_rows({row: done}),
-                self._int_rows({row: n}),
+                self._int_rows(done),
+                self._int_rows(new),
                 context,
                 targets,
             )
-            parts.append(np.asarray(logprobs[row, :n]))
-            done += n
-        self.cached[row] = done
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+            for row, n in new.items():
+                parts[row].append(np.asarray(logprobs[row, :n]))
+                done[row] += n
+        for row in rows:
+            self.cached[row] = done[row]
+        return [np.concatenate(parts[row]) for row in rows]
 
     def generate(
         self,
@@ -455,10 +503,10 @@ class Session:
 
     def _reserve(self, length: int) -> None:
         """Makes room for `length` rows of every slot: allocates the cache or grows it by powers of two."""
-        if self._cache is not None and self._cache.k.is_deleted():
+        if any(part.is_deleted() for part in jax.tree.leaves(self._cache)):
             # A call that was interrupted (Ctrl-C) after taking the cache over and before handing it back.
             self._drop_cache()
-        slots, _, _, rows, _ = self._cache.k.shape if self._cache is not None else (0,) * 5
+        slots, _, _, rows, *_ = self._cache.k.shape if self._cache is not None else (0,) * 5
         if length <= rows and self._slots <= slots:
             return
         capacity = max(min(max(_next_power_of_two(length), MIN_CAPACITY), self.engine.max_length), rows)
@@ -474,7 +522,7 @@ class Session:
                 slots=self._slots,
                 batch=self._rows,
                 capacity=capacity,
-                dtype=self.engine.dtype,
+                dtype=self.engine._stored_dtype,
             )
         else:
             self._cache = _grow(self._cache, self._slots, capacity)
@@ -788,14 +836,14 @@ def _grow(cache: KVCache, slots: int, capacity: int) -> KVCache:
     return jax.tree.map(pad, cache)
 
 
-def _put_rows(cache: KVCache, rows: tuple[jax.Array, ...], row: jax.Array) -> KVCache:
-    """Writes one sequence's first rows of the first slots, each [P, K, S, ...], into the cache."""
+def _put_rows(cache: KVCache, rows: KVCache, row: jax.Array) -> KVCache:
+    """Writes one sequence's first rows of the first slots, each part [P, K, S, ...], into the cache."""
 
     def put(part: jax.Array, new: jax.Array) -> jax.Array:
-        start = (0, row, 0, 0) + (0,) * (part.ndim - 4)
+        start = (0, row) + (0,) * (part.ndim - 2)
         return jax.lax.dynamic_update_slice(part, new[:, None], start)
 
-    return KVCache(*map(put, cache, rows))
+    return jax.tree.map(put, cache, rows)
 
 
 def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -22,6 +22,7 @@ from jax import lax
 from jaxchat.config import ModelConfig
 from jaxchat.layer_plan import PlanArrays
 from jaxchat.pallas.backends import DIFFERENTIABLE, REFERENCE, Kernels
+from jaxchat.pallas.cache_attention import QuantizedRows, Rows
 from jaxchat.pallas.stacked_matmul import embedding_rows, widen
 from jaxchat.rope import rope_cos_sin, rotate
 
@@ -36,14 +37,25 @@ class KVCache(NamedTuple):
     model writes is, and the engine drops a cache after non-finite logits.
     """
 
-    k: jax.Array  # [P, B, K, S, H]
-    v: jax.Array  # [P, B, K, S, H]
+    k: Rows  # [P, B, K, S, H]
+    v: Rows  # [P, B, K, S, H]
 
 
 def init_cache(config: ModelConfig, *, slots: int, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache for plans of up to `slots` slots and contexts of up to `capacity` tokens."""
+    """An empty cache for plans of up to `slots` slots and contexts of up to `capacity` tokens.
+
+    Args:
+      config: the model.
+      slots, batch, capacity: P, B and S.
+      dtype: a float type; uint16, which is bfloat16 as its bits; or int8, for `QuantizedRows`.
+    """
     shape = (slots, batch, config.num_kv_heads, capacity, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def zeros() -> Rows:
+        codes = jnp.zeros(shape, dtype)
+        return QuantizedRows(codes, jnp.zeros(shape[:-1], jnp.float32)) if dtype == jnp.int8 else codes
+
+    return KVCache(zeros(), zeros())
 
 
 class _Layers(NamedTuple):

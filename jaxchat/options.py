@@ -7,6 +7,9 @@ from typing import Literal
 Format = Literal["chat", "completion"]
 Overflow = Literal["error", "truncate_oldest"]
 
+KV_DTYPES = ("float32", "bfloat16", "int8")
+"""What the KV cache can be kept in."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:

@@ -49,7 +49,8 @@ def save(path: str | Path, chat: "ChatSession") -> None:
     path = Path(path)
     model, session = chat.model, chat.session
     rows = session.cached_rows()
-    arrays = {"ids": np.asarray(session.ids[0], np.int32), **rows._asdict()}
+    given = {name: array for name, array in rows._asdict().items() if array is not None}
+    arrays = {"ids": np.asarray(session.ids[0], np.int32), **given}
     stored = {
         "model": _fingerprint(model),
         "plan": str(session.plan),
@@ -120,7 +121,7 @@ def load(path: str | Path, model: "Model") -> "ChatSession":
     assert model.template is not None
     assert model.tokenizer is not None
     chat.conversation = Conversation.from_state(model.template, model.tokenizer, stored["conversation"])
-    rows = KVRows(*(arrays[name] for name in KVRows._fields))
+    rows = KVRows(**{name: arrays[name] for name in KVRows._fields if name in arrays})
     try:
         chat.session.restore(arrays["ids"].tolist(), rows)
     except UsageError as error:

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 from jaxchat import native
-from jaxchat.pallas.cache_attention import cpu, reference
+from jaxchat.pallas.cache_attention import QuantizedRows, cpu, reference
 
 SHAPES = ((1, 8, 2, 16, 128), (3, 6, 3, 12, 96), (2, 4, 1, 64, 700), (1, 4, 4, 80, 1500), (2, 5, 5, 8, 64))
 """B, N, K, H, S: the blocks of 256 keys are met whole, in part and not at all."""
 TOKENS = (1, 3, 17)
 WINDOWS = (0, 1, 7, 600)
 SOFTCAPS = (0.0, 30.0)
-CACHES = (np.float32, ml_dtypes.bfloat16)
+CACHES = (np.float32, ml_dtypes.bfloat16, np.uint16, np.int8)
+"""uint16 holds the bits of bfloat16; int8 is codes with a scale for each row."""
 SCALE = 0.3
 SLOT, SLOTS = 1, 2
 TOLERANCE = 6e-6  # of float32 sums: scores up to 15, values up to 4
@@ -58,9 +59,30 @@ def normal(rng, shape):
 
 class Case(NamedTuple):
     q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
+    k: np.ndarray | QuantizedRows
+    v: np.ndarray | QuantizedRows
     lengths: np.ndarray
+
+
+def in_dtype(cache, dtype):
+    """Float rows as a cache of `dtype` holds them."""
+    if dtype == np.int8:
+        scale = np.abs(cache).max(-1) * np.float32(1 / 127)
+        with np.errstate(invalid="ignore"):
+            codes = np.round(cache / np.where(scale > 0, scale, 1)[..., None])
+            return QuantizedRows(np.where(np.isnan(codes), 99, codes).astype(np.int8), scale)
+    return cache.astype(ml_dtypes.bfloat16).view(np.uint16) if dtype == np.uint16 else cache.astype(dtype)
+
+
+def in_float64(cache):
+    if isinstance(cache, QuantizedRows):
+        return np.asarray(cache.codes, np.float64) * np.asarray(cache.scale, np.float64)[..., None]
+    cache = np.asarray(cache)
+    return (cache.view(ml_dtypes.bfloat16) if cache.dtype == np.uint16 else cache).astype(np.float64)
+
+
+def dtype_of(cache):
+    return cache.codes.dtype if isinstance(cache, QuantizedRows) else cache.dtype
 
 
 def make_case(rng, shape, t, dtype, unwritten, lengths=None):
@@ -73,7 +95,7 @@ def make_case(rng, shape, t, dtype, unwritten, lengths=None):
         cache[1 - SLOT] = unwritten
         for row, length in enumerate(lengths):
             cache[:, row, :, length + t :] = unwritten
-        caches.append(cache.astype(dtype))
+        caches.append(in_dtype(cache, dtype))
     return Case(normal(rng, (b, t, n, h)), *caches, np.asarray(lengths, np.int32))
 
 
@@ -81,9 +103,10 @@ def expected(case, window, softcap):
     """The definition in float64, one sequence at a time."""
     _, t, n, h = case.q.shape
     kv = case.k.shape[2]
+    keys, values = in_float64(case.k), in_float64(case.v)
     out = np.empty(case.q.shape)
     for row, length in enumerate(case.lengths):
-        k, v = (c[SLOT, row, :, : length + t].astype(np.float64) for c in (case.k, case.v))  # [K, S, H]
+        k, v = (c[SLOT, row, :, : length + t] for c in (keys, values))  # [K, S, H]
         q = case.q[row].astype(np.float64).reshape(t, kv, n // kv, h)
         scores = np.einsum("tkgh,ksh->tkgs", q, k) * SCALE
         if softcap:
@@ -109,7 +132,7 @@ def attend_all(attend, cases, window):
 
 def attend_one(attend, case, window=0, softcap=0.0):
     run = jax.jit(functools.partial(attend, softcap=softcap))
-    arrays = [jnp.asarray(a) for a in (case.q, case.k, case.v)]
+    arrays = jax.tree.map(jnp.asarray, (case.q, case.k, case.v))
     return np.asarray(run(*arrays, SLOT, jnp.asarray(case.lengths), scale=SCALE, window=window))
 
 
@@ -121,7 +144,7 @@ def test_attention_is_what_its_definition_says(backend, rng, shape):
         for case in cases:
             for softcap in SOFTCAPS:
                 error = np.abs(np.asarray(next(found)) - expected(case, window, softcap)).max()
-                what = f"T {case.q.shape[1]}, window {window}, softcap {softcap}, {case.k.dtype}"
+                what = f"T {case.q.shape[1]}, window {window}, softcap {softcap}, {dtype_of(case.k)}"
                 assert error < TOLERANCE, f"{what}, lengths {case.lengths}: {error}"
 
 
@@ -217,24 +240,50 @@ write_rows = jax.jit(reference.write_rows, donate_argnums=0)
 )
 def test_rows_are_written_behind_those_there_are_and_nowhere_else(rng, dtype, lengths, new, t):
     capacity = 100
-    cache = normal(rng, (SLOTS, 3, 2, capacity, 12)).astype(dtype)
+    cache = in_dtype(normal(rng, (SLOTS, 3, 2, capacity, 12)), dtype)
     rows = normal(rng, (3, t, 2, 12))
-    wanted = cache.copy()
+    rows[0, 0, 1] = 0
+    wanted, added = jax.tree.leaves(jax.tree.map(np.copy, cache)), jax.tree.leaves(in_dtype(rows, dtype))
     for b, (length, count) in enumerate(zip(lengths, new, strict=True)):
         for i in range(min(count, capacity - length)):
-            wanted[SLOT, b, :, length + i] = rows[b, i]
-    found = write_rows(jnp.asarray(cache), rows, SLOT, jnp.array(lengths), jnp.array(new))
-    assert found.dtype == dtype
-    np.testing.assert_array_equal(found, wanted)
+            for part, row in zip(wanted, added, strict=True):
+                part[SLOT, b, :, length + i] = row[b, i]
+    found = write_rows(jax.tree.map(jnp.asarray, cache), rows, SLOT, jnp.array(lengths), jnp.array(new))
+    for part, expected in zip(jax.tree.leaves(found), wanted, strict=True):
+        assert part.dtype == expected.dtype
+        np.testing.assert_array_equal(part, expected)
 
 
-def test_rows_are_written_in_place():
-    """In float32: XLA widens a whole bfloat16 cache on CPU, whose engines default to float32."""
-    cache = jnp.zeros((SLOTS, 3, 2, 100, 12)).block_until_ready()
-    pointer = cache.unsafe_buffer_pointer()
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int8])
+def test_rows_are_written_in_place(dtype):
+    """Not in bfloat16, a whole cache of which XLA widens on CPU: it is kept as its bits there."""
+    cache = jax.tree.map(jnp.asarray, in_dtype(np.zeros((SLOTS, 3, 2, 100, 12), np.float32), dtype))
+    parts = jax.tree.leaves(jax.block_until_ready(cache))
+    pointers = [part.unsafe_buffer_pointer() for part in parts]
     arguments = np.ones((3, 1, 2, 12), np.float32), SLOT, jnp.array([5, 0, 9]), jnp.array([1, 1, 0])
     compiled = write_rows.lower(cache, *arguments).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < cache.nbytes / 4
-    found = write_rows(cache, *arguments)
-    assert cache.is_deleted()
-    assert found.unsafe_buffer_pointer() == pointer
+    assert compiled.memory_analysis().temp_size_in_bytes < sum(part.nbytes for part in parts) / 4
+    found = jax.tree.leaves(write_rows(cache, *arguments))
+    assert all(part.is_deleted() for part in parts)
+    assert [part.unsafe_buffer_pointer() for part in found] == pointers
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_no_element_in_8_bits_is_off_by_more_than_half_a_scale(rng, size):
+    rows = normal(rng, (50, 3, 40)) * np.float32(size)
+    rows[7] = 0
+    found = jax.tree.map(np.asarray, reference.quantize_rows(jnp.asarray(rows)))
+    assert found.codes.dtype == np.int8
+    np.testing.assert_allclose(found.scale, np.abs(rows).max(-1) / 127, rtol=1e-6)
+    error = np.abs(in_float64(found) - rows)
+    assert (error <= 0.5001 * found.scale[..., None]).all()
+    assert np.abs(found.codes[:7]).max() == 127  # all 8 bits are used
+    assert not error[7].any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_stays_so_in_8_bits(bad):
+    rows = np.ones((2, 4), np.float32)
+    rows[0, 2] = bad
+    found = reference.quantize_rows(jnp.asarray(rows))
+    assert np.isfinite(found.scale).tolist() == [False, True]

@@ -24,8 +24,9 @@ const AttentionKernels* Pick() {
 }
 
 ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                          ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> scale,
-                          ffi::Buffer<ffi::S32> window, ffi::Result<ffi::Buffer<ffi::F32>> out, float softcap) {
+                          ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> slot, 
+                          ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> window,
+                          ffi::Result<ffi::Buffer<ffi::F32>> out, float softcap) {
   static const AttentionKernels* const kernels = Pick();
   if (kernels == nullptr) return ffi::Error::Internal("no kernel for this processor");
   const auto q_dims = q.dimensions(), k_dims = k.dimensions();
@@ -38,11 +39,16 @@ ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
   a.capacity = k_dims[3];
   const int64_t at = slot.typed_data()[0];
   if (at < 0 || at >= k_dims[0]) return ffi::Error::InvalidArgument("slot out of range");
-  a.bfloat16 = k.element_type() != ffi::F32;  // cpu.py passes nothing else
-  const int64_t bytes = a.batch * a.kv_heads * a.capacity * a.head_dim * ffi::ByteWidth(k.element_type());
+  const size_t width = ffi::ByteWidth(k.element_type());  // cpu.py passes nothing else than these three
+  a.stored = width == 4 ? Stored::kFloat32 : width == 2 ? Stored::kBfloat16 : Stored::kInt8;
+  const int64_t rows = at * a.batch * a.kv_heads * a.capacity, bytes = rows * a.head_dim * width;
   a.q = q.typed_data();
-  a.k = static_cast<const char*>(k.untyped_data()) + at * bytes;
-  a.v = static_cast<const char*>(v.untyped_data()) + at * bytes;
+  a.k = static_cast<const char*>(k.untyped_data()) + bytes;
+  a.v = static_cast<const char*>(v.untyped_data()) + bytes;
+  if (a.stored == Stored::kInt8) {
+    a.k_scale = k_scale.typed_data() + rows;
+    a.v_scale = v_scale.typed_data() + rows;
+  }
   a.out = out->typed_data();
   a.lengths = lengths.typed_data();
   a.scale = scale.typed_data()[0];
@@ -63,6 +69,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxchatCacheAttention, jaxchat::CacheAttention,
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat.pallas.cache_attention import reference
+from jaxchat.pallas.cache_attention.reference import QuantizedRows, Rows
 
 TARGET = "jaxchat_cache_attention"
 
 
 def attend(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k_cache: Rows,
+    v_cache: Rows,
     slot: jax.Array,
     lengths: jax.Array,
     *,
@@ -21,14 +22,17 @@ def attend(
     softcap: float,
 ) -> jax.Array:
     """See `reference.attend`."""
-    if k_cache.dtype not in (jnp.float32, jnp.bfloat16):
+    if isinstance(k_cache, QuantizedRows) and isinstance(v_cache, QuantizedRows):
+        operands = k_cache.codes, v_cache.codes, k_cache.scale, v_cache.scale
+    elif jax.tree.leaves(k_cache)[0].dtype in (jnp.float32, jnp.bfloat16, jnp.uint16):
+        operands = *jax.tree.leaves((k_cache, v_cache)), jnp.zeros(0), jnp.zeros(0)
+    else:
         return reference.attend(
             q, k_cache, v_cache, slot, lengths, scale=scale, window=window, softcap=softcap
         )
     return jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(q.shape, jnp.float32))(
         q.astype(jnp.float32),
-        k_cache,
-        v_cache,
+        *operands,
         jnp.asarray(slot, jnp.int32).reshape(1),
         lengths.astype(jnp.int32),
         jnp.asarray(scale, jnp.float32).reshape(1),

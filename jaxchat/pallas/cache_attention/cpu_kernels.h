@@ -4,11 +4,15 @@
 
 namespace jaxchat {
 
+enum class Stored { kFloat32, kBfloat16, kInt8 };  // int8: codes, times one scale a row
+
 struct Attention {
   const float* q;  // [B, T, N, H]
   const void* k;   // [B, K, S, H] of one slot
   const void* v;
-  bool bfloat16;   // the cache holds the bits of bfloat16, else float32
+  Stored stored;
+  const float* k_scale;  // [B, K, S] of the same slot, with int8
+  const float* v_scale;
   float* out;      // [B, T, N, H]
   int64_t batch, tokens, heads, kv_heads, capacity, head_dim;
   const int32_t* lengths;  // [B], rows before the first new token

@@ -21,6 +21,7 @@ typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 typedef uint16_t H16 __attribute__((vector_size(32)));
+typedef int8_t B16 __attribute__((vector_size(16)));
 
 constexpr int64_t kKeys = 64;       // keys in a block: four vectors
 constexpr int64_t kRows = 64;       // query rows in a tile, about
@@ -40,7 +41,13 @@ inline F16 Load(const uint16_t* p) {
   std::memcpy(&r, &bits, sizeof r);
   return r;
 }
+inline F16 Load(const int8_t* p) {
+  B16 b;
+  std::memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, F16);
+}
 inline float Widen(float x) { return x; }
+inline float Widen(int8_t x) { return x; }
 inline float Widen(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float r;
@@ -189,6 +196,16 @@ void Transpose(const T* k, int64_t h, int64_t keys, float* out) {
   }
 }
 
+// [keys, H] -> float32 [keys, padded], zeros behind.
+template <typename T>
+void WidenRows(const T* v, int64_t h, int64_t keys, int64_t padded, float* out) {
+  for (int64_t i = 0; i < keys; ++i, v += h, out += padded) {
+    int64_t c = 0;
+    for (; c + 16 <= h; c += 16) Store(out + c, Load(v + c));
+    for (; c < padded; ++c) out[c] = c < h ? Widen(v[c]) : 0.0f;
+  }
+}
+
 // scores[rows, 64] = q[rows, H] @ kt[H, 64]
 template <int R>
 void Scores(const float* q, int64_t stride, const float* kt, int64_t h, float* scores) {
@@ -240,12 +257,15 @@ struct Row {
 };
 
 // Turns a row of scores into weights, updates its running maximum and sum, returns what to scale its output by.
-float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, Row* row) {
+// The scales of int8 keys multiply the scores, those of int8 values the weights; else they are null.
+float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, const float* k_scale,
+              const float* v_scale, Row* row) {
   // Keys [first, last) of the block are visible.
   F16 x[4];
   F16 top = Splat(kMasked);
   for (int c = 0; c < 4; ++c) {
     x[c] = Load(scores + 16 * c) * a.scale;
+    if (k_scale != nullptr) x[c] *= Load(k_scale + 16 * c);
     if (a.softcap != 0) x[c] = Softcap(x[c], a.softcap);
     if (first > 16 * c || last < 16 * c + 16)
       for (int64_t i = 0; i < 16; ++i)
@@ -257,7 +277,7 @@ float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, Ro
   F16 sum = {};
   for (int c = 0; c < 4; ++c) {
     const F16 p = x[c] == kMasked ? F16{} : Exp(x[c] - best);
-    Store(scores + 16 * c, p);
+    Store(scores + 16 * c, v_scale == nullptr ? p : p * Load(v_scale + 16 * c));
     sum += p;
   }
   const float decay = std::exp(row->top - best);
@@ -274,13 +294,15 @@ void Run(const Attention& a, int64_t task, float* partial) {
   const auto* k = static_cast<const T*>(a.k) + (tile.b * a.kv_heads + tile.kv) * a.capacity * h;
   const auto* v = static_cast<const T*>(a.v) + (tile.b * a.kv_heads + tile.kv) * a.capacity * h;
   static thread_local std::vector<float> memory;
-  const int64_t need = rows * h + rows * padded + h * kKeys + kKeys * padded + 4 * kKeys + rows * kKeys + 64;
+  const int64_t need = rows * h + rows * padded + h * kKeys + kKeys * padded + 6 * kKeys + rows * kKeys + 64;
   if (static_cast<int64_t>(memory.size()) < need) memory.resize(need);
   float* q = memory.data();               // [rows, H]
   float* out = q + rows * h;              // [rows, padded]
   float* kt = out + rows * padded;        // [H, 64]
   float* values = kt + h * kKeys;         // [64, padded]
-  float* scores = values + kKeys * padded;  // [rows, 64]
+  float* scales = values + kKeys * padded;  // [2, 64], of the keys and of the values
+  float* scores = scales + 2 * kKeys;     // [rows, 64]
+  constexpr bool scaled = sizeof(T) == 1;
   static thread_local std::vector<Row> states;
   states.assign(rows, Row{kMasked, 0});
   for (int64_t t = tile.t0; t < tile.t1; ++t)
@@ -294,9 +316,15 @@ void Run(const Attention& a, int64_t task, float* partial) {
     Transpose(k + j * h, h, keys, kt);
     const float* block = reinterpret_cast<const float*>(v + j * h);
     if (!direct) {
-      for (int64_t i = 0; i < keys; ++i)
-        for (int64_t c = 0; c < padded; ++c) values[i * padded + c] = c < h ? Widen(v[(j + i) * h + c]) : 0.0f;
+      WidenRows(v + j * h, h, keys, padded, values);
       block = values;
+    }
+    if (scaled) {
+      // What lies beyond the keys in use is nobody's.
+      const int64_t at = (tile.b * a.kv_heads + tile.kv) * a.capacity + j;
+      std::fill(scales, scales + 2 * kKeys, 0.0f);
+      std::memcpy(scales, a.k_scale + at, keys * sizeof(float));
+      std::memcpy(scales + kKeys, a.v_scale + at, keys * sizeof(float));
     }
     for (int64_t r = 0; r < rows;) {
       // Rows before the first token that sees this block have nothing to do.
@@ -319,7 +347,8 @@ void Run(const Attention& a, int64_t task, float* partial) {
       float decay[4];
       for (int64_t i = 0; i < count; ++i) {
         Visible(a, length + tile.t0 + (r + i) / tile.group, &first, &last);
-        decay[i] = Softmax(a, scores + i * kKeys, first - j, std::min(last - j, keys), &states[r + i]);
+        decay[i] = Softmax(a, scores + i * kKeys, first - j, std::min(last - j, keys), scaled ? scales : nullptr,
+                           scaled ? scales + kKeys : nullptr, &states[r + i]);
       }
       // Only keys some row sees are read: rows of the cache beyond them may hold anything.
       if (count == 4)
@@ -356,10 +385,11 @@ int64_t PartialFloats(const Attention& a) {
 }
 
 void RunAny(const Attention& a, int64_t task, float* partial) {
-  if (a.bfloat16)
-    Run<uint16_t>(a, task, partial);
-  else
-    Run<float>(a, task, partial);
+  switch (a.stored) {
+    case Stored::kFloat32: return Run<float>(a, task, partial);
+    case Stored::kBfloat16: return Run<uint16_t>(a, task, partial);
+    case Stored::kInt8: return Run<int8_t>(a, task, partial);
+  }
 }
 
 void Merge(const Attention& a, const float* partial) {

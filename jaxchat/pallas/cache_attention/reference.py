@@ -1,8 +1,13 @@
 """Plain XLA definition of cache attention: blockwise over the cache with an online softmax."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from jaxchat.pallas.stacked_matmul.reference import widen
 
 _KEY_BLOCK = 256
 """Cache rows read at a time; bounds the score matrix and skips the unused end of the cache."""
@@ -11,13 +16,46 @@ _MASKED = -1e30
 """Finite, so that a block without a single visible key gives weights of 0 and not NaN."""
 
 
-def write_rows(
-    cache: jax.Array, rows: jax.Array, slot: jax.Array, lengths: jax.Array, new: jax.Array
-) -> jax.Array:
+class QuantizedRows(NamedTuple):
+    """Keys (or values) in 8 bits: every row of every head is `codes * scale`.
+
+    The scale is the largest magnitude of the row over 127, the codes are rounded to nearest: no element is
+    off by more than half a scale, 1/254 of the row's largest.
+    """
+
+    codes: jax.Array  # int8 [P, B, K, S, H], -127 to 127
+    scale: jax.Array  # float32 [P, B, K, S]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[P, B, K, S, H]."""
+        return self.codes.shape
+
+
+Rows = jax.Array | QuantizedRows
+"""Keys or values of a cache, [P, B, K, S, H]: float, bfloat16 as bits in uint16 (see `widen`), or 8 bits."""
+
+
+def quantize_rows(rows: jax.Array) -> QuantizedRows:
+    """Float rows [..., H] in 8 bits; a row that is not finite gets a scale that is not either."""
+    rows = rows.astype(jnp.float32)
+    scale = jnp.abs(rows).max(-1) * np.float32(1 / 127)
+    codes = jnp.round(rows / jnp.where(scale > 0, scale, 1)[..., None])
+    return QuantizedRows(codes.astype(jnp.int8), scale)
+
+
+def stored(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Float rows as a cache of a float dtype, or of uint16, keeps them."""
+    if dtype == jnp.uint16:
+        return lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
+    return rows.astype(dtype)
+
+
+def write_rows(cache: Rows, rows: jax.Array, slot: jax.Array, lengths: jax.Array, new: jax.Array) -> Rows:
     """Writes each sequence's new keys (or values) behind those it has, in place when donated.
 
     Args:
-      cache: [P, B, K, S, H].
+      cache: [P, B, K, S, H]; `QuantizedRows` are quantized here.
       rows: [B, T, K, H].
       slot: int scalar.
       lengths: int [B], rows each sequence already has.
@@ -27,15 +65,17 @@ def write_rows(
     step = jnp.arange(t)
     # Rows out of range are dropped: padding is sent there.
     position = jnp.where(step < new[:, None], lengths[:, None] + step, cache.shape[3])  # [B, T]
-    rows = rows.astype(cache.dtype)
-    index = jnp.arange(b)[:, None, None], jnp.arange(k)[None, None], position[:, :, None]
-    return cache.at[(slot, *index)].set(rows, mode="drop")
+    index = slot, jnp.arange(b)[:, None, None], jnp.arange(k)[None, None], position[:, :, None]
+    if not isinstance(cache, QuantizedRows):
+        return cache.at[index].set(stored(rows, cache.dtype), mode="drop")
+    parts = zip(cache, quantize_rows(rows), strict=True)
+    return QuantizedRows(*(part.at[index].set(added, mode="drop") for part, added in parts))
 
 
 def attend(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k_cache: Rows,
+    v_cache: Rows,
     slot: jax.Array,
     lengths: jax.Array,
     *,
@@ -69,13 +109,12 @@ def attend(
         top, total, out = state
         # The last block is moved back to end at the last row; keys it repeats are masked.
         start = jnp.minimum(i * block, s - block)
-        k, v = (
-            lax.dynamic_slice(c, (slot, 0, 0, start, 0), (1, b, kv, block, h))[0] for c in (k_cache, v_cache)
-        )
+        k, v = (_block(c, slot, start, block).astype(q.dtype) for c in (k_cache, v_cache))
+        # Codes enter the products as they are; scales multiply the scores and the weights.
+        k_scale, v_scale = (_block_scale(c, slot, start, block) for c in (k_cache, v_cache))
         scores = jnp.einsum(
-            "bkgth,bksh->bkgts", grouped, k.astype(q.dtype), precision=precision,
-            preferred_element_type=jnp.float32,
-        ) * scale  # fmt: skip
+            "bkgth,bksh->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32
+        ) * (scale * k_scale)  # fmt: skip
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
         key = start + jnp.arange(block)
@@ -85,7 +124,7 @@ def attend(
         weights = jnp.where(visible[:, None, None], jnp.exp(scores - new_top[..., None]), 0.0)
         decay = jnp.exp(top - new_top)
         mixed = jnp.einsum(
-            "bkgts,bksh->bkgth", weights.astype(q.dtype), v.astype(q.dtype), precision=precision,
+            "bkgts,bksh->bkgth", (weights * v_scale).astype(q.dtype), v, precision=precision,
             preferred_element_type=jnp.float32,
         )  # fmt: skip
         return new_top, total * decay + weights.sum(-1), out * decay[..., None] + mixed
@@ -97,3 +136,18 @@ def attend(
     _, total, out = lax.fori_loop(first, last, body, state)
     out = out / jnp.maximum(total, 1e-30)[..., None]
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def _block(cache: Rows, slot: jax.Array, start: jax.Array, count: int) -> jax.Array:
+    """Some rows of a slot, [B, K, count, H], as floats or 8-bit codes."""
+    part = cache.codes if isinstance(cache, QuantizedRows) else cache
+    _, b, kv, _, h = part.shape
+    return widen(lax.dynamic_slice(part, (slot, 0, 0, start, 0), (1, b, kv, count, h))[0])
+
+
+def _block_scale(cache: Rows, slot: jax.Array, start: jax.Array, count: int) -> jax.Array | float:
+    """What those rows are multiplied by, to be applied to scores: [B, K, 1, 1, count], or 1."""
+    if not isinstance(cache, QuantizedRows):
+        return 1.0
+    _, b, kv, _ = cache.scale.shape
+    return lax.dynamic_slice(cache.scale, (slot, 0, 0, start), (1, b, kv, count))[0, :, :, None, None]
