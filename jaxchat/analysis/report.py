@@ -206,7 +206,7 @@ def _repeats_table(result: Analysis) -> Table:
 
 
 def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _change(result: Analysis, nats: float) -> str:
@@ -215,7 +215,7 @@ def _change(result: Analysis, nats: float) -> str:
         return "not finite"
     ratio = result.ratio(nats)
     if ratio < 10:
-        change = f"{100 * (ratio - 1):+.{2 if abs(ratio - 1) < 0.1 else 0}f} %"
+        change = f"{100 * (ratio - 1):+.{1 if abs(ratio - 1) < 0.1 else 0}f} %"
     else:
         change = f"x{number(ratio)}"
     return f"{number(perplexity(nats))}  {change}"
