@@ -230,7 +230,8 @@ def hidden_states(
     x = embed(config, params, tokens, positions, dtype=dtype)
     x = add(jnp.zeros_like(x), x, jnp.int32(config.num_layers))
     layers = (jnp.arange(config.num_layers), _layer_constants(config), stacks)
-    x, _ = lax.scan(body, x, layers)
+    # Of a layer only its input is kept; on CPU computing the rest anew takes less time than storing it, too.
+    x, _ = lax.scan(jax.checkpoint(body, prevent_cse=False), x, layers)
     return final_norm(config, params, x)
 
 
