@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 from absl import flags
 
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.options import KV_DTYPES
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -99,6 +100,15 @@ QUANT = Flag(
     "Quantize the weights while loading: int8 or int4, optionally with a group :32 :64 :128 :channel "
     "and with :affine :plain :f32, or llama.cpp's q8_0 q4_0 q4_1; as stored if not given. "
     "tools/convert.py --quant does it once and for all, e.g. --quant int4, --quant int8:channel",
+)
+KV_DTYPE = Flag(
+    "kv_dtype",
+    flags.DEFINE_enum,
+    "TYPE",
+    "Keep the KV cache in float32, bfloat16 or int8 (codes with a scale for each row, about a quarter of "
+    "float32); that of the activations if not given: float32 on CPU and with float32 weights, else bfloat16, "
+    "e.g. --kv_dtype int8",
+    more={"enum_values": KV_DTYPES},
 )
 KERNELS_FLAG = Flag(
     "kernels",

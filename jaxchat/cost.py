@@ -80,6 +80,12 @@ def weight_bytes_read(config: ModelConfig, plan: LayerPlan, nbytes: Mapping[str,
     return sum(nbytes[param.name] * count for param, count in _times_read(config, plan))
 
 
+def kv_row_bytes(config: ModelConfig, kv_dtype: str) -> int:
+    """Bytes of the keys and values of one token in one slot; of `int8` the scale of each head's row too."""
+    per_head = {"float32": 4 * config.head_dim, "bfloat16": 2 * config.head_dim, "int8": config.head_dim + 4}
+    return 2 * config.num_kv_heads * per_head[kv_dtype]
+
+
 def kv_bytes_read(config: ModelConfig, plan: LayerPlan, context: float, itemsize: int) -> int:
     """Bytes of keys and values that one sequence's attention reads in a decode step at a context length."""
     row = 2 * config.num_kv_heads * config.head_dim * itemsize

@@ -8,17 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxchat import cost
 from jaxchat.assembly import Assembly, LayerSource, assembled_config
 from jaxchat.checkpoint_manifest import MANIFEST, WEIGHT_DTYPES, Manifest, load_config, load_plan
 from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param, read_json
 from jaxchat.errors import UsageError
 from jaxchat.families import count_parameters, parameter_table
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.options import KV_DTYPES
 
 MAX_ROWS = 64
 """Plans with more slots are shown in runs, if all layers are of one kind."""
-
-_KV_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Report:
       quantization: the format as stored or asked for, None for plain numbers.
       quantized_bytes: of the stored parameters in that format, scales included, by group and in `total`.
       max_length: the context that `kv_bytes` is for, in tokens.
-      kv_bytes_per_token, kv_bytes: of the executed slots, by dtype.
+      kv_dtype: what the KV cache is asked to be in; None is float32 on CPU and with float32 weights, else
+        bfloat16.
+      kv_bytes_per_token, kv_bytes: of the executed slots, by dtype, scales included.
       kv_bytes_allocated: of the allocated slots, by dtype.
       layers: the slots.
       notes: of the recipe, if the model comes from one.
@@ -84,6 +86,7 @@ class Report:
     quantization: str | None
     quantized_bytes: dict[str, int] | None
     max_length: int
+    kv_dtype: str | None
     kv_bytes_per_token: dict[str, int]
     kv_bytes: dict[str, int]
     kv_bytes_allocated: dict[str, int]
@@ -124,12 +127,18 @@ def describe_directory(
 
 
 def describe_assembly(
-    assembly: Assembly, *, name: str, max_length: int | None = None, quant: str | None = None
+    assembly: Assembly,
+    layer_spec: str | None = None,
+    *,
+    name: str,
+    max_length: int | None = None,
+    quant: str | None = None,
 ) -> Report:
     """The report on a model put together from others, of which `config.json` is enough; see there for errors.
 
     Args:
       assembly: the model, as `read_recipe` gives it.
+      layer_spec: a plan over the slots of its plan; None is that plan.
       name: what to call it.
       max_length, quant: as for `describe_directory`.
     """
@@ -137,7 +146,7 @@ def describe_assembly(
     base = assembly.models[assembly.base]
     report = describe(
         config,
-        assembly.plan,
+        assembly.plan if layer_spec is None else assembly.plan.select(layer_spec),
         name=name,
         max_length=max_length,
         stored_dtype=assembly.dtype or _stored_dtype(base),
@@ -213,9 +222,8 @@ def describe(
     executed = len(plan.executed())
     allocated = max(executed, config.num_layers)
     stored = count_parameters(config)
-    # Keys and values of one token in one slot.
-    scalars = 2 * config.num_kv_heads * config.head_dim
-    per_token = {d: scalars * executed * WEIGHT_DTYPES[d].itemsize for d in _KV_DTYPES}
+    per_slot = {dtype: cost.kv_row_bytes(config, dtype) for dtype in KV_DTYPES}
+    per_token = {dtype: size * executed for dtype, size in per_slot.items()}
     return Report(
         model=name,
         family=config.family,
@@ -233,9 +241,10 @@ def describe(
         quantization=None,
         quantized_bytes=None,
         max_length=length,
+        kv_dtype=None,
         kv_bytes_per_token=per_token,
         kv_bytes={d: n * length for d, n in per_token.items()},
-        kv_bytes_allocated={d: scalars * allocated * length * WEIGHT_DTYPES[d].itemsize for d in _KV_DTYPES},
+        kv_bytes_allocated={dtype: size * allocated * length for dtype, size in per_slot.items()},
         layers=[_slot_row(config, plan, position) for position in range(len(plan))],
     )
 
@@ -274,7 +283,8 @@ def render(report: Report) -> str:
     ]  # fmt: skip
     if report.allocated_slots != report.executed_slots:
         facts.append(("", f"{_by_dtype(report.kv_bytes_allocated)} with room for every plan of its layers"))
-    facts.append(("", "float32 on CPU and with float32 weights, else bfloat16; grows as it fills"))
+    default = "float32 on CPU and with float32 weights, else bfloat16"
+    facts.append(("", f"{report.kv_dtype or default}; grows as it fills"))
     lines = [f"{label:<12}{text}" for label, text in facts]
     lines += [f"{'note':<12}{note}" for note in report.notes]
     return "\n".join([*lines, "", *slot_table(report.layers)])

@@ -69,7 +69,9 @@ def test_bytes_of_weights_and_of_the_kv_cache(describe):
     assert report.weight_bytes["bfloat16"] == 2 * 8_030_261_248
     assert report.weight_bytes["float32"] == 2 * report.weight_bytes["float16"]
     per_token = 56 * 2 * 8 * 128  # slots, keys and values, heads, head size
-    assert report.kv_bytes_per_token == {"float32": 4 * per_token, "bfloat16": 2 * per_token}
+    scales = 56 * 2 * 8 * 4  # a float32 a row of a head
+    sizes = {"float32": 4 * per_token, "bfloat16": 2 * per_token, "int8": per_token + scales}
+    assert report.kv_bytes_per_token == sizes
     assert report.kv_bytes["bfloat16"] == 1000 * 2 * per_token
     assert "bfloat16 15.0 GiB (as stored)" in show.render(report)
 
