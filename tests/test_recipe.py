@@ -5,14 +5,16 @@ import re
 import textwrap
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_layer_plan import plans
 from tiny import TINY_CONFIGS
 
 from jaxchat.assembly import LayerSource
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families import count_parameters
+from jaxchat.families import count_parameters, parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanError, Slot
 from jaxchat.recipe import RecipeError, read_recipe, source_plan, to_mergekit
 
@@ -472,6 +474,73 @@ def test_anchors_and_merge_keys_are_yaml(read, models):
         "- sources: [{<<: *one, layer_range: [2, 8]}]\n- sources: [*one]\n"
     )
     assert source_plan(assembly, 8) == LayerPlan.parse("0:4,2:8,0:4", 8)
+
+
+# --- against mergekit
+
+SCALARS = st.sampled_from([0, 1, 0.5, 2.0, -1, 0.25, "1e-3"])
+VALUES = SCALARS | st.lists(SCALARS, min_size=1, max_size=5)
+FILTERS = st.sampled_from(
+    ["o_proj", "down_proj", "*", None, "self_attn", "mlp", "layers.1", ".2.", "norm", "embed", "wte",
+     "lm_head", "c_attn", "c_proj", "weight", "bias", "q_proj", "nothing"]
+)  # fmt: skip
+CONDITIONS = st.fixed_dictionaries({"value": VALUES}, optional={"filter": FILTERS})
+LEVELS = st.fixed_dictionaries(
+    {}, optional={"scale": VALUES | CONDITIONS | st.lists(CONDITIONS, min_size=1, max_size=4)}
+)
+RANGES = st.tuples(st.integers(0, 7), st.integers(1, 8)).filter(lambda ends: ends[0] < ends[1])
+SLICES = st.builds(
+    lambda model, ends, source, own: {
+        "sources": [{"model": model, "layer_range": list(ends), "parameters": source}],
+        "parameters": own,
+    },
+    st.sampled_from("ab"), RANGES, LEVELS, LEVELS,
+)  # fmt: skip
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gpt2", "phi3", "gemma2"])
+@settings(suppress_health_check=list(HealthCheck), max_examples=100, deadline=None)
+@given(slices=st.lists(SLICES, min_size=1, max_size=4), whole=LEVELS)
+def test_every_tensor_has_the_scale_that_mergekit_gives_it(read, models, model_type, slices, whole):
+    resolver = pytest.importorskip("mergekit.parameter_resolver")
+    from mergekit.config import ConfigReader, MergeConfiguration
+    from mergekit.merge_methods import get
+
+    recipe = {"merge_method": "passthrough", "slices": slices, "parameters": whole}
+    table = parameter_table(ModelConfig.from_directory(models("a", model_type)))
+    models("b", model_type)
+    assembly = read(yaml.safe_dump(recipe))
+    theirs = MergeConfiguration.model_validate(recipe)
+
+    def mergekits(part, tensor, t):
+        reader = ConfigReader(config=theirs, slice_out=part, t=t)
+        names = {part.sources[0].model: tensor}
+        _, found = resolver.resolve_parameters(
+            get("passthrough").spec, tensor_name=tensor, inputs=names, sources=reader.parameter_sources, t=t
+        )
+        value = found[part.sources[0].model]["scale"]
+        return 1.0 if value is None else value
+
+    slots = iter(assembly.plan)
+    for part in theirs.slices:
+        first, stop = part.sources[0].layer_range
+        for layer in range(first, stop):
+            slot = next(slots)
+            source = assembly.layers[slot.layer]
+            assert (assembly.models[source.model].name, source.layer) == (str(part.sources[0].model), layer)
+            t = (layer - first) / (stop - first - 1) if stop - first > 1 else 1
+            scales, halves = dict(source.scales), {"o": slot.attn_scale, "down": slot.mlp_scale}
+            for param in (param for param in table if param.per_layer):
+                name = param.name.removeprefix("layers.")
+                ours = scales.get(name, 1.0) * halves.get(name.split(".")[0], 1.0)
+                assert ours == pytest.approx(mergekits(part, param.hf.format(layer), t), abs=1e-12)
+    assert next(slots, None) is None
+    for param in (param for param in table if not param.per_layer):
+        part = theirs.slices[0 if param.name in ("embed.weight", "positions.weight") else -1]
+        model, factor = dict(assembly.globals)[param.name]
+        assert assembly.models[model].name == str(part.sources[0].model)
+        assert factor == pytest.approx(mergekits(part, param.hf, 0), abs=1e-12)
 
 
 # --- plans as recipes
