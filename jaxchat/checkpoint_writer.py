@@ -236,8 +236,7 @@ def _open(src: str | Path | Assembly, layer_spec: str | None, dtype: np.dtype | 
             return _Model(source, plan, (src,), src, src, None)
         assembly = whole(src, load_plan(src))
     if layer_spec is not None:
-        outer = LayerPlan.parse(layer_spec, len(assembly.plan))
-        assembly = under(assembly, outer.compose(assembly.plan))
+        assembly = under(assembly, assembly.plan.select(layer_spec))
     base, words = assembly.models[assembly.base], assembly.models[assembly.tokenizer]
     source = AssembledSource(assembly, dtype)
     return _Model(source, assembly.plan, assembly.models, base, words, assembly.dtype)

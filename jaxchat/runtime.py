@@ -282,11 +282,11 @@ class _Message:
             self.ids = settle(self._tokenizer, self.ids, self._joint, after=after)
 
 
-class _Batch:
+class Batch:
     """One running batch: drives a `Generation` and keeps each sequence's text and timings.
 
-    With a `message` it is a batch of one, which goes on with that. `numbers` say which prompt of a request
-    each sequence is, for its seed.
+    With a `message` it is a batch of one, which goes on with that. Messages that just begin may be many:
+    `ends` says what each ends with. `numbers` say which prompt of a request each sequence is, for its seed.
     """
 
     def __init__(
@@ -297,12 +297,14 @@ class _Batch:
         message: Opening | None = None,
         tags: ThoughtTags | None = None,
         numbers: Sequence[int] | None = None,
+        ends: Sequence[Opening] = (),
     ):
         if options.stop_strings and owner.tokenizer is None:
             raise UsageError("stop strings need a tokenizer; use stop_token_ids")
+        ends = (message,) if message else ends
         stop_ids = set(options.stop_token_ids)
         if not options.ignore_eos:
-            stop_ids |= {*owner.eos_ids, *(message.stop_ids if message else ())}
+            stop_ids |= {*owner.eos_ids, *(i for opening in ends for i in opening.stop_ids)}
         self.message = _Message(owner, session, message, frozenset(stop_ids)) if message else None
         if self.message:
             session.set_ids(self.message.start_ids)
@@ -321,8 +323,8 @@ class _Batch:
             len(i) - min(c, len(i) - 1) for i, c in zip(session.ids, session.cached, strict=True)
         )
         self._prompts = [list(ids) for ids in session.ids]
-        self._end_ids = frozenset(message.stop_ids) if message else frozenset()
-        stops = (*options.stop_strings, *(message.stop_strings if message else ()))
+        self._end_ids = frozenset(i for opening in ends for i in opening.stop_ids)
+        stops = tuple(dict.fromkeys((*options.stop_strings, *(s for o in ends for s in o.stop_strings))))
         self.rows = [_RowText(owner.tokenizer, ids, stops, message, tags) for ids in self._prompts]
         self.ids: list[list[int]] = [[] for _ in self.rows]
         self.logprobs: list[list[float]] = [[] for _ in self.rows]
@@ -380,7 +382,7 @@ class TextStream:
     ends it early, after the token last received.
     """
 
-    def __init__(self, batch: _Batch, on_end: Callable[[_Batch], None] | None = None):
+    def __init__(self, batch: Batch, on_end: Callable[[Batch], None] | None = None):
         self._batch = batch
         self._on_end = on_end
         self._pieces = self._run()
@@ -500,17 +502,11 @@ class Model:
         ids = self._prompt_ids(prompts, token_ids)
         chosen, slots = self._plans(plans, len(ids))
         results: dict[int, Result] = {}
-        for plan in dict.fromkeys(chosen):
-            numbers = [number for number, other in enumerate(chosen) if other == plan]
-            for start in range(0, len(numbers), batch_size):
-                group = numbers[start : start + batch_size]
-                session = self.engine.session(plan, batch=len(group), max_slots=slots)
-                for row, number in enumerate(group):
-                    session.set_ids(ids[number], row)
-                batch = _Batch(self, session, settings, numbers=group)
-                for _ in batch.pieces():
-                    pass
-                results.update(zip(group, batch.results(), strict=True))
+        for group, session in self._groups(ids, chosen, slots, batch_size):
+            batch = Batch(self, session, settings, numbers=group)
+            for _ in batch.pieces():
+                pass
+            results.update(zip(group, batch.results(), strict=True))
         return [results[number] for number in range(len(ids))]
 
     def stream(
@@ -524,7 +520,7 @@ class Model:
         ids = self._prompt_ids(prompt, None if token_ids is None else [token_ids])
         session = self.engine.session(self.plan, max_slots=self._max_slots)
         session.set_ids(ids[0])
-        return TextStream(_Batch(self, session, _options(options)))
+        return TextStream(Batch(self, session, _options(options)))
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Result:
         """Replies to a conversation through the model's chat template.
@@ -562,7 +558,7 @@ class Model:
           thought_tags: what the model thinks between; default what its chat template says.
           template_kwargs: variables for the chat template, such as `enable_thinking`.
         """
-        conversation = self._conversation(
+        conversation = self.conversation(
             system=system,
             reversed_role=reversed_role,
             opening=opening,
@@ -581,20 +577,37 @@ class Model:
         *,
         token_ids: Sequence[Sequence[int]] | None = None,
         plans: Sequence[str | LayerPlan | None] | None = None,
+        batch_size: int = 1,
     ) -> list[Score]:
-        """Log-likelihood of every token of each text, given those before it; `plans` is as in `generate`.
+        """Log-likelihood of every token of each text, given those before it.
+
+        `plans` and `batch_size` are as in `generate`.
 
         >>> model.score("Once upon a time")[0].total  # doctest: +SKIP
         """
         all_ids = self._prompt_ids(texts, token_ids)
         chosen, slots = self._plans(plans, len(all_ids))
-        session = self.engine.session(self.plan, max_slots=slots)
-        scores = []
-        for ids, plan in zip(all_ids, chosen, strict=True):
-            session.set_plan(plan)
-            session.set_ids(ids)
-            scores.append(Score(list(ids), session.score().tolist()))
-        return scores
+        scores: dict[int, Score] = {}
+        for group, session in self._groups(all_ids, chosen, slots, batch_size):
+            for number, logprobs in zip(group, session.score_rows(range(len(group))), strict=True):
+                scores[number] = Score(list(all_ids[number]), logprobs.tolist())
+        return [scores[number] for number in range(len(all_ids))]
+
+    def _groups(
+        self, ids: Sequence[Sequence[int]], plans: Sequence[LayerPlan], slots: int, batch_size: int
+    ) -> Iterator[tuple[list[int], Session]]:
+        """The numbers of the prompts that run together, under one plan, and a session that holds them."""
+        session: Session | None = None
+        for plan in dict.fromkeys(plans):
+            numbers = [number for number, other in enumerate(plans) if other == plan]
+            for start in range(0, len(numbers), batch_size):
+                group = numbers[start : start + batch_size]
+                if session is None or session.batch != len(group):
+                    session = self.engine.session(plan, batch=len(group), max_slots=slots)
+                session.set_plan(plan)
+                for row, number in enumerate(group):
+                    session.set_ids(ids[number], row)
+                yield group, session
 
     def _prompt_ids(
         self, prompts: str | Sequence[str] | None, token_ids: Sequence[Sequence[int]] | None
@@ -624,7 +637,8 @@ class Model:
             self.engine.check_plan(plan)
         return chosen, max([self._max_slots, *(len(plan.executed()) for plan in chosen)])
 
-    def _conversation(self, **settings: Any) -> Conversation:
+    def conversation(self, **settings: Any) -> Conversation:
+        """A history for this model; the settings are those of `Conversation`. `chat_session` runs one."""
         if self.tokenizer is None:
             raise UsageError("this model directory has no tokenizer; chat needs one")
         if self.template is None:
@@ -741,10 +755,10 @@ class ChatSession:
 
     def _stream(self, open_message: Callable[[], Opening], settings: GenerateOptions) -> TextStream:
         opening = fitting(self.conversation, open_message, self.model.engine.max_length, settings.overflow)
-        batch = _Batch(self.model, self.session, settings, opening, self.conversation.thought_tags)
+        batch = Batch(self.model, self.session, settings, opening, self.conversation.thought_tags)
         return TextStream(batch, on_end=self._finish)
 
-    def _finish(self, batch: _Batch) -> None:
+    def _finish(self, batch: Batch) -> None:
         message, row = batch.message, batch.rows[0]
         assert message is not None
         message.settle()
@@ -860,7 +874,7 @@ def load(
 def as_plan(plan: str | LayerPlan | None, base: LayerPlan) -> LayerPlan:
     """A plan over the stacked layers: a spec of the slots of `base`, a plan as it is, or `base` itself."""
     if isinstance(plan, str):
-        return LayerPlan.parse(plan, len(base)).compose(base)
+        return base.select(plan)
     return base if plan is None else plan
 
 
