@@ -233,7 +233,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     plan = LayerPlan.identity(config.num_layers)
     weight_bytes = common.weight_bytes_per_step(config, _with_nbytes(steps.params), plan)
-    kv_bytes = cost.kv_bytes_read(config, plan, args.context, steps.dtype.itemsize)
+    kv_bytes = cost.kv_bytes_read(config, plan, args.context, steps.dtype.name)
     step_bytes = weight_bytes + args.batch * kv_bytes
     devices = MESHES[args.mesh]
     return {

@@ -103,7 +103,7 @@ def _measure(args: argparse.Namespace, plan: LayerPlan, peer: Peer | None) -> di
 
     weight_bytes = common.weight_bytes_per_step(config, engine.params, plan)
     context = args.prompt + args.new / 2
-    kv_bytes = cost.kv_bytes_read(config, plan, context, engine.dtype.itemsize)
+    kv_bytes = cost.kv_bytes_read(config, plan, context, engine.kv_dtype.name)
     roofline = args.batch * read_gb_s.median * 1e9 / (weight_bytes + args.batch * kv_bytes)
     return {
         **common.model_fields(engine, args),

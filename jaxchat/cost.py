@@ -86,10 +86,9 @@ def kv_row_bytes(config: ModelConfig, kv_dtype: str) -> int:
     return 2 * config.num_kv_heads * per_head[kv_dtype]
 
 
-def kv_bytes_read(config: ModelConfig, plan: LayerPlan, context: float, itemsize: int) -> int:
+def kv_bytes_read(config: ModelConfig, plan: LayerPlan, context: float, kv_dtype: str) -> int:
     """Bytes of keys and values that one sequence's attention reads in a decode step at a context length."""
-    row = 2 * config.num_kv_heads * config.head_dim * itemsize
-    return round(row * _rows_attended(config, plan, context))
+    return round(kv_row_bytes(config, kv_dtype) * _rows_attended(config, plan, context))
 
 
 def flops_per_token(config: ModelConfig, plan: LayerPlan, context: float) -> int:

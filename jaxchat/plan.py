@@ -95,6 +95,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
             help="Count weights quantized: int8, int4 or any other format of jaxchat.generate --quant; as "
             "stored if not given, e.g. --quant int4"
         ),
+        command_line.KV_DTYPE,
     ),
     "Output": (
         Flag(
@@ -133,7 +134,7 @@ class Cost:
 
     Attributes:
       weight_format: of the weights, a dtype or a quantization.
-      kv_dtype: of the KV cache: float32 beside float32 weights, else bfloat16.
+      kv_dtype: of the KV cache.
       context: tokens in the context; the other figures are for an empty one and for this one.
       weight_bytes: read, each layer as often as it runs.
       kv_bytes: keys and values read.
@@ -170,9 +171,8 @@ def _run(values: flags.FlagValues) -> int:
         print(json.dumps(_without_model(subject), indent=2) if values.json else _render_bare(subject))
     else:
         report = _report(subject, values)
-        token = token_cost(
-            subject.config, subject.plan, devices, report, dtype=values.dtype, quant=values.quant
-        )
+        options = {name: getattr(values, name) for name in ("dtype", "quant", "kv_dtype")}
+        token = token_cost(subject.config, subject.plan, devices, report, **options)
         if values.json:
             extra = {"cost": dataclasses.asdict(token), "notations": _notations(subject, values.model_name)}
             print(json.dumps({**show.as_json(report), **extra}, indent=2))
@@ -192,7 +192,9 @@ def _refuse_combinations(values: flags.FlagValues) -> None:
             raise UsageError(f"--{name} needs --recipe: it says how to read one")
     if values.model_name is not None and values.to != "mergekit" and not values.json:
         raise UsageError("--model_name needs --to mergekit: it is the name in the recipe")
-    about_cost = [name for name in ("device", "max_length", "dtype", "quant") if getattr(values, name)]
+    about_cost = [
+        name for name in ("device", "max_length", "dtype", "quant", "kv_dtype") if getattr(values, name)
+    ]
     if values.to is not None and (values.json or about_cost):
         other = "json" if values.json else about_cost[0]
         raise UsageError(f"--to prints the plan and nothing else; it cannot be combined with --{other}")
@@ -285,6 +287,7 @@ def token_cost(
     *,
     dtype: str | None = None,
     quant: str | None = None,
+    kv_dtype: str | None = None,
 ) -> Cost:
     """What one token costs under a plan.
 
@@ -294,14 +297,15 @@ def token_cost(
       devices: to predict a speed for.
       report: of the model under the plan: its context and how its weights are stored.
       dtype, quant: of the weights, instead of as stored; bfloat16 if nothing says how they are.
+      kv_dtype: of the KV cache; None is float32 beside float32 weights, else bfloat16, as on an accelerator.
     """
     weight_format = quant or dtype or report.quantization or report.stored_dtype or "bfloat16"
     bytes_of = _layer_bytes(config, weight_format)
     sizes = {param.name: bytes_of(param) for param in parameter_table(config)}
     weight_bytes = cost.weight_bytes_read(config, plan, sizes)
-    kv_dtype = "float32" if weight_format == "float32" else "bfloat16"
+    kv_dtype = kv_dtype or ("float32" if weight_format == "float32" else "bfloat16")
     contexts = (0, report.max_length)
-    kv_bytes = [cost.kv_bytes_read(config, plan, n, WEIGHT_DTYPES[kv_dtype].itemsize) for n in contexts]
+    kv_bytes = [cost.kv_bytes_read(config, plan, n, kv_dtype) for n in contexts]
     return Cost(
         weight_format=weight_format,
         kv_dtype=kv_dtype,

@@ -50,11 +50,13 @@ def test_a_layer_is_read_as_often_as_it_runs_and_a_half_scaled_by_0_is_not():
 
 def test_attention_reads_the_keys_and_values_of_its_slots_within_their_windows():
     row = 2 * 8 * 128 * 2
-    assert cost.kv_bytes_read(CONFIG, plan("[0, [1, 0, 1], 2, [3, 0, 0]]"), 10, 2) == 2 * 10 * row
+    assert cost.kv_bytes_read(CONFIG, plan("[0, [1, 0, 1], 2, [3, 0, 0]]"), 10, "bfloat16") == 2 * 10 * row
     windowed = ModelConfig.from_hf(
         {**LLAMA3_8B, "model_type": "gemma2", "sliding_window": 4, "head_dim": 128, "num_hidden_layers": 32}
     )
-    assert cost.kv_bytes_read(windowed, plan("0,1"), 10, 2) == (4 + 10) * row
+    assert cost.kv_bytes_read(windowed, plan("0,1"), 10, "bfloat16") == (4 + 10) * row
+    with_scales = 2 * 8 * (128 + 4)
+    assert cost.kv_bytes_read(CONFIG, plan("0"), 10, "int8") == 10 * with_scales
 
 
 def test_a_token_takes_two_operations_a_weight_and_four_a_head_dimension_and_key():

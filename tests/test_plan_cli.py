@@ -157,6 +157,8 @@ def test_the_cost_follows_dtype_and_quantization(output, llama):
     small = cost_of(output, "-m", llama, "--quant", "int8")
     assert 0.5 < small["weight_bytes"] / plain["weight_bytes"] < 0.54  # a scale a group beside the codes
     assert small["kv_dtype"] == "bfloat16"
+    packed = cost_of(output, "-m", llama, "--kv_dtype", "int8")
+    assert packed["kv_bytes"][1] / plain["kv_bytes"][1] == (128 + 4) / (2 * 128)
 
 
 def test_json_has_the_plan_in_every_notation_that_can_say_it(output, llama):
