@@ -142,8 +142,7 @@ def rys_figure(result: Analysis, name: str) -> Figure:
     figure, axes = _square(slots, f"{name}: perplexity with {unit} i to j - 1 run twice")
     logs = grid[np.isfinite(grid)]
     reach = _reach(logs)
-    cmap = colormaps["RdBu_r"].copy()
-    cmap.set_bad("#ececec")
+    cmap = colormaps["RdBu_r"].with_extremes(bad="#ececec")
     norm = TwoSlopeNorm(0, -reach, reach)
     image = axes.imshow(grid, origin="lower", cmap=cmap, norm=norm, extent=_cells(1, 0, slots))
     _write_cells(axes, grid, 1, 0, lambda value: _percent(2**value), lambda value: abs(value) > 0.6 * reach)
