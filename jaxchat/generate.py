@@ -4,6 +4,7 @@ What it then does is in `terminal.py` (generate, chat) and `show.py` (--show). H
 those of every command: `command_line.py`.
 """
 
+import dataclasses
 import json
 import signal
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
         command_line.LAYER_SPEC._replace(help=command_line.LAYER_SPEC.help + ". Look with --show first"),
         command_line.DTYPE,
         command_line.QUANT,
+        command_line.KV_DTYPE,
         command_line.KERNELS_FLAG,
         Flag(
             "max_length",
@@ -249,9 +251,10 @@ def _run(values: flags.FlagValues) -> int:
 
 
 def _describe(values: flags.FlagValues) -> show.Report:
-    return show.describe_directory(
+    report = show.describe_directory(
         values.model, values.layer_spec, max_length=values.max_length, quant=values.quant
     )
+    return dataclasses.replace(report, kv_dtype=values.kv_dtype)
 
 
 # --- flags -> a request
@@ -270,6 +273,7 @@ def _request(values: flags.FlagValues) -> Request:
         layer_spec=values.layer_spec,
         dtype=values.dtype,
         quant=values.quant,
+        kv_dtype=values.kv_dtype,
         kernels=values.kernels,
         max_length=values.max_length,
         compilation_cache_dir=values.compilation_cache_dir,

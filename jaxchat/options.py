@@ -57,7 +57,7 @@ class Request:
 
     Attributes:
       model: the model directory.
-      layer_spec, dtype, quant, kernels, max_length, compilation_cache_dir: as in `jaxchat.load`.
+      layer_spec, dtype, quant, kv_dtype, kernels, max_length, compilation_cache_dir: as in `jaxchat.load`.
       format: None is chat where the model has a template.
       system: the system prompt.
       prompt: the prompt, or with `interactive` the first message.
@@ -71,6 +71,7 @@ class Request:
     layer_spec: str | None
     dtype: str | None
     quant: str | None
+    kv_dtype: str | None
     kernels: str
     max_length: int | None
     compilation_cache_dir: str | None

@@ -54,6 +54,7 @@ def run(request: Request) -> int:
             request.layer_spec,
             dtype=request.dtype,
             quant=request.quant,
+            kv_dtype=request.kv_dtype,
             kernels=request.kernels,
             max_length=request.max_length,
             compilation_cache_dir=request.compilation_cache_dir,
