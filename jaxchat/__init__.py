@@ -9,16 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxchat.assembly import Assembly
     from jaxchat.config import ModelConfig
     from jaxchat.engine import ContextOverflowError, Engine, Session
     from jaxchat.errors import JaxchatError, UsageError
     from jaxchat.layer_plan import LayerPlan, PlanError, Slot
     from jaxchat.options import GenerateOptions
+    from jaxchat.recipe import RecipeError, read_recipe, to_mergekit
     from jaxchat.runtime import ChatSession, Model, Result, Score, TextStream, Timings, load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Assembly",
     "ChatSession",
     "ContextOverflowError",
     "Engine",
@@ -28,6 +31,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "PlanError",
+    "RecipeError",
     "Result",
     "Score",
     "Session",
@@ -37,12 +41,15 @@ __all__ = [
     "UsageError",
     "__version__",
     "load",
+    "read_recipe",
+    "to_mergekit",
 ]
 
 if not TYPE_CHECKING:
     # Resolved at first use (PEP 562): importing JAX takes half a second that `--help`, `--show` and tools
     # which only need a plan or a configuration should not wait for.
     _HOMES = {
+        "Assembly": "assembly",
         "ContextOverflowError": "engine",
         "Engine": "engine",
         "GenerateOptions": "options",
@@ -50,9 +57,12 @@ if not TYPE_CHECKING:
         "LayerPlan": "layer_plan",
         "ModelConfig": "config",
         "PlanError": "layer_plan",
+        "RecipeError": "recipe",
         "Session": "engine",
         "Slot": "layer_plan",
         "UsageError": "errors",
+        "read_recipe": "recipe",
+        "to_mergekit": "recipe",
     }
 
     def __getattr__(name: str) -> Any:

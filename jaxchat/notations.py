@@ -60,7 +60,7 @@ def parse(spec: str, num_layers: int) -> list[Entry]:
     try:
         return _parse_text(spec, num_layers)
     except _Culprit as culprit:
-        shown = _printable(spec)
+        shown = printable(spec)
         raise PlanError(f"{culprit.problem}\n{shown}\n{_underline(culprit.start, culprit.end)}") from None
 
 
@@ -97,7 +97,7 @@ def _parse_file(name: str, num_layers: int) -> list[Entry]:
         end = min(culprit.end, culprit.start + len(shown) - column + 1)
         raise PlanError(
             f"{name}:{line}:{column}: {culprit.problem}\n"
-            f"{_printable(shown)}\n{_underline(column - 1, column - 1 + end - culprit.start)}"
+            f"{printable(shown)}\n{_underline(column - 1, column - 1 + end - culprit.start)}"
         ) from None
 
 
@@ -130,7 +130,8 @@ def _fail(start: int, end: int, problem: str) -> NoReturn:
     raise _Culprit(start, end, problem)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """The text with blanks for line breaks and control characters."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 

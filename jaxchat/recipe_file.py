@@ -13,7 +13,7 @@ from typing import NoReturn
 import yaml
 
 from jaxchat.errors import UsageError
-from jaxchat.notations import MAX_FILE_BYTES, is_finite, position_of
+from jaxchat.notations import MAX_FILE_BYTES, is_finite, position_of, printable
 
 ADVICE = "run mergekit and load the model it writes"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -26,6 +26,10 @@ _WITHOUT_EFFECT = ("base_model", "residual_weight")
 
 class RecipeError(UsageError):
     """A recipe that cannot be read, or asks for what a layer plan cannot do."""
+
+    def __init__(self, message: str):
+        # A name out of a file somebody else wrote must not reach the terminal as control characters.
+        super().__init__(printable(message))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +257,7 @@ class _Node:
             return "found a list"
         if self.is_mapping:
             return "found keys and values"
-        text = "".join(char if char.isprintable() else " " for char in str(self._node.value))
+        text = str(self._node.value)
         return f"found {text[:60] + '...' if len(text) > 60 else text!r}" if text else "found nothing"
 
 

@@ -723,6 +723,12 @@ def test_a_missing_model_says_what_was_tried_and_how_to_name_it(read, tmp_path):
     assert f"{tmp_path}/x/y and x/y; give it with --model_path x/y=DIR" in message
 
 
+def test_a_recipe_cannot_smuggle_control_characters_into_the_terminal(read):
+    message = error_of(read, sources(('"\\e[31mx\\ny"', 0, 8)))
+    assert message.isprintable()
+    assert "--model_path  [31mx y=DIR" in message
+
+
 def test_a_model_path_must_be_a_directory_and_a_name_of_the_recipe(read, models, tmp_path):
     models("a")
     text = sources(("a", 0, 8))
