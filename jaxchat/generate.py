@@ -8,6 +8,7 @@ import dataclasses
 import json
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 if __name__ == "__main__":
@@ -20,6 +21,7 @@ from jaxchat import command_line, show
 from jaxchat.command_line import Flag
 from jaxchat.errors import UsageError
 from jaxchat.options import Format, GenerateOptions, Overflow, Request
+from jaxchat.recipe import read_recipe
 
 _DEFAULTS = GenerateOptions()
 _USAGE = """\
@@ -44,6 +46,9 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
     "Model": (
         command_line.MODEL,
         command_line.LAYER_SPEC._replace(help=command_line.LAYER_SPEC.help + ". Look with --show first"),
+        command_line.RECIPE,
+        command_line.MODEL_PATH,
+        command_line.KEEP_IDENTITY,
         command_line.DTYPE,
         command_line.QUANT,
         command_line.KV_DTYPE,
@@ -231,7 +236,9 @@ def define_flags() -> flags.FlagValues:
 
 
 def _run(values: flags.FlagValues) -> int:
-    if values.model is None:
+    if values.model is not None and values.recipe is not None:
+        raise UsageError("--model and --recipe are given; a recipe names its own models, give one")
+    if values.model is None and values.recipe is None:
         raise UsageError(
             "no model: give its directory with -m, "
             'e.g. python -m jaxchat.generate -m models/llama-3-8b -p "Hello"'
@@ -251,9 +258,20 @@ def _run(values: flags.FlagValues) -> int:
 
 
 def _describe(values: flags.FlagValues) -> show.Report:
-    report = show.describe_directory(
-        values.model, values.layer_spec, max_length=values.max_length, quant=values.quant
-    )
+    paths = command_line.model_paths(values)
+    if values.recipe is not None:
+        assembly = read_recipe(values.recipe, paths, keep_identity=values.keep_identity)
+        report = show.describe_assembly(
+            assembly,
+            values.layer_spec,
+            name=_model_name(values),
+            max_length=values.max_length,
+            quant=values.quant,
+        )
+    else:
+        report = show.describe_directory(
+            values.model, values.layer_spec, max_length=values.max_length, quant=values.quant
+        )
     return dataclasses.replace(report, kv_dtype=values.kv_dtype)
 
 
@@ -270,6 +288,10 @@ def _request(values: flags.FlagValues) -> Request:
     )
     return Request(
         model=values.model,
+        model_name=_model_name(values),
+        recipe=values.recipe,
+        model_paths=command_line.model_paths(values),
+        keep_identity=values.keep_identity,
         layer_spec=values.layer_spec,
         dtype=values.dtype,
         quant=values.quant,
@@ -285,6 +307,10 @@ def _request(values: flags.FlagValues) -> Request:
         hide_banner=values.hide_banner,
         options=options,
     )
+
+
+def _model_name(values: flags.FlagValues) -> str:
+    return Path(values.model).resolve().name if values.recipe is None else Path(values.recipe).stem
 
 
 def _refuse_combinations(values: flags.FlagValues) -> None:

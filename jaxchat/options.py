@@ -1,7 +1,7 @@
 """What is asked for: how to continue a text, and all that one command line says. Needs no JAX."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Format = Literal["chat", "completion"]
@@ -56,7 +56,9 @@ class Request:
     """One run of the command line.
 
     Attributes:
-      model: the model directory.
+      model: the model directory; None with a recipe.
+      model_name: what people call it.
+      recipe, model_paths, keep_identity: as in `jaxchat.load`.
       layer_spec, dtype, quant, kv_dtype, kernels, max_length, compilation_cache_dir: as in `jaxchat.load`.
       format: None is chat where the model has a template.
       system: the system prompt.
@@ -67,7 +69,11 @@ class Request:
       options: how to continue.
     """
 
-    model: str
+    model: str | None
+    model_name: str
+    recipe: str | None
+    model_paths: Mapping[str, str]
+    keep_identity: bool
     layer_spec: str | None
     dtype: str | None
     quant: str | None

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
@@ -52,6 +51,9 @@ def run(request: Request) -> int:
         model = load(
             request.model,
             request.layer_spec,
+            recipe=request.recipe,
+            model_paths=request.model_paths,
+            keep_identity=request.keep_identity,
             dtype=request.dtype,
             quant=request.quant,
             kv_dtype=request.kv_dtype,
@@ -63,7 +65,7 @@ def run(request: Request) -> int:
     stats = Stats(load_seconds=time.perf_counter() - started, compile_seconds=clock.seconds())
     replies = open_replies(model, request)
     if _is_terminal(sys.stderr) and not (request.hide_banner or request.json):
-        _say(banner(model, show_name(request)))
+        _say(banner(model, request.model_name))
     try:
         if request.interactive:
             return Chat(replies, request, stats, clock).run()
@@ -79,11 +81,6 @@ def banner(model: Model, name: str) -> str:
         f"{BANNER}\nYou are served by {name} ({model.config.family}),\n"
         f"with {count} ({show.short_count(count)}) parameters.\n"
     )
-
-
-def show_name(request: Request) -> str:
-    """The model's name for people: its directory's."""
-    return Path(request.model).resolve().name
 
 
 # --- what answers: a chat session, or a model that continues every prompt for itself
@@ -190,7 +187,7 @@ def _as_json(replies: Replies, request: Request, result: Result, stats: Stats) -
         "logprobs": result.logprobs,
         "finish_reason": result.finish_reason,
         "prompt_tokens": result.prompt_tokens,
-        "model": show_name(request),
+        "model": request.model_name,
         "family": model.config.family,
         "layer_spec": str(model.plan),
         "parameters": count_parameters(model.config, len(model.plan)),
@@ -307,7 +304,7 @@ class Chat:
 
     def _show(self, _: str) -> bool:
         model = self._replies.model
-        _say(show.render(show.describe(model.config, model.plan, name=show_name(self._request),
+        _say(show.render(show.describe(model.config, model.plan, name=self._request.model_name,
                                        max_length=model.engine.max_length)))  # fmt: skip
         return False
 

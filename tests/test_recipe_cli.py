@@ -1,0 +1,78 @@
+"""`jaxchat.generate --recipe` as a process: block expansion changes no text, and errors say what is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny_chat import write_tiny_chat
+
+from jaxchat import generate
+from jaxchat.layer_plan import LayerPlan
+from jaxchat.recipe import to_mergekit
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_chat(tmp_path_factory.mktemp("recipes") / "tiny-chat")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe for a model called org/tiny, of whose last layer there are two copies that change nothing."""
+    plan = LayerPlan.parse("[0, 1, 2, [2, 0, 0], [2, 0, 0]]", 3)
+    (tmp_path / "expanded.yml").write_text(to_mergekit(plan, "org/tiny"))
+    return tmp_path / "expanded.yml"
+
+
+def answer(*arguments):
+    command = [sys.executable, "-m", "jaxchat.generate", "-p", "hello", "--max_new_tokens", "8"]
+    command += ["--ignore_eos", "--json", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_block_expansion_generates_what_the_base_model_does(model, recipe):
+    expected, _ = answer("-m", model)
+    arguments = ("--recipe", recipe, "--model_path", f"org/tiny={model}")
+    skipped, notes = answer(*arguments)
+    assert skipped["token_ids"] == expected["token_ids"]
+    assert skipped["model"] == "expanded"
+    assert "2 slots with both scales 0: counted and exported, but not executed" in notes
+    kept, _ = answer(*arguments, "--keep_identity")
+    assert kept["token_ids"] == expected["token_ids"]
+
+
+def test_show_needs_no_weights(model, recipe, capsys):
+    arguments = ["--recipe", recipe, "--model_path", f"org/tiny={model}", "--show", "--json"]
+    for more, executed in (([], 3), (["--keep_identity"], 5), (["--layer_spec", "2:"], 1)):
+        assert generate.main(["", *map(str, arguments), *more]) == 0
+        assert json.loads(capsys.readouterr().out)["executed_slots"] == executed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (
+            ["--recipe", "{recipe}"],
+            "expanded.yml:3:12: slices[0].sources[0].model: no model 'org/tiny'",
+        ),
+        (["--recipe", "{recipe}", "--model_path", "org/tiny"], "--model_path org/tiny: expected NAME=DIR"),
+        (
+            ["--recipe", "{recipe}", "--model_path", "org/tiny=/nowhere"],
+            "org/tiny=/nowhere: no such",
+        ),
+        (["--recipe", "{recipe}", "-m", "{model}"], "--model and --recipe are given; a recipe names its own"),
+        (["--recipe", "nowhere.yml"], "nowhere.yml: No such file or directory"),
+        (["-m", "{model}", "--keep_identity"], "--keep_identity needs --recipe"),
+        (["-m", "{model}", "--layer_spec", "@nowhere"], "@nowhere: No such file or directory"),
+        (["-m", "{model}", "--layer_spec", "(3,1)"], "'(3,1)' is reversed"),
+    ],
+)
+def test_wrong_usage(model, recipe, capsys, arguments, problem):
+    filled = [argument.format(recipe=recipe, model=model) for argument in arguments]
+    assert generate.main(["", "-p", "hello", *filled]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert problem in err
