@@ -224,3 +224,18 @@ def test_a_peer_without_llama_cpp_is_one_clear_error():
     assert "No module named" in done.stderr
     assert "--peer_python" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("sample", [(), ("--sample", "4")])
+def test_sweep_compiles_once_and_sharing_changes_no_score(sample: tuple[str, ...]):
+    done = _run("sweep", "--shape", "tiny", "--tokens", "24", "--bandwidth_mib", "16", *sample)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+
+    assert (result["layers"], result["plans"], result["measured_plans"]) == (4, 10, 4 if sample else 10)
+    assert result["compilations"] == 1
+    assert (result["slots"], result["slots_without_sharing"]) == (30, 60)
+    assert result["largest_relative_difference"] < 1e-6
+    assert result["hidden_state_bytes"] == 5 * 24 * 48 * 4
+    assert result["plans_per_s"] == pytest.approx(10 / result["sweep_s"])
+    assert result["speedup"] == pytest.approx(result["sweep_s_without_sharing"] / result["sweep_s"])

@@ -183,6 +183,8 @@ def analyze(
     results = {} if results is None else results
     if not plan.executed():
         raise UsageError("the layer plan executes no slot; there is nothing to analyze")
+    if not 1 <= questions.top_k <= engine.config.vocab_size:
+        raise UsageError(f"--top_k is {questions.top_k}; expected 1 to {engine.config.vocab_size}")
     base = LayerPlan(plan.executed(), plan.num_layers)
     pairs = repeats(len(base), questions.rys_sample, questions.seed)
     pairs = pairs if "rys" in questions.parts else []

@@ -156,8 +156,6 @@ class Sweep:
         Returns:
           Token ids int32 and log-probabilities float32, [P + 1, N, k]: before each slot and after the last.
         """
-        if not 1 <= k <= self.engine.config.vocab_size:
-            raise UsageError(f"--top_k is {k}; expected 1 to {self.engine.config.vocab_size}")
         rows = self.states[:, window, np.asarray(positions, np.int32)]
         ids, logprobs = _lens(*self._static, k, self.engine.params, rows)
         return np.asarray(ids), np.asarray(logprobs)
