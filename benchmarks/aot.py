@@ -2,10 +2,11 @@
 
     python -m benchmarks.aot --target v5e --shape llama-3-8b --quant int4
     python -m benchmarks.aot --target v6e --shape llama-3-8b --quant int8 --mesh 2x2
+    python -m benchmarks.aot --target sm_90 --shape llama-3-8b --quant int4
 
-Nothing is run. TPU targets need `pip install "jaxchat[tpu]"` (libtpu compiles without a TPU). The last line
-is one JSON object. Its roofline is bandwidth alone: the bytes of a decode step at the rate the chip reads
-memory.
+Nothing is run. TPU targets need `pip install "jaxchat[tpu]"` (libtpu compiles without a TPU), sm_90 (an H200)
+needs `pip install "jaxchat[cuda]"` and CUDA's ptxas, but no driver. The last line is one JSON object. Its
+roofline is bandwidth alone: the bytes of a decode step at the rate the chip reads memory.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +35,7 @@ from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.model import KVCache, Params
 from jaxchat.pallas import Kernels
-from jaxchat.pallas.backends import pallas_tpu
+from jaxchat.pallas.backends import pallas_gpu, pallas_tpu
 from jaxchat.sampling import SamplingParams
 
 
@@ -42,29 +45,90 @@ class Target:
 
     Attributes:
       chip: `--target`.
-      platform: of `jax.experimental.topologies`.
-      one, four: topology names of one device and of a 2x2 mesh.
+      device: the entry of `cost.DEVICES` it is.
+      devices: gives the devices of a mesh, described by the compiler.
       kernels: what makes the implementations that run there.
     """
 
     chip: str
-    platform: str
-    one: str
-    four: str
+    device: str
+    devices: Callable[[int], Sequence[Any]]
     kernels: Callable[[], Kernels]
 
     @property
     def bandwidth(self) -> float:
         """Bytes a second a device reads from its memory."""
-        return cost.DEVICES[self.chip].bandwidth
+        return cost.DEVICES[self.device].bandwidth
+
+
+def _tpu_devices(one: str, four: str) -> Callable[[int], Sequence[Any]]:
+    """What describes one TPU, and four of them, by their topologies' names."""
+
+    def devices(count: int) -> Sequence[Any]:
+        if importlib.util.find_spec("libtpu") is None:
+            raise UsageError('--target needs libtpu to compile with: pip install "jaxchat[tpu]"')
+        # Keeps libtpu from looking for a TPU, and for the cloud machine around it.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_WORKER_ID", "0")
+        from jax.experimental import topologies
+
+        options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
+        name = one if count == 1 else four
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices[:count]
+
+    return devices
+
+
+_H200 = """
+platform_name: "CUDA"
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  clock_rate_ghz: 1.98
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 62914560
+  device_memory_size: 150754820096
+}
+"""
+"""What XLA asks a GPU for, of an H200: NVIDIA's data sheet and the CUDA programming guide's limits of 9.0."""
+
+
+def _h200_devices(count: int) -> Sequence[Any]:
+    if count != 1:
+        raise UsageError("--target sm_90 compiles for one GPU: leave --mesh out")
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise UsageError('--target sm_90 needs the CUDA compiler of JAX: pip install "jaxchat[cuda]"')
+    if ptxas := shutil.which("ptxas"):
+        flag = f"--xla_gpu_cuda_data_dir={Path(ptxas).parents[1]}"
+        os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}"
+    from jax.experimental import topologies
+
+    description = topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology="1x1x1", target_config=_H200
+    )
+    return description.devices
 
 
 TARGETS = {
     target.chip: target
     for target in (
-        Target("v5e", "tpu", "v5e:1x1", "v5e:2x2", pallas_tpu),
-        Target("v6e", "tpu", "v6e:1x1", "v6e:2x2", pallas_tpu),
-        Target("tpu7x", "tpu", "tpu7x:1x1x1", "tpu7x:2x2x1", pallas_tpu),
+        Target("v5e", "v5e", _tpu_devices("v5e:1x1", "v5e:2x2"), pallas_tpu),
+        Target("v6e", "v6e", _tpu_devices("v6e:1x1", "v6e:2x2"), pallas_tpu),
+        Target("tpu7x", "tpu7x", _tpu_devices("tpu7x:1x1x1", "tpu7x:2x2x1"), pallas_tpu),
+        Target("sm_90", "h200", _h200_devices, pallas_gpu),
     )
 }
 """What `--target` accepts."""
@@ -92,24 +156,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def devices_of(target: Target, mesh: str) -> Sequence[Any]:
-    """The devices to compile for, described by libtpu.
+    """The devices to compile for.
 
     Raises:
-      UsageError: libtpu is not installed, or knows no such topology.
+      UsageError: their compiler is not installed, or they make no such mesh.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UsageError('--target needs libtpu to compile with: pip install "jaxchat[tpu]"')
-    # Keeps libtpu from looking for a TPU, and for the cloud machine around it.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_WORKER_ID", "0")
-    from jax.experimental import topologies
-
-    count = MESHES[mesh]
-    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
-    name = target.one if count == 1 else target.four
-    topology = topologies.get_topology_desc(platform=target.platform, topology_name=name, **options)
-    return topology.devices[:count]
+    return target.devices(MESHES[mesh])
 
 
 class Steps:
@@ -292,7 +344,7 @@ def print_report(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    # The CPU is where arrays of this process live; a TPU plugin would look for its hardware.
+    # The CPU is where arrays of this process live; another plugin would look for its hardware.
     jax.config.update("jax_platforms", "cpu")
     try:
         result = measure(args)

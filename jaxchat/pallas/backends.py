@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -26,14 +27,23 @@ class Kernels:
       prefill_attention: the same for several new tokens.
       write_rows: appends keys or values to the cache.
       prepare: puts loaded parameters into the layout the kernels read, once.
+      stacked_matmuls: several products of one x in one call, x, stacks, layers -> list; None where that is
+        no faster than one after the other.
     """
 
     name: str
     stacked_matmul: Callable[..., jax.Array] = stacked_matmul.reference.stacked_matmul
     decode_attention: Callable[..., jax.Array] = cache_attention.reference.attend
     prefill_attention: Callable[..., jax.Array] = cache_attention.reference.attend
-    write_rows: Callable[..., jax.Array] = cache_attention.reference.write_rows
+    write_rows: Callable[..., cache_attention.Rows] = cache_attention.reference.write_rows
     prepare: Callable[[dict], dict] = lambda params: params
+    stacked_matmuls: Callable[..., list[jax.Array]] | None = None
+
+    def matmuls(self, x: jax.Array, stacks: Sequence[Any], layers: Sequence[jax.Array]) -> list[jax.Array]:
+        """`x @ stack[layer].T` for each stack and layer."""
+        if self.stacked_matmuls is not None:
+            return self.stacked_matmuls(x, stacks, layers)
+        return [self.stacked_matmul(x, stack, layer) for stack, layer in zip(stacks, layers, strict=True)]
 
 
 REFERENCE = Kernels("reference")
@@ -53,7 +63,16 @@ def _available() -> dict[tuple[str, str], Callable[[], Kernels]]:
         **{(platform, "reference"): lambda: REFERENCE for platform in ("cpu", "gpu", "tpu")},
         **({("cpu", "native"): native_cpu} if native.available() else {}),
         ("tpu", "pallas"): pallas_tpu,
+        ("gpu", "pallas"): pallas_gpu,
     }
+
+
+_AUTO = {
+    "cpu": ("native", "reference"),
+    "tpu": ("pallas", "reference"),
+    "gpu": ("reference",),  # the Pallas kernels have not been measured there: they are to be asked for
+}
+"""What `auto` takes on each platform: the first that is available."""
 
 
 @functools.cache
@@ -62,6 +81,7 @@ def native_cpu() -> Kernels:
     return Kernels(
         "native",
         stacked_matmul=stacked_matmul.cpu.stacked_matmul,
+        stacked_matmuls=stacked_matmul.cpu.stacked_matmuls,
         decode_attention=cache_attention.cpu.attend,
         prefill_attention=cache_attention.cpu.attend,
     )
@@ -84,6 +104,21 @@ def pallas_tpu() -> Kernels:
 
 
 @functools.cache
+def pallas_gpu() -> Kernels:
+    """The Triton kernels: attention, and products of few rows; those of many, and cache writes, are XLA's."""
+    from jaxchat.pallas.cache_attention import gpu as attention
+    from jaxchat.pallas.stacked_matmul import gpu as matmul
+
+    return Kernels(
+        "pallas",
+        stacked_matmul=matmul.stacked_matmul,
+        decode_attention=attention.attend,
+        prefill_attention=attention.attend,
+        prepare=matmul.prepare,
+    )
+
+
+@functools.cache
 def _warn_once(message: str) -> None:
     logging.getLogger("jaxchat").warning("%s; plain XLA serves, which is slower", message)
 
@@ -97,7 +132,7 @@ def select(name: str, platform: str) -> Kernels:
     available = _available()
     if name not in NAMES:
         raise UsageError(f"--kernels is {name!r}; expected one of {', '.join(NAMES)}")
-    wanted = ("native", "pallas", "reference") if name == "auto" else (name,)
+    wanted = _AUTO[platform] if name == "auto" else (name,)
     if platform == "cpu" and name != "reference" and not native.available():
         _warn_once(native.why_not())
     for candidate in wanted:

@@ -1,0 +1,346 @@
+"""Matrix products over stacked weights on NVIDIA GPUs: Pallas kernels (Triton) for the few rows of decoding.
+
+A decoding step is bound by reading weights. The kernels read one layer straight out of the stack, each weight
+once, and multiply on the ordinary cores with float32 sums; the layer index is an operand, for Triton has no
+prefetched scalars. More rows than `_MAX_ROWS` (prefill) are bound by arithmetic: there XLA's own product of
+the dequantized layer serves. Checked against the reference in interpret mode and compiled ahead of time for
+sm_90; NOT RUN ON HARDWARE YET, so the block sizes are reasoned, not tuned, and `--kernels auto` does not
+choose them.
+
+Triton, not Mosaic GPU: the same source runs under jax 0.10 and 0.11, and in the plain interpreter, where its
+results can be checked without a GPU. JAX deprecates this backend from 0.11 on; the kernels use none of its
+shared-memory or tensor-core features, so little of them would change with the backend.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxchat import quant
+from jaxchat.errors import UsageError
+from jaxchat.pallas.stacked_matmul import reference
+from jaxchat.quant import QuantizedTensor
+
+Array = jax.Array
+
+_MAX_ROWS = 8
+"""Rows of x that the kernels multiply at once; each has its own accumulators in registers."""
+
+_WEIGHTS_IN_FLIGHT = 8192
+"""Bytes of weights a program reads in a step: 64 for each of its 128 threads.
+
+By Little's law 4.8 TB/s at 0.7 us of latency take 25 kB in flight on each of an H200's 132 multiprocessors:
+about four programs of four warps.
+"""
+
+_PROGRAMS = 4 * 132
+"""Programs to aim at; a product with fewer rows of weights splits the contraction."""
+
+_WARPS = 4
+_UNIT = 4
+"""Words that a thread reads at a time: 16 bytes, the widest load there is."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedTensor:
+    """A quantized weight [..., O, I] with its codes as 32-bit words: the bytes of `QuantizedTensor`.
+
+    Words, because Pallas computes offsets into arrays of up to 4 GiB in signed 32 bits, which bytes of the
+    stacks of a 13B model overflow. Indexing gives dequantized rows: an embedding is looked up in this form.
+
+    Attributes:
+      words: int32 [..., O, W]: four 8-bit or eight 4-bit codes, the first in the lowest bits.
+      scales, mins: as in `QuantizedTensor`, [..., O, Ip/G].
+      bits, group, columns: static, as there.
+    """
+
+    words: Array
+    scales: Array
+    mins: Array | None
+    bits: int = dataclasses.field(metadata={"static": True})
+    group: int = dataclasses.field(metadata={"static": True})
+    columns: int = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, ids: Array) -> Array:
+        """Rows `ids` [...] of a matrix, float32 [..., I]."""
+        return quant.dequantize(_unpacked(jax.tree.map(lambda part: part[ids], self)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight this stands for: [..., O, I]."""
+        return (*self.words.shape[:-1], self.columns)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return self.words.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory: codes, scales and offsets."""
+        return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self))
+
+    @property
+    def codes_per_word(self) -> int:
+        """J: 4 or 8."""
+        return 32 // self.bits
+
+
+def prepare(params: dict[str, Any]) -> dict[str, Any]:
+    """Puts quantized weights into words, once, one tensor at a time.
+
+    Args:
+      params: name -> array or QuantizedTensor, of jax arrays or, to compile ahead of time, ShapeDtypeStructs.
+
+    Raises:
+      UsageError: the parameters are spread over several GPUs.
+    """
+    for value in jax.tree.leaves(params):
+        sharding = getattr(value, "sharding", None)
+        if sharding is not None and len(sharding.device_set) > 1:
+            raise UsageError("--kernels pallas runs on one GPU; on several give --kernels reference")
+    return {
+        name: _in_words(value) if isinstance(value, QuantizedTensor) else value
+        for name, value in params.items()
+    }
+
+
+def stacked_matmul(x: Array, w: Any, layer: Array | int, *, interpret: bool = False) -> Array:
+    """`x @ w[layer].T`; the definition is `reference.stacked_matmul`.
+
+    Args:
+      x: [..., I], float32 or bfloat16.
+      w: [L, O, I]: prepared, or of a float type.
+      layer: int scalar, traced.
+      interpret: for tests without a GPU.
+
+    Returns:
+      float32 [..., O].
+    """
+    rows = math.prod(x.shape[:-1])
+    if rows > _MAX_ROWS or not (isinstance(w, PreparedTensor) or jnp.issubdtype(w.dtype, jnp.floating)):
+        return reference.stacked_matmul(x, *_definition(w, layer))
+    flat = x.reshape(rows, x.shape[-1]).astype(jnp.float32)
+    product = _word_product if isinstance(w, PreparedTensor) else _float_product
+    out = product(flat, w, jnp.asarray(layer, jnp.int32).reshape(1), interpret=interpret)
+    return out.reshape(*x.shape[:-1], w.shape[-2])
+
+
+# --- layout
+
+
+def _in_words(q: QuantizedTensor) -> PreparedTensor:
+    def regroup(q: QuantizedTensor) -> PreparedTensor:
+        codes = q.codes.reshape(*q.codes.shape[:-1], -1, 4)
+        return PreparedTensor(
+            words=lax.bitcast_convert_type(codes, jnp.int32),
+            scales=jnp.asarray(q.scales),
+            mins=None if q.mins is None else jnp.asarray(q.mins),
+            bits=q.bits,
+            group=q.group,
+            columns=q.columns,
+        )
+
+    if not isinstance(q.codes, jax.ShapeDtypeStruct):
+        return jax.jit(regroup)(q)
+    shapes, sharding = jax.eval_shape(regroup, q), q.codes.sharding
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+
+
+def _unpacked(w: PreparedTensor) -> QuantizedTensor:
+    """What `w` was made of; for an embedding's rows or one layer, not for a stack: it makes a copy."""
+    kind = jnp.int8 if w.bits == 8 else jnp.uint8
+    codes = lax.bitcast_convert_type(w.words, kind)
+    return QuantizedTensor(
+        codes=codes.reshape(*w.words.shape[:-1], -1),
+        scales=w.scales,
+        mins=w.mins,
+        bits=w.bits,
+        group=w.group,
+        columns=w.columns,
+    )
+
+
+def _definition(w: Any, layer: Array | int) -> tuple[Any, Array | int]:
+    """(stack, layer) for the reference: of prepared weights, a stack of the one layer."""
+    if not isinstance(w, PreparedTensor):
+        return w, layer
+    one = jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, layer, 0), w)
+    return _unpacked(one), 0
+
+
+# --- products
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """How a product is cut up: program (i, j) does rows block i, and `steps` column blocks from j * steps on.
+
+    Attributes:
+      rows, columns: of the weight, in the units that the kernel counts columns in.
+      row_block, column_block: powers of two, as Triton wants them; the edges are clamped or masked.
+      splits, steps: parts of the contraction, and column blocks in each.
+    """
+
+    rows: int
+    columns: int
+    row_block: int
+    column_block: int
+    splits: int
+    steps: int
+
+    @classmethod
+    def choose(cls, rows: int, columns: int, column_bytes: int, x_rows: int) -> "_Sizes":
+        # With more rows of x there are more accumulators: the block shrinks in proportion beyond two.
+        room = _WEIGHTS_IN_FLIGHT // column_bytes // max(_power_of_two(x_rows) // 2, 1)
+        row_block = 8 if x_rows <= 4 else 4
+        column_block = min(max(room // row_block, 1), _power_of_two(columns))
+        blocks = -(-columns // column_block)
+        splits = min(max(-(-_PROGRAMS // -(-rows // row_block)), 1), blocks)
+        steps = -(-blocks // splits)
+        return cls(
+            rows=rows,
+            columns=columns,
+            row_block=row_block,
+            column_block=column_block,
+            splits=-(-blocks // steps),
+            steps=steps,
+        )
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last column block reaches beyond the columns."""
+        return self.splits * self.steps * self.column_block != self.columns
+
+    def row_indices(self) -> Array:
+        """Rows of this program, those beyond the last replaced by it: their results are cut off."""
+        return jnp.minimum(pl.program_id(0) * self.row_block + jnp.arange(self.row_block), self.rows - 1)
+
+    def column_indices(self, block: Array) -> tuple[Array, Array]:
+        """Columns of a block, clamped like the rows, and which of them are there."""
+        columns = block * self.column_block + jnp.arange(self.column_block)
+        if not self.ragged:
+            return columns, columns >= 0
+        return jnp.minimum(columns, self.columns - 1), columns < self.columns
+
+
+def _whole_blocks(x: Array) -> Array:
+    """x [M, ...] with its rows padded to a power of two."""
+    return jnp.pad(x, [(0, _power_of_two(x.shape[0]) - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _call(kernel: Any, sizes: _Sizes, x: Array, w: Any, operands: tuple[Any, ...], interpret: bool) -> Array:
+    """Runs a kernel over the grid and adds up the parts of the contraction: float32 [M, O]."""
+    m, blocks = _power_of_two(x.shape[0]), -(-sizes.rows // sizes.row_block)
+    layer_bytes = w.nbytes // w.shape[0]
+    parts = pl.pallas_call(
+        functools.partial(kernel, sizes=sizes),
+        grid=(blocks, sizes.splits),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY) for _ in operands],
+        out_specs=pl.BlockSpec((1, m, sizes.row_block), lambda i, j: (j, 0, i)),
+        out_shape=jax.ShapeDtypeStruct((sizes.splits, m, blocks * sizes.row_block), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * x.shape[0] * w.size // w.shape[0],
+            bytes_accessed=layer_bytes + x.nbytes,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name="stacked_matmul",
+    )(*operands)
+    return parts.sum(0)[: x.shape[0], : sizes.rows]
+
+
+def _float_product(x: Array, w: Array, layer: Array, *, interpret: bool) -> Array:
+    sizes = _Sizes.choose(w.shape[1], w.shape[2], w.dtype.itemsize, x.shape[0])
+    return _call(_float_kernel, sizes, x, w, (layer, _whole_blocks(x), w), interpret)
+
+
+def _float_kernel(layer_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any, *, sizes: _Sizes) -> None:
+    """x [M, I], w [L, O, I] -> out [1, M, rows of a block]."""
+    layer, rows, first = layer_ref[0], sizes.row_indices(), pl.program_id(1) * sizes.steps
+    m = jnp.arange(x_ref.shape[0])
+
+    def step(i: Array, total: Array) -> Array:
+        columns, there = sizes.column_indices(first + i)
+        w = w_ref[layer, rows[:, None], columns[None, :]].astype(jnp.float32)
+        x = jnp.where(there[None, :], x_ref[m[:, None], columns[None, :]], 0.0)
+        return total + w[None] * x[:, None]
+
+    total = jnp.zeros((len(m), sizes.row_block, sizes.column_block), jnp.float32)
+    out_ref[0] = lax.fori_loop(0, sizes.steps, step, total).sum(2)
+
+
+def _word_product(x: Array, w: PreparedTensor, layer: Array, *, interpret: bool) -> Array:
+    units = w.words.shape[-1] // _UNIT
+    sizes = _Sizes.choose(w.shape[1], units, 4 * _UNIT, x.shape[0])
+    # x as the words have it: code j of word k of unit u meets x[:, j, u, k].
+    padded = jnp.pad(x, ((0, 0), (0, w.words.shape[-1] * w.codes_per_word - x.shape[1])))
+    turned = padded.reshape(x.shape[0], units, _UNIT, w.codes_per_word).transpose(0, 3, 1, 2)
+    words = w.words.reshape(*w.words.shape[:-1], units, _UNIT)
+    kernel = functools.partial(_word_kernel, bits=w.bits)
+    operands = (layer, _whole_blocks(turned), words, w.scales, *(() if w.mins is None else (w.mins,)))
+    return _call(kernel, sizes, x, w, operands, interpret)
+
+
+def _word_kernel(
+    layer_ref: Any,
+    x_ref: Any,
+    words_ref: Any,
+    scales_ref: Any,
+    *refs: Any,
+    sizes: _Sizes,
+    bits: int,
+) -> None:
+    """x [M, J, U, 4], words [L, O, U, 4], scales (and mins) [L, O, Ip/G] -> out [1, M, rows of a block]."""
+    *mins_ref, out_ref = refs
+    layer, rows, first = layer_ref[0], sizes.row_indices(), pl.program_id(1) * sizes.steps
+    units_per_group = sizes.columns // scales_ref.shape[-1]
+    word, m = jnp.arange(_UNIT), jnp.arange(x_ref.shape[0])
+
+    def step(i: Array, total: Array) -> Array:
+        units, there = sizes.column_indices(first + i)
+        words = words_ref[layer, rows[:, None, None], units[None, :, None], word[None, None, :]]
+        group = lax.div(units, jnp.int32(units_per_group))
+        scale, *minimum = (
+            ref[layer, rows[:, None], group[None, :]].astype(jnp.float32)[None, :, :, None]
+            for ref in (scales_ref, *mins_ref)
+        )
+        part = jnp.zeros_like(total)
+        x_sum = jnp.zeros((len(m), 1, sizes.column_block, _UNIT), jnp.float32)
+        for j in range(32 // bits):
+            x = x_ref[m[:, None, None], j, units[None, :, None], word[None, None, :]]
+            x = jnp.where(there[None, :, None], x, 0.0)[:, None]
+            part = part + _code(words, j, bits, bool(minimum))[None] * x
+            x_sum = x_sum + x
+        total = total + part * scale
+        return total + x_sum * minimum[0] if minimum else total
+
+    total = jnp.zeros((len(m), sizes.row_block, sizes.column_block, _UNIT), jnp.float32)
+    out_ref[0] = lax.fori_loop(0, sizes.steps, step, total).sum(3).sum(2)
+
+
+def _code(words: Array, j: int, bits: int, affine: bool) -> Array:
+    """Code j of each word, float32: two's complement but for affine 4-bit codes, which are 0 to 15."""
+    if bits == 4 and affine:
+        code = lax.shift_right_logical(words, jnp.int32(4 * j)) & 15
+    else:
+        code = lax.shift_right_arithmetic(words << (32 - bits * (j + 1)), jnp.int32(32 - bits))
+    return code.astype(jnp.float32)
