@@ -1,4 +1,4 @@
-"""`jaxchat.generate --recipe` as a process: block expansion changes no text, and errors say what is wrong."""
+"""`jaxchat.generate --recipe`: block expansion changes no text, and errors say what is wrong."""
 
 import json
 import subprocess
@@ -25,23 +25,36 @@ def recipe(tmp_path):
     return tmp_path / "expanded.yml"
 
 
-def answer(*arguments):
-    command = [sys.executable, "-m", "jaxchat.generate", "-p", "hello", "--max_new_tokens", "8"]
-    command += ["--ignore_eos", "--json", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), done.stderr
+@pytest.fixture
+def answer(capsys, quick_compilation):
+    """`answer(arguments)`: the JSON object that a run prints, and its standard error."""
+
+    def run(*arguments):
+        options = ("-p", "hello", "--max_new_tokens", "8", "--ignore_eos", "--json")
+        code = generate.main(["", *options, *map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return json.loads(out), err
+
+    return run
 
 
-def test_block_expansion_generates_what_the_base_model_does(model, recipe):
+def test_block_expansion_generates_what_the_base_model_does(model, recipe, answer):
     expected, _ = answer("-m", model)
     arguments = ("--recipe", recipe, "--model_path", f"org/tiny={model}")
-    skipped, notes = answer(*arguments)
-    assert skipped["token_ids"] == expected["token_ids"]
-    assert skipped["model"] == "expanded"
-    assert "2 slots with both scales 0: counted and exported, but not executed" in notes
+    skipped, _ = answer(*arguments)
+    assert (skipped["token_ids"], skipped["model"]) == (expected["token_ids"], "expanded")
     kept, _ = answer(*arguments, "--keep_identity")
     assert kept["token_ids"] == expected["token_ids"]
+
+
+def test_the_remarks_on_a_recipe_go_to_standard_error(model, recipe):
+    command = [sys.executable, "-m", "jaxchat.plan", "--recipe", recipe, "--to", "spec"]
+    done = subprocess.run(
+        [*command, "--model_path", f"org/tiny={model}"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "[0, 1, 2, [2, 0.0, 0.0], [2, 0.0, 0.0]]\n")
+    assert "2 slots with both scales 0: counted and exported, but not executed" in done.stderr
 
 
 def test_show_needs_no_weights(model, recipe, capsys):
