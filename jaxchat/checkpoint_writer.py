@@ -233,6 +233,8 @@ def _open(src: str | Path | Assembly, layer_spec: str | None, dtype: np.dtype | 
         if layer_spec is None:
             source = open_source(src)
             plan = recorded_plan(source.manifest, source.config)
+            if plan is None and source.manifest.stack is not None:  # no `config.json` describes its layers
+                plan = LayerPlan.identity(source.config.num_layers)
             return _Model(source, plan, (src,), src, src, None)
         assembly = whole(src, load_plan(src))
     if layer_spec is not None:

@@ -27,6 +27,8 @@ from jaxchat.quant import QuantFormat, QuantizedTensor, dequantize
 from jaxchat.recipe import read_recipe
 from jaxchat.show import describe_assembly
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TOKENS = np.random.default_rng(0).integers(3, 60, (2, 14))
 
 
@@ -63,7 +65,6 @@ def write_recipe(path: Path, text: str) -> Path:
 # One model.
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("model_type", TINY_CONFIGS)
 def test_every_layer_of_one_model_is_that_model(tiny_model, tiny_directory, model_type: str):
     config, params = tiny_model(model_type)
@@ -74,8 +75,7 @@ def test_every_layer_of_one_model_is_that_model(tiny_model, tiny_directory, mode
         np.testing.assert_array_equal(found[name], value)
 
 
-@pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "qwen2", "gpt2"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen2", "gpt2"])
 def test_layers_taken_out_of_order_keep_their_windows_ropes_and_scales(tiny_directory, model_type: str):
     options = {"gpt2": {"n_layer": 4, "scale_attn_by_inverse_layer_idx": True}}.get(
         model_type, {"num_hidden_layers": 4}
@@ -132,7 +132,6 @@ def two(tiny_directory, model_type: str = "llama", **options) -> tuple[Path, Pat
     return tiny_directory(model_type, **options), tiny_directory(model_type, seed=1, **options)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_layers_of_two_models_meet_in_one_stack(tiny_directory, tmp_path: Path):
     a, b = two(tiny_directory)
     recipe = write_recipe(
@@ -190,7 +189,6 @@ def test_files_that_hold_only_unused_layers_need_not_be_there(tiny_directory, tm
         load_assembly(assembly_of(tmp_path / "m", layers=[LayerSource(0, 1)]))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_models_with_other_windows_and_rotations_keep_them_side_by_side(tiny_directory):
     a = tiny_directory("mistral", sliding_window=None, rope_theta=10000.0)
     b = tiny_directory("mistral", sliding_window=5, rope_theta=500000.0)
@@ -261,8 +259,7 @@ def test_layers_that_differ_in_one_tensor_share_the_others(tiny_directory):
     )
 
 
-@pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gpt2"])
 def test_shared_rows_run_like_full_copies(tiny_directory, model_type: str):
     directory = tiny_directory(model_type)
     scales = (("attn_norm.weight", 2.0), ("q.weight", 0.5), ("up.weight", 4.0))
@@ -356,7 +353,7 @@ def test_quantized_sources_are_gathered_as_they_are_and_scaled_by_their_scales(
     source = LayerSource(1, 2, (("q.weight", 0.5), ("up.weight", -2.0)))
     assembly = assembly_of(tmp_path / "a", tmp_path / "b", layers=[LayerSource(0, 1), source])
     _, params = load_assembly(assembly)
-    (_, of_a), (_, of_b) = load_params(tmp_path / "a"), load_params(tmp_path / "b")
+    params, of_a, of_b = jax.device_get((params, *(load_params(tmp_path / name)[1] for name in "ab")))
     for name, row, factor in (("q", 1, 0.5), ("up", 1, -2.0), ("v", 1, 1.0), ("q", 0, 1.0)):
         found, origin = params[f"layers.{name}.weight"], (of_b if row else of_a)[f"layers.{name}.weight"]
         assert isinstance(found, QuantizedTensor)
