@@ -20,7 +20,9 @@ from absl import flags
 from jaxchat import command_line, show
 from jaxchat.command_line import Flag
 from jaxchat.errors import UsageError
-from jaxchat.options import Format, GenerateOptions, Overflow, Request
+from jaxchat.escapes import unescape
+from jaxchat.options import Format, GenerateOptions, Overflow, PrefixIn, Request
+from jaxchat.reasoning import parse_thought_tags
 from jaxchat.recipe import read_recipe
 
 _DEFAULTS = GenerateOptions()
@@ -80,13 +82,6 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
             "left out, e.g. --prompt_file question.txt",
         ),
         Flag(
-            "system",
-            flags.DEFINE_string,
-            "TEXT",
-            'The system prompt of a chat, e.g. -s "Answer in verse."',
-            short="s",
-        ),
-        Flag(
             "interactive",
             flags.DEFINE_bool,
             "",
@@ -109,6 +104,68 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
             "Print the model's shapes, layers, parameters and memory under the plan, and leave. Needs"
             " config.json only, e.g. --show --layer_spec 0:10,10:20:2,20:",
             default=False,
+        ),
+    ),
+    "Chat": (
+        Flag(
+            "system",
+            flags.DEFINE_string,
+            "TEXT",
+            'The system prompt of a chat, e.g. -s "Answer in verse."',
+            short="s",
+        ),
+        Flag(
+            "reversed_role",
+            flags.DEFINE_bool,
+            "",
+            "The model plays the user and you the assistant; --prompt is the model's opening line, e.g. -i "
+            '--reversed_role -p "Hello"',
+            default=False,
+        ),
+        Flag(
+            "ai_prefix",
+            flags.DEFINE_string,
+            "TEXT",
+            "Begin the next reply with this text, which is part of it; C escapes such as \\n work, e.g. "
+            "--ai_prefix 'Let us think step by step:\\n'",
+        ),
+        Flag(
+            "ai_prefix_every_turn",
+            flags.DEFINE_bool,
+            "",
+            "Begin every reply with --ai_prefix, not only the next, e.g. -i --ai_prefix 'Sure: ' "
+            "--ai_prefix_every_turn",
+            default=False,
+        ),
+        Flag(
+            "ai_prefix_in",
+            flags.DEFINE_enum,
+            "PART",
+            "Which part of a reply the prefix begins: content, or the reasoning of a model that thinks, e.g. "
+            "--ai_prefix 'Hm, ' --ai_prefix_in reasoning",
+            default="content",
+            more={"enum_values": get_args(PrefixIn)},
+        ),
+        Flag(
+            "thought_tags",
+            flags.DEFINE_string,
+            "'OPEN CLOSE'",
+            "The two tags, with a space between them, that the model thinks between, to tell reasoning from "
+            "content; as in the model's chat template if not given, e.g. --thought_tags '<think> </think>'",
+        ),
+        Flag(
+            "load_session",
+            flags.DEFINE_string,
+            "FILE",
+            "Go on with a conversation that --save_session or /save has written, with the same model, e.g. "
+            "--load_session talk.session -p 'And then?'",
+        ),
+        Flag(
+            "save_session",
+            flags.DEFINE_string,
+            "FILE",
+            "Write the conversation to this file at the end, to go on another time without computing it "
+            "anew, e.g. -i --save_session talk.session",
         ),
     ),
     "How long": (
@@ -208,6 +265,20 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
             default=False,
         ),
         Flag(
+            "markdown",
+            flags.DEFINE_bool,
+            "",
+            "Render the Markdown of replies: headings, lists, tables, code, e.g. -i --markdown",
+            default=False,
+        ),
+        Flag(
+            "history_file",
+            flags.DEFINE_string,
+            "FILE",
+            "Where messages typed in a chat are kept, for the arrow keys; a file in the user's state directory"
+            " if not given, e.g. -i --history_file notes.txt, or '' for none",
+        ),
+        Flag(
             "hide_banner",
             flags.DEFINE_bool,
             "",
@@ -280,32 +351,18 @@ def _describe(values: flags.FlagValues) -> show.Report:
 
 def _request(values: flags.FlagValues) -> Request:
     _refuse_combinations(values)
-    names = [
-        flag.name for title in ("How long", "Sampling") for flag in _GROUPS[title] if flag.name != "stop"
-    ]
-    options = GenerateOptions(
-        **{name: getattr(values, name) for name in names}, stop=tuple(map(_unescape, values.stop))
-    )
+    own = {field.name for field in dataclasses.fields(Request)} - {"options", "model_name"}
+    read: dict[str, Any] = {
+        "ai_prefix": unescape(values.ai_prefix or "", "--ai_prefix"),
+        "thought_tags": None if values.thought_tags is None else parse_thought_tags(values.thought_tags),
+        "prompt": _prompt(values),
+        "model_paths": command_line.model_paths(values),
+    }
     return Request(
-        model=values.model,
+        **{name: getattr(values, name) for name in own - read.keys()},
+        **read,
         model_name=_model_name(values),
-        recipe=values.recipe,
-        model_paths=command_line.model_paths(values),
-        keep_identity=values.keep_identity,
-        layer_spec=values.layer_spec,
-        dtype=values.dtype,
-        quant=values.quant,
-        kv_dtype=values.kv_dtype,
-        kernels=values.kernels,
-        max_length=values.max_length,
-        compilation_cache_dir=values.compilation_cache_dir,
-        format=values.format,
-        system=values.system,
-        prompt=_prompt(values),
-        interactive=values.interactive,
-        json=values.json,
-        hide_banner=values.hide_banner,
-        options=options,
+        options=_options(values),
     )
 
 
@@ -313,21 +370,51 @@ def _model_name(values: flags.FlagValues) -> str:
     return Path(values.model).resolve().name if values.recipe is None else Path(values.recipe).stem
 
 
+def _options(values: flags.FlagValues) -> GenerateOptions:
+    names = [
+        flag.name for title in ("How long", "Sampling") for flag in _GROUPS[title] if flag.name != "stop"
+    ]
+    stop = tuple(unescape(text, "--stop") for text in values.stop)
+    return GenerateOptions(**{name: getattr(values, name) for name in names}, stop=stop)
+
+
 def _refuse_combinations(values: flags.FlagValues) -> None:
-    if values.prompt is not None and values.prompt_file is not None:
-        raise UsageError("both --prompt and --prompt_file are given; give one")
-    if values.prompt is None and values.prompt_file is None and not values.interactive:
+    given = {name for name in values if values[name].present and values[name].value is not False}
+    for one, other, advice in _CONFLICTS:
+        if {one, other} <= given:
+            raise UsageError(f"--{one} cannot be combined with --{other}: {advice}")
+    for name, needed, advice in _NEEDS:
+        if name in given and not needed & given:
+            raise UsageError(f"--{name} needs --{' or --'.join(sorted(needed))}: {advice}")
+    if values.format == "completion" and (chat_only := sorted(_CHAT_ONLY & given)):
+        raise UsageError(f"--{chat_only[0]} needs a chat; it cannot be combined with --format completion")
+    if not {"prompt", "prompt_file", "interactive"} & given:
         raise UsageError(
             "nothing to do: give a prompt with -p or --prompt_file (- is standard input), or chat with -i"
         )
-    if values.interactive and values.json:
-        raise UsageError("--json is for one prompt; it cannot be combined with --interactive")
     if values.interactive and values.prompt_file == "-":
         raise UsageError("--interactive reads messages from standard input; give the first one with --prompt")
-    if values.system is not None and values.format == "completion":
-        raise UsageError("--system needs a chat; it cannot be combined with --format completion")
-    for name in ("prompt", "system"):
+    for name in ("prompt", "system", "ai_prefix", "thought_tags"):
         command_line.check_text(getattr(values, name), name)
+
+
+_CHAT_ONLY = {flag.name for flag in _GROUPS["Chat"]}
+_CONFLICTS = (
+    ("prompt", "prompt_file", "give one"),
+    ("interactive", "json", "--json is for one prompt"),
+    ("markdown", "json", "JSON holds the text as it is"),
+    ("load_session", "system", "a session has its own; /system changes it"),
+    ("load_session", "reversed_role", "a session has its own roles; /role changes them"),
+    ("load_session", "thought_tags", "a session has its own"),
+)
+"""Pairs of flags that exclude each other, and what to say about it."""
+_NEEDS = (
+    ("reversed_role", {"interactive"}, "the model asks, and somebody has to answer"),
+    ("ai_prefix_every_turn", {"interactive"}, "one prompt is one turn"),
+    ("ai_prefix_in", {"ai_prefix", "interactive"}, "it says where a prefix goes"),
+    ("history_file", {"interactive"}, "it keeps what is typed in a chat"),
+)
+"""Flags that mean nothing without one of others, and why."""
 
 
 def _prompt(values: flags.FlagValues) -> str | None:
@@ -340,12 +427,6 @@ def _prompt(values: flags.FlagValues) -> str | None:
     if prompt == "":
         raise UsageError(f"{where}: the prompt is empty; give at least one character")
     return prompt
-
-
-def _unescape(text: str) -> str:
-    # One after the other would read the `\\n` of a backslash and an n as a line break.
-    parts = text.split("\\\\")
-    return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """What is asked for: how to continue a text, and all that one command line says. Needs no JAX."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Literal
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from jaxchat.errors import UsageError
+from jaxchat.escapes import unescape
 
 Format = Literal["chat", "completion"]
 Overflow = Literal["error", "truncate_oldest"]
+PrefixIn = Literal["content", "reasoning"]
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
 """What the KV cache can be kept in."""
@@ -51,6 +56,87 @@ class GenerateOptions:
         return tuple(s for s in ((self.stop,) if isinstance(self.stop, str) else self.stop) if s)
 
 
+def with_setting(options: GenerateOptions, name: str, value: str) -> GenerateOptions:
+    """`options` with one field read from text, as `/set name=value` gives it.
+
+    Sampling parameters are checked for being numbers; their ranges are `sampling_params`' business.
+
+    Raises:
+      UsageError: no such field, or no such value.
+
+    >>> with_setting(GenerateOptions(), "top_k", "40").top_k
+    40
+    """
+    types = {field.name: field.type for field in dataclasses.fields(options)}
+    if name not in types:
+        raise UsageError(f"no option {name!r}; options: {', '.join(types)}")
+    expected, read = _READERS.get(name) or _READERS[types[name]]
+    try:
+        return dataclasses.replace(options, **{name: read(value)})
+    except (ValueError, OverflowError):
+        raise UsageError(f"{name}={value}: expected {expected}") from None
+
+
+def setting_text(value: Any) -> str:
+    """A field's value as `with_setting` reads it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return "none" if value is None else str(value)
+    texts = [repr(v)[1:-1].replace(",", "\\x2c") if isinstance(v, str) else str(v) for v in value]
+    return ",".join(texts) or "none"
+
+
+def read_switch(text: str) -> bool:
+    """`on` or `off`, also `true`, `1`, `yes` and their opposites; anything else is a `ValueError`."""
+    words = {"on": True, "true": True, "1": True, "yes": True}
+    words |= {"off": False, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
+def _read_integer(text: str, low: int, high: float) -> int:
+    if not low <= (value := int(text)) <= high:
+        raise ValueError(text)
+    return value
+
+
+def _read_limit(text: str) -> int | None:
+    return None if text in ("", "none") else _read_integer(text, 1, math.inf)
+
+
+def _read_seed(text: str) -> int:
+    return _read_integer(text, 0, 2**32 - 1)
+
+
+def _read_choice(text: str) -> str:
+    if text not in get_args(Overflow):
+        raise ValueError(text)
+    return text
+
+
+def _read_texts(text: str) -> tuple[str, ...]:
+    return () if text in ("", "none") else tuple(unescape(part, "stop") for part in text.split(","))
+
+
+def _read_numbers(text: str) -> tuple[int, ...]:
+    return () if text in ("", "none") else tuple(map(int, text.split(",")))
+
+
+_READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    "max_new_tokens": ("an integer of at least 1, or none", _read_limit),
+    "seed": (f"an integer from 0 to {2**32 - 1}", _read_seed),
+    float: ("a number", float),
+    int: ("an integer", int),
+    bool: ("on or off", read_switch),
+    str | Sequence[str]: ("texts with commas between them (\\x2c is a comma), or none", _read_texts),
+    Sequence[int]: ("token ids with commas between them, or none", _read_numbers),
+    Overflow: (" or ".join(get_args(Overflow)), _read_choice),
+}
+"""How a field of `GenerateOptions` is read from text, by its name or its type: what to expect, and how."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """One run of the command line.
@@ -62,8 +148,15 @@ class Request:
       layer_spec, dtype, quant, kv_dtype, kernels, max_length, compilation_cache_dir: as in `jaxchat.load`.
       format: None is chat where the model has a template.
       system: the system prompt.
+      reversed_role: the model plays the user, and the prompt is its opening line.
+      thought_tags: what the model thinks between; None is what its template says.
+      ai_prefix, ai_prefix_in: what the next reply begins with, and in which part of it.
+      ai_prefix_every_turn: every reply does.
+      load_session, save_session: files of a conversation to go on with, and to keep this one in.
       prompt: the prompt, or with `interactive` the first message.
       interactive: chat, reading messages from standard input.
+      markdown: render replies.
+      history_file: where typed messages are kept; None is a file of the user's, "" is nowhere.
       json: print one JSON object.
       hide_banner: start without one.
       options: how to continue.
@@ -83,8 +176,17 @@ class Request:
     compilation_cache_dir: str | None
     format: Format | None
     system: str | None
+    reversed_role: bool
+    thought_tags: tuple[str, str] | None
+    ai_prefix: str
+    ai_prefix_in: PrefixIn
+    ai_prefix_every_turn: bool
+    load_session: str | None
+    save_session: str | None
     prompt: str | None
     interactive: bool
+    markdown: bool
+    history_file: str | None
     json: bool
     hide_banner: bool
     options: GenerateOptions

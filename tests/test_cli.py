@@ -1,4 +1,4 @@
-"""The command line as a process: what it prints where, its exit codes, Ctrl-C, and every wrong input."""
+"""The command line as a process: what it prints where, its exit codes, pipes, and every wrong input."""
 
 import json
 import re
@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 
-import pexpect
 import pytest
 from tiny_chat import write_tiny_chat
 
 from jaxchat import command_line, generate
+from jaxchat.errors import UsageError
+from jaxchat.escapes import unescape
 
 COMMAND = [sys.executable, "-m", "jaxchat.generate"]
 ENDLESS = {"max_position_embeddings": 1 << 20}  # with --ignore_eos it generates until it is stopped
@@ -89,10 +90,24 @@ def test_sampling_defaults_are_those_of_the_library():
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"), [(r"a\nb", "a\nb"), (r"\t", "\t"), (r"\\n", r"\n"), ("x", "x"), (r"\\\n", "\\\n")]
+    ("given", "meant"),
+    [
+        (r"a\nb\tc", "a\nb\tc"),
+        (r"\\n", r"\n"),
+        ("\\\\\\n", "\\\n"),
+        (r"\e[0m \x41\101\0", "\x1b[0m AA\0"),
+        (r"\u00e9 \U0001f999 \xc3\xa9 é", "é 🦙 é é"),
+        ("C:\\dir \\", "C:\\dir \\"),
+    ],
 )
-def test_escapes_of_stop(given, meant):
-    assert generate._unescape(given) == meant
+def test_c_escapes(given, meant):
+    assert unescape(given, "--stop") == meant
+
+
+@pytest.mark.parametrize("given", [r"\xff", r"\ud800", r"\U00110000"])
+def test_c_escapes_that_are_no_text(given):
+    with pytest.raises(UsageError, match=r"^--stop: .* is no UTF-8 text; write "):
+        unescape(given, "--stop")
 
 
 # --- one answer
@@ -175,7 +190,7 @@ def test_craftgpt_holds_a_sensible_short_chat(shared_data):
         (("-m", "nowhere", "--show"), "nowhere: no such model directory"),
         (("-m", "MODEL"), "nothing to do: give a prompt with -p or --prompt_file"),
         (("-m", "MODEL", "-p", ""), "--prompt: the prompt is empty"),
-        (("-m", "MODEL", "-p", "x", "--prompt_file", "f"), "both --prompt and --prompt_file are given"),
+        (("-m", "MODEL", "-p", "x", "--prompt_file", "f"), "--prompt cannot be combined with --prompt_file"),
         (("-m", "MODEL", "--prompt_file", "nowhere"), "--prompt_file nowhere: No such file"),
         (("-m", "MODEL", "-p", "\udcff"), "--prompt is not UTF-8 text"),
         (("-m", "MODEL", "-p", "two", "words"), "unexpected argument 'words'; give the prompt in quotes"),
@@ -183,7 +198,29 @@ def test_craftgpt_holds_a_sensible_short_chat(shared_data):
         (("-m", "MODEL", "-p", "x", "-t", "warm"), "--temperature=warm: "),
         (("-m", "MODEL", "-p", "x", "--seed", "-1"), "--seed=-1: "),
         (("-m", "MODEL", "-p", "x", "--dtype", "int3"), "--dtype=int3: value should be one of <float32|"),
-        (("-m", "MODEL", "-i", "--json"), "--json is for one prompt"),
+        (("-m", "MODEL", "-i", "--json"), "--interactive cannot be combined with --json: "),
+        (("-m", "MODEL", "-p", "x", "--json", "--markdown"), "--markdown cannot be combined with --json: "),
+        (("-m", "MODEL", "-p", "x", "--reversed_role"), "--reversed_role needs --interactive: "),
+        (
+            ("-m", "MODEL", "-p", "x", "--ai_prefix_every_turn"),
+            "--ai_prefix_every_turn needs --interactive: ",
+        ),
+        (
+            ("-m", "MODEL", "-p", "x", "--ai_prefix_in", "content"),
+            "--ai_prefix_in needs --ai_prefix or --int",
+        ),
+        (("-m", "MODEL", "-p", "x", "--history_file", "f"), "--history_file needs --interactive: "),
+        (
+            ("-m", "MODEL", "-i", "--load_session", "f", "-s", "x"),
+            "--load_session cannot be combined with --sys",
+        ),
+        (("-m", "MODEL", "-i", "--ai_prefix", "x", "--format", "completion"), "--ai_prefix needs a chat; "),
+        (("-m", "MODEL", "-p", "x", "--ai_prefix", r"\xff"), "--ai_prefix: "),
+        (("-m", "MODEL", "-p", "x", "--thought_tags", "<think>"), "--thought_tags is '<think>'; give two "),
+        (
+            ("-m", "MODEL", "-p", "x", "--ai_prefix_in", "answer"),
+            "--ai_prefix_in=answer: value should be one of",
+        ),
         (("-m", "MODEL", "-p", "x", "-s", "y", "--format", "completion"), "--system needs a chat"),
     ],
 )
@@ -308,67 +345,7 @@ def test_interactive_from_a_pipe_prints_replies_only_and_survives_errors(chat_mo
     assert len(RATES.findall(done.stderr)) == 2  # /stats, and at the end
 
 
-# --- Ctrl-C and Ctrl-D
-
-
-def in_terminal(*arguments):
-    """The program under a terminal, between two prints of the terminal's settings."""
-    script = 'trap : INT; stty -g; "$@"; code=$?; echo; echo exit code $code; stty -g'
-    words = ["-c", script, "sh", *COMMAND, *map(str, arguments)]
-    return pexpect.spawn("/bin/sh", words, encoding="utf-8", timeout=60)
-
-
-def finished(child):
-    """The exit code, once the program has ended and left the terminal as it was."""
-    child.expect(r"exit code (\d+)\r\n(\S+)\r\n")
-    code, settings = int(child.match[1]), child.match[2]
-    child.expect(pexpect.EOF)
-    assert settings == child.settings
-    return code
-
-
-def started(*arguments):
-    child = in_terminal(*arguments)
-    child.expect(r"(\S+)\r\n")
-    child.settings = child.match[1]
-    return child
-
-
-def test_a_chat_greets_replies_and_ends_with_the_input(chat_model):
-    child = started("-m", chat_model, "-i", "--layer_spec", "0,1", "-p", "first", "--max_new_tokens", "3")
-    child.expect(r"You are served by tiny-chat \(llama\),\r\nwith (\d+) \(([\d.]+K)\) parameters.")
-    assert f"{int(child.match[1]) / 1000:.1f}K" == child.match[2]
-    child.expect("You  > first\r\nA.I. > ")
-    child.expect("You  > ")
-    child.sendline("hello")
-    child.expect("A.I. > ")
-    child.expect("You  > ")
-    child.sendline("/help")
-    child.expect("/restart")
-    child.expect("You  > ")
-    child.sendeof()
-    child.expect("prefill: ")
-    assert finished(child) == 0
-
-
-def test_ctrl_c_stops_a_reply_and_at_the_prompt_leaves(chat_model):
-    child = started("-m", chat_model, "-i", "--ignore_eos", "--hide_banner")
-    child.expect("You  > ")
-    child.sendline("hello")
-    child.expect("A.I. > .")
-    child.sendintr()
-    child.expect("You  > ")
-    child.sendintr()
-    assert finished(child) == 130
-    assert "Traceback" not in child.before
-
-
-def test_ctrl_c_ends_a_generation(chat_model):
-    child = started("-m", chat_model, "-p", "hello", "--ignore_eos", "--hide_banner")
-    child.expect(".{8}")
-    child.sendintr()
-    assert finished(child) == 130
-    assert "Traceback" not in child.before
+# --- Ctrl-C without a terminal; with one: test_terminal.py
 
 
 def test_an_interrupt_without_a_terminal_ends_with_130_and_one_line_break(chat_model):

@@ -1,0 +1,105 @@
+"""What runs in a terminal: loading with a bar, then one answer (`answer.py`) or a chat (`chat.py`).
+
+The text goes to standard output, everything else to standard error. Flags, exit codes: `generate.py`.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from jaxchat import show
+from jaxchat.families import count_parameters
+from jaxchat.options import Request
+from jaxchat.runtime import Model, load, sampling_params
+from jaxchat.stats import CompileClock, Stats
+from jaxchat.terminal.answer import answer
+from jaxchat.terminal.chat import Chat
+from jaxchat.terminal.replies import open_replies
+from jaxchat.terminal.writing import is_terminal, say
+
+BANNER = r"""
+       _                 __          __
+      (_)___ __  _______/ /_  ____ _/ /_
+     / / __ `/ |/_/ ___/ __ \/ __ `/ __/
+    / / /_/ />  </ /__/ / / / /_/ / /_
+ __/ /\__,_/_/|_|\___/_/ /_/\__,_/\__/
+/___/"""
+
+
+def run(request: Request) -> int:
+    """Does what was asked for and returns the exit code."""
+    sampling_params(request.options, 1)  # a bad value should not be told after the model has loaded
+    clock = CompileClock()
+    started = time.perf_counter()
+    with _loading_bar() as progress:
+        model = load(
+            request.model,
+            request.layer_spec,
+            recipe=request.recipe,
+            model_paths=request.model_paths,
+            keep_identity=request.keep_identity,
+            dtype=request.dtype,
+            quant=request.quant,
+            kv_dtype=request.kv_dtype,
+            kernels=request.kernels,
+            max_length=request.max_length,
+            compilation_cache_dir=request.compilation_cache_dir,
+            progress=progress,
+        )
+    stats = Stats(load_seconds=time.perf_counter() - started, compile_seconds=clock.seconds())
+    replies = open_replies(model, request)
+    if is_terminal(sys.stderr) and not (request.hide_banner or request.json):
+        say(banner(replies.model, request.model_name))
+    try:
+        if request.interactive:
+            return Chat(replies, request, stats, clock).run()
+        answer(replies, request, stats, clock)
+        return 0
+    finally:
+        clock.close()
+
+
+def banner(model: Model, name: str) -> str:
+    """The greeting: which model this is, and how many parameters it has under its plan."""
+    count = count_parameters(model.config, len(model.plan))
+    return (
+        f"{BANNER}\nYou are served by {name} ({model.config.family}),\n"
+        f"with {count} ({show.short_count(count)}) parameters.\n"
+    )
+
+
+@contextlib.contextmanager
+def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with rate and remaining time, once loading turns out to take more than a second."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    started = time.perf_counter()
+    bar = Progress(
+        TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+    task = bar.add_task("", total=None)
+
+    def report(done: int, total: int) -> None:
+        elapsed = time.perf_counter() - started
+        if not bar.live.is_started and elapsed > 0.3 and elapsed * total > done:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        bar.stop()  # also shows the cursor again
