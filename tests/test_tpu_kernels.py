@@ -22,6 +22,7 @@ from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.pallas.backends import REFERENCE, Kernels, pallas_tpu, select
 from jaxchat.pallas.cache_attention import tpu as attention
+from jaxchat.pallas.cache_attention.reference import QuantizedRows, quantize_rows
 from jaxchat.pallas.stacked_matmul import tpu as matmul
 from jaxchat.quant import QuantFormat
 
@@ -131,6 +132,7 @@ SLOTS = 2
 
 def attend_float64(q, k, v, slot, lengths, scale, window, softcap):
     """The definition, one query at a time."""
+    k, v = (c.codes * np.asarray(c.scale)[..., None] if isinstance(c, QuantizedRows) else c for c in (k, v))
     q, k, v = (np.asarray(a, np.float64) for a in (q, k[slot], v[slot]))
     out = np.zeros(q.shape)
     per_kv = q.shape[2] // k.shape[1]
@@ -152,7 +154,7 @@ def poisoned_cache(lengths, t, kv, s, h, dtype):
     for b, length in enumerate(lengths):
         cache[:, b, :, length + t :] = np.nan
     cache[0] = np.nan  # another slot
-    return jnp.asarray(cache, dtype)
+    return quantize_rows(jnp.asarray(cache)) if dtype == "int8" else jnp.asarray(cache, dtype)
 
 
 ATTENTION_CASES = {
@@ -169,11 +171,18 @@ ATTENTION_CASES = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "tolerance"),
+    [
+        ("float32", "float32", 1e-5),
+        ("bfloat16", "bfloat16", 2e-2),
+        ("float32", "int8", 1e-5),
+    ],
+)
 @pytest.mark.parametrize("case", ATTENTION_CASES)
-def test_attention_sees_what_its_definition_says(case, dtype, tolerance):
+def test_attention_sees_what_its_definition_says(case, dtype, kv_dtype, tolerance):
     lengths, t, n, kv, s, h, window, softcap = ATTENTION_CASES[case]
-    k, v = (poisoned_cache(lengths, t, kv, s, h, dtype) for _ in range(2))
+    k, v = (poisoned_cache(lengths, t, kv, s, h, kv_dtype) for _ in range(2))
     q = random((len(lengths), t, n, h), dtype)
     attend = jax.jit(functools.partial(attention.attend, softcap=softcap, interpret=True))
     y = attend(q, k, v, 1, jnp.array(lengths), scale=0.1, window=window)
@@ -203,6 +212,9 @@ def test_rows_are_written_behind_those_there_are_and_nowhere_else(lengths, new, 
             expected[1, b, :, length + i] = rows[b, i]
     write = jax.jit(functools.partial(attention.write_rows, interpret=True))
     np.testing.assert_array_equal(write(cache, rows, 1, jnp.array(lengths), jnp.array(new)), expected)
+    found = write(quantize_rows(cache), rows, 1, jnp.array(lengths), jnp.array(new))
+    for part, wanted in zip(found, quantize_rows(jnp.asarray(expected)), strict=True):
+        np.testing.assert_array_equal(part, wanted)
 
 
 # --- races
@@ -332,8 +344,9 @@ for kv in (4, 2):
         cache = attention.write_rows(cache, rows, 1, lengths, new, **options)
         return attention.attend(q, cache, cache, 1, lengths, scale=0.1, window=0, softcap=0.0, **options)
     step = jax.jit(functools.partial(step, interpret=True))
-    error = jnp.abs(step(place(cache, *spec), place(rows), place(q)) - step(cache, rows, q)).max()
-    assert error < 1e-6, (kv, error)
+    for cache in (cache, t.quantize_rows(cache))[: 2 if kv == 4 else 1]:
+        error = jnp.abs(step(place(cache, *spec), place(rows), place(q)) - step(cache, rows, q)).max()
+        assert error < 1e-6, (kv, error)
 print("ok")
 """
 
@@ -440,16 +453,17 @@ def compile_kernels(target):
         (2, 16, 14, 2, 1024, 64, 0.0),
         (3, 1, 8, 4, 1000, 256, 50.0),
     ):
-        cache = abstract((4, b, kv, s, h), jnp.bfloat16)
-        lengths = abstract((b,), jnp.int32)
+        shape, lengths = (4, b, kv, s, h), abstract((b,), jnp.int32)
+        codes = QuantizedRows(abstract(shape, jnp.int8), abstract(shape[:-1], jnp.float32))
 
         def step(q, rows, k, v, slot, lengths, scale, window, softcap=softcap):
             k, v = (attention.write_rows(c, rows, slot, lengths, lengths) for c in (k, v))
             return attention.attend(q, k, v, slot, lengths, scale=scale, window=window, softcap=softcap), k, v
 
-        check(
-            step,
-            abstract((b, t, n, h), jnp.bfloat16), abstract((b, t, kv, h), jnp.bfloat16), cache, cache,
-            scalar, lengths, abstract((), jnp.float32), scalar, donate=(2, 3),
-        )  # fmt: skip
+        for cache in (abstract(shape, jnp.bfloat16), codes):
+            check(
+                step,
+                abstract((b, t, n, h), jnp.bfloat16), abstract((b, t, kv, h), jnp.bfloat16), cache, cache,
+                scalar, lengths, abstract((), jnp.float32), scalar, donate=(2, 3),
+            )  # fmt: skip
     print("ok")

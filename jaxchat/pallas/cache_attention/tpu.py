@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from jaxchat.pallas.cache_attention.reference import QuantizedRows, Rows, quantize_rows
 from jaxchat.pallas.tpu_mesh import mesh_of, split
 
 Array = jax.Array
@@ -38,11 +39,14 @@ _QUERY_ROWS = 512
 _WRITE_ROWS = 16
 """Cache rows rewritten at a time: a tile of bfloat16 is 16 rows, of float32 8. Turned, a tile is 128 wide."""
 
+_WRITE_CODES = 32
+"""The same for a cache in 8 bits, of which a tile is 32 rows."""
+
 
 def attend(
     q: Array,
-    k_cache: Array,
-    v_cache: Array,
+    k_cache: Rows,
+    v_cache: Rows,
     slot: Array,
     lengths: Array,
     *,
@@ -73,7 +77,7 @@ def attend(
     meta = jnp.stack([jnp.asarray(slot, jnp.int32), jnp.asarray(window, jnp.int32)])
     scale = jnp.asarray(scale, jnp.float32).reshape(1, 1)
     operands = (q, k_cache, v_cache, meta, lengths.astype(jnp.int32), scale)
-    mesh = mesh_of(k_cache, q)
+    mesh = mesh_of(*jax.tree.leaves(k_cache), q)
     if mesh is None:
         return run(*operands)
     batch, heads = split(mesh, "data", q.shape[0]), split(mesh, "model", k_cache.shape[2])
@@ -84,8 +88,8 @@ def attend(
 
 def _attend(
     q: Array,
-    k_cache: Array,
-    v_cache: Array,
+    k_cache: Rows,
+    v_cache: Rows,
     meta: Array,
     lengths: Array,
     scale: Array,
@@ -95,6 +99,12 @@ def _attend(
 ) -> Array:
     b, t, n, h = q.shape
     _, _, kv, s, _ = k_cache.shape
+    scales: list[Array] = []
+    if isinstance(k_cache, QuantizedRows) and isinstance(v_cache, QuantizedRows):
+        scales = [k_cache.scale, v_cache.scale]
+        k_cache, v_cache = k_cache.codes, v_cache.codes
+    assert not isinstance(k_cache, QuantizedRows)
+    assert not isinstance(v_cache, QuantizedRows)
     q = q.astype(jnp.float32 if q.dtype == jnp.float32 else jnp.bfloat16)
     per_kv = n // kv
     # Rows of one key/value head: token-major, so that a block of rows is a run of tokens.
@@ -112,17 +122,28 @@ def _attend(
         at = jnp.clip(c, first, jnp.maximum(last, first))
         return (meta[0], i, g, 0, at) if turned else (meta[0], i, g, at, 0)
 
+    def scale_block(i: Array, g: Array, j: Array, c: Array, meta: Any, lengths: Any) -> tuple[Any, ...]:
+        first, last = sizes.visible(lengths[i], j, meta[1])
+        return meta[0], i, 0, jnp.clip(c, first, jnp.maximum(last, first))
+
     def query_block(i: Array, g: Array, j: Array, c: Array, meta: Any, lengths: Any) -> tuple[Any, ...]:
         return i, g, j, 0
 
     cache_spec = pl.BlockSpec((None, None, heads, *((h, keys) if turned else (keys, h))), key_block)
+    scale_spec = pl.BlockSpec((None, None, kv, keys), scale_block)  # of all heads: tiles are 8 high
     query_spec = pl.BlockSpec((None, heads, rows, h), query_block)
     out = pl.pallas_call(
         functools.partial(_attend_kernel, sizes=sizes, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, kv // heads, pl.cdiv(t, tokens), pl.cdiv(s, keys)),
-            in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), query_spec, cache_spec, cache_spec],
+            in_specs=[
+                pl.BlockSpec(memory_space=pltpu.SMEM),
+                query_spec,
+                cache_spec,
+                cache_spec,
+                *[scale_spec] * len(scales),
+            ],
             out_specs=query_spec,
             scratch_shapes=[
                 pltpu.VMEM((heads, rows, _LANES), jnp.float32),  # largest score so far, in every lane
@@ -137,12 +158,13 @@ def _attend(
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * b * t * n * s * h,
-            bytes_accessed=2 * b * kv * s * h * k_cache.dtype.itemsize + q.size * (q.dtype.itemsize + 4),
+            bytes_accessed=2 * b * kv * s * (h * k_cache.dtype.itemsize + 4 * bool(scales))
+            + q.size * (q.dtype.itemsize + 4),
             transcendentals=b * t * n * s,
         ),
         interpret=interpret,
         name="cache_attention",
-    )(meta, lengths, scale, grouped, *(_turn(c, turned) for c in (k_cache, v_cache)))
+    )(meta, lengths, scale, grouped, *(_turn(c, turned) for c in (k_cache, v_cache)), *scales)
     return out.reshape(b, kv, t, per_kv, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
 
 
@@ -201,16 +223,16 @@ def _attend_kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    out_ref: Any,
-    top_ref: Any,
-    total_ref: Any,
-    mixed_ref: Any,
-    *,
+    *refs: Any,
     sizes: _Sizes,
     softcap: float,
 ) -> None:
-    """q and out [K', rows, H], k and v [K', keys, H] (or turned): some heads, the queries of some tokens."""
-    i, j, c = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    """q and out [K', rows, H], k and v [K', keys, H] (or turned): some heads, the queries of some tokens.
+
+    The scales of 8-bit keys and values, if any, are [K, keys]: those of all heads.
+    """
+    *scale_refs, out_ref, top_ref, total_ref, mixed_ref = refs
+    i, g, j, c = (pl.program_id(axis) for axis in range(4))
     length, window = lengths_ref[i], meta_ref[1]
     first, last = sizes.visible(length, j, window)
 
@@ -233,10 +255,11 @@ def _attend_kernel(
         row = start + lax.broadcasted_iota(jnp.int32, v_ref.shape[1:], 1 if sizes.turned else 0)
         written = row < sizes.end(length, j)
         for head in range(q_ref.shape[0]):
+            of_head = pl.ds(g * q_ref.shape[0] + head, 1)
             _add_keys(
                 q_ref[head], k_ref[head], v_ref[head], seen, written, scale_ref[0, 0],
                 top_ref.at[head], total_ref.at[head], mixed_ref.at[head],
-                softcap=softcap, turned=sizes.turned,
+                softcap=softcap, turned=sizes.turned, scales=[ref[of_head, :] for ref in scale_refs],
             )  # fmt: skip
 
     @pl.when(c == pl.num_programs(3) - 1)
@@ -257,12 +280,20 @@ def _add_keys(
     *,
     softcap: float,
     turned: bool,
+    scales: list[Array],
 ) -> None:
-    """One step of the online softmax: q [rows, H] meets k and v [keys, H]; `seen` is bool [rows, keys]."""
+    """One step of the online softmax: q [rows, H] meets k and v [keys, H]; `seen` is bool [rows, keys].
+
+    Of 8-bit keys and values, `scales` [1, keys] multiply the scores and the weights.
+    """
     features, keys = (0, 1) if turned else (1, 0)
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+    if scales:
+        k = k.astype(jnp.float32)
     scores = dot(q, k.astype(q.dtype), (((1,), (features,)), ((), ()))) * scale
+    if scales:
+        scores = scores * scales[0]
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(seen, scores, _MASKED)
@@ -272,7 +303,8 @@ def _add_keys(
     decay = jnp.exp(top - new_top)
     # A weight of 0 times a stale NaN would be NaN.
     v = jnp.where(written, v.astype(jnp.float32), 0.0).astype(q.dtype)
-    mixed = dot(weights.astype(q.dtype), v, (((1,), (keys,)), ((), ())))
+    scaled = jnp.where(seen, weights * scales[1], 0.0) if scales else weights
+    mixed = dot(scaled.astype(q.dtype), v, (((1,), (keys,)), ((), ())))
     top_ref[...] = jnp.broadcast_to(new_top, top_ref.shape)
     total_ref[...] = total_ref[...] * decay + weights.sum(1, keepdims=True)
     mixed_ref[...] = mixed_ref[...] * decay + mixed
@@ -285,8 +317,8 @@ def _key_block(capacity: int, row_bytes: int) -> int:
 
 
 def write_rows(
-    cache: Array, rows: Array, slot: Array, lengths: Array, new: Array, *, interpret: Any = False
-) -> Array:
+    cache: Rows, rows: Array, slot: Array, lengths: Array, new: Array, *, interpret: Any = False
+) -> Rows:
     """Writes each sequence's new keys (or values) behind those it has; see `reference.write_rows`.
 
     It rewrites the tiles that hold the new rows, in the donated buffer. XLA's scatter would be in place too
@@ -300,15 +332,15 @@ def write_rows(
       new: int [B], how many of the T rows are real.
       interpret: for tests without a TPU.
     """
-    run = functools.partial(_write_rows, interpret=interpret)
+    run = functools.partial(_write_parts, interpret=interpret)
     operands = (
         cache,
-        rows,
+        quantize_rows(rows) if isinstance(cache, QuantizedRows) else rows,
         jnp.asarray(slot, jnp.int32).reshape(1),
         lengths.astype(jnp.int32),
         new.astype(jnp.int32),
     )
-    mesh = mesh_of(cache, rows)
+    mesh = mesh_of(*jax.tree.leaves(cache), rows)
     if mesh is None:
         return run(*operands)
     batch, heads = split(mesh, "data", cache.shape[1]), split(mesh, "model", cache.shape[2])
@@ -318,13 +350,24 @@ def write_rows(
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(*operands)
 
 
+def _write_parts(cache: Rows, rows: Rows, slot: Array, lengths: Array, new: Array, *, interpret: Any) -> Rows:
+    write = functools.partial(_write_rows, slot=slot, lengths=lengths, new=new, interpret=interpret)
+    if isinstance(cache, QuantizedRows) and isinstance(rows, QuantizedRows):
+        # Scales [P, B, K, S] are rows of K features of one head, turned.
+        scale = write(jnp.swapaxes(cache.scale, 2, 3)[:, :, None], rows.scale[:, :, None])
+        return QuantizedRows(write(cache.codes, rows.codes), jnp.swapaxes(scale[:, :, 0], 2, 3))
+    assert not isinstance(cache, QuantizedRows)
+    assert not isinstance(rows, QuantizedRows)
+    return write(cache, rows)
+
+
 def _write_rows(
     cache: Array, rows: Array, slot: Array, lengths: Array, new: Array, *, interpret: Any
 ) -> Array:
     _, b, kv, s, h = cache.shape
     t = rows.shape[1]
     turned = _is_turned(s, h)
-    block = min(_LANES if turned else _WRITE_ROWS, s)
+    block = min(_LANES if turned else _WRITE_CODES if cache.dtype == jnp.int8 else _WRITE_ROWS, s)
     steps = 1 if t == 1 else pl.cdiv(t + block - 1, block)  # new rows may begin anywhere in a block
     first = jnp.minimum(lax.div(lengths, block), (s - 1) // block)
     # Shifted to where they lie in the blocks.
@@ -388,5 +431,6 @@ def _write_kernel(
     def _() -> None:
         position = start + lax.broadcasted_iota(jnp.int32, out_ref.shape, axis)
         real = (position >= lengths_ref[i]) & (position < end)
-        merged = jnp.where(real, rows_ref[...].astype(jnp.float32), old_ref[...].astype(jnp.float32))
+        wide = jnp.int32 if out_ref.dtype == jnp.int8 else jnp.float32
+        merged = jnp.where(real, rows_ref[...].astype(wide), old_ref[...].astype(wide))
         out_ref[...] = merged.astype(out_ref.dtype)
