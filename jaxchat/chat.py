@@ -508,12 +508,13 @@ class Conversation:
         after = ids[-1] if ids else None
         message = self._encode(lead, after, "") if lead else []
         lead, _ = self._decode(ids, message)  # a space that the tokenizer adds by itself is no text
+        message = join(self._tokenizer, message, prefix, after=after)
         return Opening(
             role=role,
             prompt=tuple(ids),
-            ids=tuple(join(self._tokenizer, message, prefix, after=after)),
+            ids=tuple(message),
             lead=lead,
-            given=prefix,
+            given=self._added_text(ids, message, lead, prefix),
             opened=opened,
             prefix=prefix,
             prefix_in=prefix_in,
@@ -537,12 +538,13 @@ class Conversation:
         kept = reply.chunk.ids[:-1] if reply.ended else reply.chunk.ids
         after = prompt_ids[-1] if prompt_ids else None
         before, _ = self._decode(prompt_ids, kept)
+        message = join(self._tokenizer, kept, suffix, after=after)
         return Opening(
             role=role,
             prompt=prompt_ids,
-            ids=tuple(join(self._tokenizer, kept, suffix, after=after)),
+            ids=tuple(message),
             lead=reply.lead,
-            given=suffix,
+            given=self._added_text(prompt_ids, message, before, suffix),
             opened=reply.opened,
             continued=before[len(reply.lead) :],
             replaces=True,
@@ -580,7 +582,8 @@ class Conversation:
         ids = [int(i) for i in ids]
         if length is not None:
             ids = self._cut(opening.prompt, ids, len(opening.lead) + length)
-        ended = bool(ids) and ids[-1] in {*end_ids, *opening.stop_ids, *self._tokenizer.eos_ids}
+        special = frozenset(self._tokenizer.special_tokens.values()) - self._tag_ids
+        ended = bool(ids) and ids[-1] in special.union(end_ids, opening.stop_ids)
         text, ends = self._decode(opening.prompt, ids)
         chunk = _Chunk(text, tuple(ids), ends)
         shown, _ = self._decode(opening.prompt, ids[:-1] if ended else ids, keep=self._tag_ids)
@@ -767,6 +770,11 @@ class Conversation:
                 text += detokenizer.push(token_id)
             ends.append(-1 if detokenizer.pending else len(text))
         return text + detokenizer.flush(), tuple(ends)
+
+    def _added_text(self, prompt: Sequence[int], ids: Sequence[int], before: str, text: str) -> str:
+        """`text` as the last of `ids` spell it: a tokenizer may compose characters."""
+        whole, _ = self._decode(prompt, ids)
+        return whole[len(before) :] if whole.startswith(before) else text
 
     def _cut(self, prompt: Sequence[int], ids: Sequence[int], length: int) -> list[int]:
         """`ids` up to `length` characters of text, a token across it cut in two."""

@@ -7,9 +7,11 @@ go beyond it (token healing); then the tokens at the joint are made those of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, takewhile
+from itertools import accumulate, product, takewhile
 
 from jaxchat.tokenizer import TextTokenizer, Tokenizer, unused_marks
+
+_ORDINARY = -1  # stands for the id of any ordinary token
 
 SETTLED_AFTER = 4
 """Tokens after a joint from which on more text no longer changes how the joint is cut, as a rule."""
@@ -74,7 +76,7 @@ def join(tokenizer: Tokenizer, ids: Sequence[int], text: str, *, after: int | No
     run = list(ids[start:])
     whole = _encode_run(tokenizer, run, text, before)
     if whole is None:
-        return [*ids, *_encode_text(tokenizer, text, ids[-1] if ids else after)]
+        return [*ids, *_encode_alone(tokenizer, text, ids[-1] if ids else after)]
     left = _changed_from(tokenizer, run, whole, len(_bytes(tokenizer, run)), before)
     return [*ids[:start], *_splice(tokenizer, run, whole, left, len(_bytes(tokenizer, whole)))]
 
@@ -161,6 +163,14 @@ def _encode_text(tokenizer: Tokenizer, text: str, after: int | None) -> list[int
     return tokenizer.encode_after(broken, after=after, breaker=breaker)
 
 
+def _encode_alone(tokenizer: Tokenizer, text: str, after: int | None) -> list[int]:
+    """The ids of `text` where it is no continuation of a run."""
+    ids = _encode_text(tokenizer, text, after)
+    if _heals(tokenizer) and _swallowed(text, _bytes(tokenizer, ids)):
+        return _encode_text(tokenizer, text, _ORDINARY)
+    return ids
+
+
 def _encode_run(tokenizer: Tokenizer, run: Sequence[int], text: str, before: int | None) -> list[int] | None:
     """The tokenizer's ids of a run of ordinary tokens and a text after it; None if they spell another."""
     if not _heals(tokenizer):
@@ -176,13 +186,19 @@ def _encode_bytes(
     if not _is_text(spelled):
         return None
     head = spelled.decode()
-    # A first space may be one that the tokenizer adds by itself.
-    for given in (head, head[1:]) if head.startswith(" ") else (head,):
-        whole = _encode_text(tokenizer, given + text, before)
+    # A first space may be one that the tokenizer adds by itself; special tokens may swallow white space.
+    heads = (head, head[1:]) if head.startswith(" ") else (head,)
+    for given, after in product(heads, (before, _ORDINARY)):
+        whole = _encode_text(tokenizer, given + text, after)
         found = _bytes(tokenizer, whole)
-        if found == spelled or (text and found.startswith(spelled)):
+        if found == spelled or (text and found.startswith(spelled) and not _swallowed(head + text, found)):
             return whole
     return None
+
+
+def _swallowed(text: str, spelled: bytes) -> bool:
+    """Whether a special token before `text` has swallowed its first white space, as Phi-3's do."""
+    return text[:1].isspace() and not spelled[:1].isspace()
 
 
 def _changed_from(
