@@ -168,6 +168,14 @@ def recorded_plan(manifest: Manifest, config: ModelConfig) -> LayerPlan | None:
         raise JaxchatError(f"{MANIFEST}: the recorded plan is malformed ({reason}); convert again") from None
 
 
+def records_plan(directory: str | Path) -> bool:
+    """Whether a model directory is a stack that is not simply its model's layers in order."""
+    if not (Path(directory) / MANIFEST).exists():
+        return False
+    manifest = Manifest.read(Path(directory))
+    return manifest.plan is not None or manifest.stack is not None
+
+
 def load_plan(directory: str | Path) -> LayerPlan:
     """The layer plan of a model directory: the recorded one, or every layer once."""
     config = load_config(directory)

@@ -14,7 +14,7 @@ import yaml
 
 from jaxchat import recipe_file
 from jaxchat.assembly import Assembly, LayerSource, may_differ
-from jaxchat.checkpoint_manifest import load_config
+from jaxchat.checkpoint_manifest import load_config, records_plan
 from jaxchat.config import ModelConfig, Param
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanError, Slot
@@ -118,6 +118,11 @@ class _Models:
             else:
                 self._by_name[model.name] = len(self.directories)
                 self.configs.append(load_config(directory))
+                if records_plan(directory):
+                    model.place.fail(
+                        f"{directory} records a layer plan, whose slots a recipe does not know; write them "
+                        f"out: tools/convert.py --src {directory} --dst DIR --plan bake, or use the original"
+                    )
                 self.directories.append(directory)
                 self._places.append(model.place)
         return self._by_name[model.name]

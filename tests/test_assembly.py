@@ -117,6 +117,14 @@ def test_the_seeds_recipe_is_the_base_model_bit_for_bit(tmp_path: Path, tiny_dir
     np.testing.assert_array_equal(logits(kept_config, kept_params, kept.plan), expected)
 
 
+def test_the_seeds_recipe_on_a_real_model_is_that_model(tmp_path: Path, shared_data: Path):
+    stories = shared_data / "models/stories260K-hf"
+    (tmp_path / "seed.yaml").write_text(expansion(stories, last=4))
+    assembly = read_recipe(tmp_path / "seed.yaml")
+    expected = logits(*load_params(stories, dtype="bfloat16"))
+    np.testing.assert_array_equal(logits(*load_assembly(assembly), assembly.plan), expected)
+
+
 def expansion(base: Path, last: int) -> str:
     """Block expansion at the end: four copies of the last layer that change nothing."""
     scale = "{scale: [{filter: o_proj, value: 0.0}, {filter: down_proj, value: 0.0}, {value: 1.0}]}"

@@ -473,14 +473,21 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import jax, numpy as np
-from jaxchat.checkpoint import load_params
-from jaxchat.checkpoint_writer import convert
+from jaxchat.assembly import under, whole
+from jaxchat.checkpoint import load_assembly, load_params
+from jaxchat.checkpoint_writer import convert, to_hf
+from jaxchat.layer_plan import LayerPlan
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 jax.device_put(np.ones(4)).block_until_ready()
 before = peak()
 if sys.argv[1] == "convert":
     convert(sys.argv[2], sys.argv[3], dtype="bfloat16")
+elif sys.argv[1] == "export":
+    to_hf(sys.argv[2], sys.argv[3], layer_spec="[[0, 0.5, 0.5], 9, 15, 9]")
+elif sys.argv[1] == "assemble":
+    plan = LayerPlan.parse("0,8:15,9", 16)
+    params = load_assembly(under(whole(sys.argv[2], plan), plan))[1]
 else:
     params = load_params(sys.argv[2])[1]
 print(peak() - before)
@@ -504,6 +511,8 @@ def test_peak_memory_is_the_stack_plus_a_layer(tmp_path: Path) -> None:
     assert run_python(MEASURE, "convert", tmp_path / "hf", tmp_path / "native") < 12
     assert run_python(MEASURE, "load", tmp_path / "hf") < size + 12
     assert run_python(MEASURE, "load", tmp_path / "native") < 12
+    assert run_python(MEASURE, "export", tmp_path / "hf", tmp_path / "out") < 12
+    assert run_python(MEASURE, "assemble", tmp_path / "hf") < size / 2 + 12  # 8 of the layers
 
 
 def run_python(code: str, *arguments: object) -> float:

@@ -28,6 +28,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantFormat
+from jaxchat.recipe import read_recipe
 from jaxchat.show import describe_directory
 from tests import parity_cases
 
@@ -317,6 +318,17 @@ def test_load_runs_the_recorded_plan(tmp_path: Path):
     assert model.generate("abc", max_new_tokens=4)[0].token_ids == expected.token_ids
     assert [slot.layer for slot in model.with_plan("1:3").plan] == [2, 2]
     assert [slot.layer for slot in jaxchat.load(tmp_path / "recorded", plan="-1").plan] == [1]
+
+
+def test_a_recipe_over_a_recorded_plan_is_refused(source, tmp_path: Path):
+    convert(source("llama"), tmp_path / "recorded", layer_spec="0,2,2,1")
+    text = "merge_method: passthrough\nslices:\n- sources: [{model: recorded, layer_range: [0, 2]}]\n"
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"recorded records a layer plan.*--plan bake"):
+        read_recipe(tmp_path / "r.yaml")
+    convert(tmp_path / "recorded", tmp_path / "baked", plan="bake")
+    (tmp_path / "r.yaml").write_text(text.replace("recorded", "baked"))
+    assert len(read_recipe(tmp_path / "r.yaml").plan) == 2
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def _progress() -> Iterator[Report]:
 
 
 def _complain(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":
