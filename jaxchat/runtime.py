@@ -733,7 +733,10 @@ class ChatSession:
         return self.conversation.undo()
 
     def set_plan(self, plan: str | LayerPlan) -> None:
-        """Reshapes the model in mid-conversation; the history is recomputed at the next turn."""
+        """Reshapes the model in mid-conversation.
+
+        The KV of the slots that both plans begin with is kept; the rest is recomputed at the next turn.
+        """
         self.model = self.model.with_plan(plan)
         self.session.set_plan(self.model.plan)
 
