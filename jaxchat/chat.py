@@ -327,6 +327,14 @@ class _Entry:
     reply: _Reply | None = None
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A conversation's messages and ledger at one time."""
+
+    entries: tuple[_Entry, ...]
+    chunks: tuple[_Chunk, ...]
+
+
 class Conversation:
     """Message history whose token ids are kept, never re-tokenized.
 
@@ -436,6 +444,14 @@ class Conversation:
     def take_back(self) -> dict[str, Any]:
         """Removes the last message and returns it."""
         return self._entries.pop().message
+
+    def snapshot(self) -> Snapshot:
+        """The history as it is, for `restore`."""
+        return Snapshot(tuple(self._entries), tuple(self._chunks))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Takes back everything since the snapshot."""
+        self._entries, self._chunks = list(snapshot.entries), list(snapshot.chunks)
 
     def undo(self) -> str | None:
         """Forgets the last exchange.

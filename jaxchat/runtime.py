@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxchat import session_file
-from jaxchat.chat import ChatTemplate, Conversation, Opening
+from jaxchat.chat import ChatTemplate, Conversation, Opening, Snapshot
 from jaxchat.checkpoint import Progress, load_assembly, load_params
 from jaxchat.checkpoint_manifest import load_plan
 from jaxchat.checkpoint_quantized import Quant
@@ -694,14 +694,14 @@ class ChatSession:
           UsageError: the template refuses the conversation, or has no place for the prefix.
         """
         settings = _options(options)
+
+        def open_message() -> Opening:
+            return self.conversation.open(prefix=prefix, prefix_in=prefix_in)
+
+        before = self.conversation.snapshot()
         if text:
             self.conversation.add_typed(text)
-        try:
-            return self._stream(lambda: self.conversation.open(prefix=prefix, prefix_in=prefix_in), settings)
-        except Exception:
-            if text:
-                self.conversation.take_back()
-            raise
+        return self._stream(open_message, settings, before)
 
     def reply(self, *, prefix: str = "", prefix_in: Kind = "content", **options: Any) -> TextStream:
         """Streams the model's next message to the conversation as it stands."""
@@ -713,7 +713,9 @@ class ChatSession:
         Raises:
           UsageError: the last message is not the model's.
         """
-        return self._stream(lambda: self.conversation.reopen(suffix), _options(options))
+        settings = _options(options)
+        before = self.conversation.snapshot()
+        return self._stream(lambda: self.conversation.reopen(suffix), settings, before)
 
     def retry(self, **options: Any) -> TextStream:
         """Generates the last message anew, with the same prefix; only other options make another text.
@@ -722,7 +724,7 @@ class ChatSession:
           UsageError: the last message is not the model's.
         """
         settings = _options(options)
-        return self._stream(self.conversation.reopen_anew, settings)
+        return self._stream(self.conversation.reopen_anew, settings, self.conversation.snapshot())
 
     def undo(self) -> str | None:
         """Forgets the last exchange.
@@ -756,9 +758,18 @@ class ChatSession:
         """Writes conversation and KV cache to a file; see `Model.load_session`."""
         session_file.save(path, self)
 
-    def _stream(self, open_message: Callable[[], Opening], settings: GenerateOptions) -> TextStream:
-        opening = fitting(self.conversation, open_message, self.model.engine.max_length, settings.overflow)
-        batch = Batch(self.model, self.session, settings, opening, self.conversation.thought_tags)
+    def _stream(
+        self, open_message: Callable[[], Opening], settings: GenerateOptions, before: Snapshot
+    ) -> TextStream:
+        """Starts the model's message; where that fails, all is as it was `before`."""
+        limit = self.model.engine.max_length
+        try:
+            opening = fitting(self.conversation, open_message, limit, settings.overflow)
+            batch = Batch(self.model, self.session, settings, opening, self.conversation.thought_tags)
+        except Exception:
+            self.conversation.restore(before)
+            self.session.set_ids(self.conversation.token_ids)
+            raise
         return TextStream(batch, on_end=self._finish)
 
     def _finish(self, batch: Batch) -> None:
