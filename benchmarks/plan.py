@@ -141,7 +141,7 @@ def measure_plan(engine: Engine, plan: LayerPlan, args: argparse.Namespace) -> d
     """Decode time of a plan and of the same runtime on the unrolled checkpoint, in turn."""
     layers = [slot.layer for slot in plan.slots]
     unrolled = Engine(
-        _unrolled_config(engine.config, layers),
+        unrolled_config(engine.config, layers),
         common.gathered_params(engine.params, layers),
         kernels=engine.kernels.name,
     ).session()
@@ -166,7 +166,7 @@ def measure_plan(engine: Engine, plan: LayerPlan, args: argparse.Namespace) -> d
     }
 
 
-def _unrolled_config(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
+def unrolled_config(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     def pick(values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(values[layer] for layer in layers)
 
