@@ -5,6 +5,7 @@ Examples:
   python tools/evaluate_demo.py --model storyteller --data ../shared/data/corpora --out storyteller
 """
 
+import collections
 import json
 import re
 import sys
@@ -150,8 +151,9 @@ def ask_all(model: jaxchat.Model, options: dict[str, Any], seed: int) -> Iterato
     """Every prompt in a chat of its own, and after the story who is in it."""
     for number, (prompt, things) in enumerate(PROMPTS):
         chat = model.chat_session()
-        story = chat.send(prompt, max_new_tokens=_LENGTH, seed=seed + number, **options).result
-        answer = chat.send("Who is in the story?", max_new_tokens=40, seed=seed + number, **options).result
+        story = _finished(chat.send(prompt, max_new_tokens=_LENGTH, seed=seed + number, **options))
+        question = "Who is in the story?"
+        answer = _finished(chat.send(question, max_new_tokens=40, seed=seed + number, **options))
         yield {
             "prompt": prompt,
             "reply": story.text,
@@ -161,6 +163,11 @@ def ask_all(model: jaxchat.Model, options: dict[str, Any], seed: int) -> Iterato
             "who": answer.text,
             "who_is_true": answers_truly(answer.text or "", story.text or ""),
         }
+
+
+def _finished(stream: jaxchat.TextStream) -> jaxchat.Result:
+    collections.deque(stream, maxlen=0)
+    return stream.result
 
 
 def mentions(text: str, thing: str) -> bool:

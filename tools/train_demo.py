@@ -10,6 +10,7 @@ The same command again goes on where it was stopped. `demo-run/hf` is an ordinar
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import random
 import shutil
@@ -24,6 +25,14 @@ if __name__ == "__main__":
     # Started as a file: the packages are beside this folder, and Ctrl-C while they load just ends it.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+try:
+    import matplotlib  # noqa: F401 (drawn with at the end of hours of training)
+    import optax  # noqa: F401 (jaxchat.training's)
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"jaxchat: error: training needs {error.name}; pip install 'jaxchat[train]'")
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +140,7 @@ def _body(values: flags.FlagValues) -> int:
         budget = Budget(values.minutes and values.minutes * 60, values.steps)
         run_.train(budget, peak=values.learning_rate, checkpoint_seconds=values.checkpoint_minutes * 60)
     run_.export()
+    plot(out / "loss.csv", out / "loss.png")
     print(f"{out / 'hf'}: after {run_.step} steps, held-out loss {run_.held_out_loss():.3f} nats a token")
     return 0
 
@@ -146,9 +156,10 @@ def make_tokenizer(directory: Path, corpus: Corpus, size: int) -> None:
     rng = random.Random(0)
     said = [m["content"] for d in make_documents(corpus, rng) for m in d.messages if m["role"] == "user"]
     texts = [*(s.text for s in corpus.train), *corpus.fragments, *(t for t in said if len(t) < 80)]
+    written = io.BytesIO()  # a file's name would become part of the model
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in texts for line in text.split("\n")]),
-        model_prefix=str(directory / "tokenizer"),
+        model_writer=written,
         model_type="bpe",
         vocab_size=size,
         character_coverage=1.0,
@@ -159,7 +170,7 @@ def make_tokenizer(directory: Path, corpus: Corpus, size: int) -> None:
         control_symbols=[f"<|{role}|>" for role in ROLES],
         minloglevel=2,
     )
-    (directory / "tokenizer.vocab").unlink()
+    (directory / "tokenizer.model").write_bytes(written.getvalue())
     names = ["<unk>", "<s>", "</s>", *(f"<|{role}|>" for role in ROLES)]
     added = {
         str(i): {
@@ -449,6 +460,27 @@ class Run:
                     recent.clear()
 
             yield record
+
+
+def plot(curve: Path, image: Path) -> None:
+    """Draws `loss.csv`: training loss and held-out loss over tokens; nothing where there is no curve yet."""
+    from matplotlib.figure import Figure
+
+    if not curve.is_file():
+        return
+    with curve.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="million tokens", ylabel="nats per token")
+    for column, style, label in (
+        ("loss", "-", "training (dialogues, with dropout)"),
+        ("held_out_loss", "o-", "held-out stories"),
+    ):
+        points = [(int(row["tokens"]) / 1e6, float(row[column])) for row in rows if row[column]]
+        tokens, losses = zip(*points, strict=True) if points else ((), ())
+        axes.plot(tokens, losses, style, label=label, markersize=3, linewidth=1)
+    axes.legend()
+    figure.savefig(image, dpi=90)
 
 
 def _hf_name(pattern: str, layer: int) -> str:
