@@ -268,15 +268,19 @@ def _slot_function(
     cos_sin = rope_cos_sin(config.ropes, positions, context_length) if config.ropes else None
     attend = kernels.decode_attention if positions.shape[1] == 1 else kernels.prefill_attention
 
-    def linear(name: str, layer: jax.Array, x: jax.Array) -> jax.Array:
-        weight, bias = f"layers.{name}.weight", f"layers.{name}.bias"
-        y = kernels.stacked_matmul(x, params[weight], row_of(config, weight, layer))
-        if bias not in params:
-            return y
-        return y + widen(params[bias][row_of(config, bias, layer)]).astype(jnp.float32)
+    def linear(names: str, layer: jax.Array, x: jax.Array) -> list[jax.Array]:
+        """The projections of x with these names: what reads the same x is multiplied in one call."""
+        weights = [f"layers.{name}.weight" for name in names.split()]
+        biases = [f"layers.{name}.bias" for name in names.split()]
+        rows = [row_of(config, weight, layer) for weight in weights]
+        ys = kernels.matmuls(x, [params[weight] for weight in weights], rows)
+        return [
+            y + widen(params[bias][row_of(config, bias, layer)]).astype(jnp.float32) if bias in params else y
+            for y, bias in zip(ys, biases, strict=True)
+        ]
 
-    def heads(name: str, layer: jax.Array, x: jax.Array, count: int) -> jax.Array:
-        y = linear(name, layer, x).reshape(*x.shape[:2], count, config.head_dim)
+    def heads(name: str, layer: jax.Array, y: jax.Array, count: int) -> jax.Array:
+        y = y.reshape(*y.shape[:2], count, config.head_dim)
         if config.qk_norm and name != "v":
             norm = f"layers.{name}_norm.weight"
             y = _rms_norm(config, y, params[norm][row_of(config, norm, layer)])
@@ -284,8 +288,9 @@ def _slot_function(
             y = rotate(y, *(part[constants.rope[layer]] for part in cos_sin))
         return y.astype(dtype)
 
-    def write(p: jax.Array, layer: jax.Array, h: jax.Array, new: jax.Array, cache: KVCache) -> KVCache:
-        k, v = heads("k", layer, h, config.num_kv_heads), heads("v", layer, h, config.num_kv_heads)
+    def write(slot: Slot, kv: list[jax.Array], new: jax.Array, cache: KVCache) -> KVCache:
+        p, layer = slot[:2]
+        k, v = (heads(name, layer, y, config.num_kv_heads) for name, y in zip("kv", kv, strict=True))
         return KVCache(
             kernels.write_rows(cache.k, k, p, lengths, new),
             kernels.write_rows(cache.v, v, p, lengths, new),
@@ -294,27 +299,38 @@ def _slot_function(
     def attention(slot: Slot, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         p, layer, scale, _ = slot
         h = _norm(config, params, "layers.attn_norm", x, layer).astype(dtype)
-        q = heads("q", layer, h, config.num_heads)
         if write_from is None:
-            cache = write(p, layer, h, new, cache)
+            q, *kv = linear("q k v", layer, h)
+            cache = write(slot, kv, new, cache)
         else:
+            (q,) = linear("q", layer, h)
             fresh = jnp.where(p >= write_from, new, 0)
-            cache = lax.cond(jnp.any(fresh > 0), lambda c: write(p, layer, h, fresh, c), lambda c: c, cache)
+            cache = lax.cond(
+                jnp.any(fresh > 0),
+                lambda c: write(slot, linear("k v", layer, h), fresh, c),
+                lambda c: c,
+                cache,
+            )
+        q = heads("q", layer, q, config.num_heads)
         mixed = attend(
             q, cache.k, cache.v, p, lengths,
             scale=constants.scale[layer], window=constants.window[layer], softcap=config.attn_softcap,
         )  # fmt: skip
         mixed = mixed.reshape(*x.shape[:2], -1).astype(dtype)
-        return _residual("layers.attn_post_norm", layer, x, linear("o", layer, mixed) * scale), cache
+        (y,) = linear("o", layer, mixed)
+        return _residual("layers.attn_post_norm", layer, x, y * scale), cache
 
     def mlp(slot: Slot, x: jax.Array) -> jax.Array:
         _, layer, _, scale = slot
         h = _norm(config, params, "layers.mlp_norm", x, layer).astype(dtype)
-        up = linear("up", layer, h)
         act = _ACTIVATIONS[config.activation]
-        up = act(linear("gate", layer, h)) * up if config.gated_mlp else act(up)
-        y = linear("down", layer, up.astype(dtype)) * scale
-        return _residual("layers.mlp_post_norm", layer, x, y)
+        if config.gated_mlp:
+            gate, up = linear("gate up", layer, h)
+            up = act(gate) * up
+        else:
+            up = act(linear("up", layer, h)[0])
+        (y,) = linear("down", layer, up.astype(dtype))
+        return _residual("layers.mlp_post_norm", layer, x, y * scale)
 
     def _residual(post_norm: str, layer: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
         if config.post_norms:

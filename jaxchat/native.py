@@ -15,7 +15,7 @@ import jax
 import jaxchat
 
 TARGETS = {
-    "jaxchat_stacked_matmul": "JaxchatStackedMatmul",
+    "jaxchat_stacked_matmuls": "JaxchatStackedMatmuls",
     "jaxchat_cache_attention": "JaxchatCacheAttention",
 }
 """XLA target name -> the library's symbol."""

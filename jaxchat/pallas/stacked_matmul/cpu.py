@@ -1,6 +1,8 @@
 """The native CPU kernels of `cpu.cc`: one layer's weight is read straight out of the stack, once."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 from jaxchat.pallas.stacked_matmul import reference
 from jaxchat.quant import Array, QuantizedTensor
 
-TARGET = "jaxchat_stacked_matmul"
+TARGET = "jaxchat_stacked_matmuls"
 
 MAX_FLOAT_ROWS = 8
 """Float weights times more rows of x than this are compute-bound; XLA's own matrix product is used there."""
@@ -22,51 +24,66 @@ _QUANTIZED_KINDS = {8: 3, 4: 4}
 
 
 def stacked_matmul(x: jax.Array, w: jax.Array | QuantizedTensor, layer: jax.Array) -> jax.Array:
-    """`x @ w[layer].T`; see `reference.stacked_matmul`.
+    """`x @ w[layer].T`; see `reference.stacked_matmul`."""
+    return stacked_matmuls(x, [w], [layer])[0]
+
+
+def stacked_matmuls(
+    x: jax.Array, weights: Sequence[jax.Array | QuantizedTensor], layers: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """`stacked_matmul` of one x with several weights, in one call: fewer waits for the slowest thread.
 
     Quantized weights meet activations that are integers too, with a scale per 32 of them. 4-bit weights: 8
     bits, as in llama.cpp; far finer than the weights. 8-bit weights: 15 bits, but 8 bits in prefill from
     `FEW_TOKENS` on, which is bound by arithmetic. The choice depends on T (x is [B, T, I]) and not on B: a
     sequence's tokens do not depend on its neighbours.
     """
-    rows = math.prod(x.shape[:-1])
     few = x.ndim <= 2 or x.shape[-2] < FEW_TOKENS
-    if not isinstance(w, QuantizedTensor):
-        if rows > MAX_FLOAT_ROWS or w.dtype.name not in _FLOAT_KINDS:
-            return reference.stacked_matmul(x, w, layer)
-        none = jnp.zeros((w.shape[0], 0), jnp.float16)
-        kind = _FLOAT_KINDS[w.dtype.name]
-        return _call(x, w, none, none, layer, kind=kind, cols=w.shape[-1], group=1, few=True)
-    mins = jnp.zeros((w.codes.shape[0], 0), w.scales.dtype) if w.mins is None else w.mins
-    kind = _QUANTIZED_KINDS[w.bits]
-    cols = w.padded_columns
-    return _call(x, w.codes, w.scales, mins, layer, kind=kind, cols=cols, group=w.group, few=few)
+    calls: dict[bool, list[int]] = {}  # few or many -> numbers of the weights
+    out: dict[int, jax.Array] = {}
+    for number, (w, layer) in enumerate(zip(weights, layers, strict=True)):
+        if isinstance(w, QuantizedTensor):
+            calls.setdefault(few, []).append(number)
+        elif math.prod(x.shape[:-1]) <= MAX_FLOAT_ROWS and w.dtype.name in _FLOAT_KINDS:
+            calls.setdefault(True, []).append(number)
+        else:
+            out[number] = reference.stacked_matmul(x, w, layer)
+    for few, numbers in calls.items():
+        ys = _call(x, [weights[n] for n in numbers], [layers[n] for n in numbers], few=few)
+        out.update(zip(numbers, ys, strict=True))
+    return [out[number] for number in range(len(weights))]
+
+
+class _Operand(NamedTuple):
+    """A weight as the foreign function takes it."""
+
+    kind: int
+    cols: int
+    group: int
+    arrays: tuple[Array, Array, Array]  # codes, scales, minimums
+
+
+def _operand(w: jax.Array | QuantizedTensor) -> _Operand:
+    if isinstance(w, QuantizedTensor):
+        mins = jnp.zeros((w.codes.shape[0], 0), w.scales.dtype) if w.mins is None else w.mins
+        return _Operand(_QUANTIZED_KINDS[w.bits], w.padded_columns, w.group, (w.codes, w.scales, mins))
+    none = jnp.zeros((w.shape[0], 0), jnp.float16)
+    return _Operand(_FLOAT_KINDS[w.dtype.name], w.shape[-1], 1, (w, none, none))
 
 
 def _call(
-    x: jax.Array,
-    codes: Array,
-    scales: Array,
-    mins: Array,
-    layer: jax.Array,
-    *,
-    kind: int,
-    cols: int,
-    group: int,
-    few: bool,
-) -> jax.Array:
+    x: jax.Array, weights: Sequence[jax.Array | QuantizedTensor], layers: Sequence[jax.Array], *, few: bool
+) -> list[jax.Array]:
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    out = jax.ShapeDtypeStruct((flat.shape[0], codes.shape[1]), jnp.float32)
-    y = jax.ffi.ffi_call(TARGET, out)(
+    operands = [_operand(w) for w in weights]
+    outs = [jax.ShapeDtypeStruct((flat.shape[0], o.arrays[0].shape[1]), jnp.float32) for o in operands]
+    ys = jax.ffi.ffi_call(TARGET, outs)(
         flat,
-        codes,
-        scales,
-        mins,
-        jnp.asarray(layer, jnp.int32).reshape(1),
-        kind=np.int64(kind),
-        cols=np.int64(cols),
-        group=np.int64(group),
-        affine=mins.size > 0,
+        jnp.stack([jnp.asarray(layer, jnp.int32).reshape(()) for layer in layers]),
+        *(array for operand in operands for array in operand.arrays),
+        kinds=np.array([operand.kind for operand in operands], np.int64),
+        cols=np.array([operand.cols for operand in operands], np.int64),
+        groups=np.array([operand.group for operand in operands], np.int64),
         few=few,
     )
-    return y.reshape(*x.shape[:-1], -1)
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
