@@ -24,6 +24,7 @@ from absl import flags
 from jaxchat import command_line, show
 from jaxchat.command_line import Flag
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.recipe import read_recipe
 
 if TYPE_CHECKING:
     from jaxchat.analysis import Analysis, Questions, Windows
@@ -52,9 +53,13 @@ interrupted run goes on where it stopped.
 _GROUPS: dict[str, tuple[Flag, ...]] = {
     "Model": (
         command_line.MODEL,
+        command_line.RECIPE,
+        command_line.MODEL_PATH,
+        command_line.KEEP_IDENTITY,
         command_line.LAYER_SPEC,
         command_line.DTYPE,
         command_line.QUANT,
+        command_line.KV_DTYPE,
         command_line.KERNELS_FLAG,
         command_line.COMPILATION_CACHE_DIR,
     ),
@@ -176,7 +181,7 @@ def define_flags() -> flags.FlagValues:
 
 def _run(values: flags.FlagValues) -> int:
     _check(values)
-    show.describe_directory(values.model, values.layer_spec, quant=values.quant)  # errors at once
+    _describe(values)  # errors at once
     out = _output_directory(values.out)
     # Not at the top: it imports JAX, which --help and usage errors need not wait for.
     from jaxchat.analysis.measure import Questions
@@ -207,8 +212,12 @@ def _analyze(values: flags.FlagValues, questions: "Questions", out: Path) -> int
         model = load(
             values.model,
             values.layer_spec,
+            recipe=values.recipe,
+            model_paths=command_line.model_paths(values),
+            keep_identity=values.keep_identity,
             dtype=values.dtype,
             quant=values.quant,
+            kv_dtype=values.kv_dtype,
             kernels=values.kernels,
             compilation_cache_dir=values.compilation_cache_dir,
             progress=progress,
@@ -253,7 +262,7 @@ def _write(result: "Analysis", model: "Model", values: flags.FlagValues, out: Pa
     from jaxchat.analysis import report
     from jaxchat.analysis.journal import write_atomically
 
-    name = Path(values.model).resolve().name
+    name = _model_name(values)
     text_of = None if model.tokenizer is None else functools.partial(_token_text, model.tokenizer)
     files = {file: text.encode() for file, text in report.csv_files(result, text_of).items()}
     everything = {"model": name, **report.as_json(result, text_of)}
@@ -275,10 +284,25 @@ def _token_text(tokenizer: "Tokenizer", token: int) -> str:
 # --- flags -> what they mean
 
 
+def _describe(values: flags.FlagValues) -> show.Report:
+    if values.recipe is None:
+        return show.describe_directory(values.model, values.layer_spec, quant=values.quant)
+    paths = command_line.model_paths(values)
+    assembly = read_recipe(values.recipe, paths, keep_identity=values.keep_identity)
+    return show.describe_assembly(assembly, values.layer_spec, name=_model_name(values), quant=values.quant)
+
+
+def _model_name(values: flags.FlagValues) -> str:
+    return Path(values.recipe).stem if values.model is None else Path(values.model).resolve().name
+
+
 def _check(values: flags.FlagValues) -> None:
     example = "e.g. python -m jaxchat.analyze -m models/llama-3-8b --text story.txt --out analysis"
-    if values.model is None:
+    if values.model is not None and values.recipe is not None:
+        raise UsageError("--model and --recipe are given; a recipe names its own models, give one")
+    if values.model is None and values.recipe is None:
         raise UsageError(f"no model: give its directory with -m, {example}")
+    command_line.model_paths(values)
     if (values.text is None) == (values.token_ids is None):
         many = "both --text and --token_ids are given; give one"
         raise UsageError(many if values.text is not None else f"no text: give a file with --text, {example}")
@@ -352,20 +376,25 @@ def _first_ids(model: "Model", text: str, count: int) -> list[int]:
 
 def _dependencies(model: "Model", windows: "Windows", values: flags.FlagValues, batch: int) -> dict[str, str]:
     """What results depend on, by the flag that sets it."""
-    from jaxchat.analysis.journal import directory_fingerprint
+    from jaxchat.fingerprint import weights_fingerprint
 
-    digest = hashlib.sha256(windows.tokens.tobytes() + windows.lengths.tobytes()).hexdigest()
+    weights = weights_fingerprint(model.engine.params)
     return {
-        "--model": directory_fingerprint(Path(values.model)),
+        "--recipe" if values.model is None else "--model": _digest(repr((model.config, weights)).encode()),
         "--layer_spec": str(model.plan),
         "--dtype": values.dtype or "as stored",
         "--quant": values.quant or "as stored",
+        "--kv_dtype": model.engine.kv_dtype.name,
         "--kernels": model.engine.kernels.name,
         "--window": str(windows.tokens.shape[1]),
         "--max_tokens": str(int(windows.lengths.sum())),
-        "--text": digest[:16],
+        "--text": _digest(windows.tokens.tobytes() + windows.lengths.tobytes()),
         "--batch": str(batch),
     }
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def _say(message: str) -> None:

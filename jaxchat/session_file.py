@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from jaxchat.chat import ChatTemplate, Conversation
 from jaxchat.engine import KVRows
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.fingerprint import bytes_of, weights_fingerprint
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.safetensors_file import SafetensorsFile, SafetensorsWriter
 from jaxchat.tokenizer import Tokenizer
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
 
 FORMAT = "jaxchat-session"
 VERSION = "1"
-
-_SAMPLED_ROWS = 4
-"""Rows of each matrix of each layer that go into the fingerprint: a changed layer changes all of its rows."""
-
-_SAMPLED_ENTRIES = 128
-"""The same for what is not a stack of matrices: embeddings, and the norms of all layers, which are few."""
 
 _PROBE = "The quick brown fox, 3.14 × 10²: naïve café, 東京, привет!\n\t<|im_start|> 🙂"
 
@@ -147,12 +141,7 @@ def _stored(file: SafetensorsFile) -> dict[str, Any]:
 
 
 def _crc32(array: np.ndarray) -> int:
-    return zlib.crc32(_bytes_of(array), zlib.crc32(f"{array.dtype}{array.shape}".encode()))
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
-    # Through uint8: numpy has no buffer protocol for bfloat16.
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return zlib.crc32(bytes_of(array), zlib.crc32(f"{array.dtype}{array.shape}".encode()))
 
 
 # --- which model
@@ -164,34 +153,13 @@ def _fingerprint(model: "Model") -> dict[str, Any]:
     assert model.tokenizer is not None
     found = {
         "config": dataclasses.asdict(model.config),
-        "weights": {name: _weight(value) for name, value in sorted(model.engine.params.items())},
+        "weights": weights_fingerprint(model.engine.params),
         "kernels": model.engine.kernels.name,
         "tokenizer": _tokenizer(model.tokenizer),
         "chat template": _template(model.template),
     }
     result: dict[str, Any] = json.loads(json.dumps(found))
     return result
-
-
-def _weight(value: Any) -> dict[str, str]:
-    """Format, shape and a digest of a sample of the bytes of one parameter."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in jax.tree.leaves(value):
-        digest.update(f"{part.dtype}{part.shape}".encode())
-        digest.update(_bytes_of(_sample(part)))
-    # bfloat16 is kept as its bits on the CPU.
-    kind = getattr(value, "format_name", None) or str(value.dtype).replace("uint16", "bfloat16")
-    return {"format": kind, "shape": str(list(value.shape)), "digest": digest.hexdigest()}
-
-
-def _sample(part: jax.Array) -> np.ndarray:
-    """Some rows [..., n, I] of an array, evenly spaced; taken where it is, so that little is transferred."""
-    axis, count = (1, _SAMPLED_ROWS) if part.ndim > 2 else (0, _SAMPLED_ENTRIES)
-    if part.ndim < 2:
-        return np.asarray(part)
-    rows = np.unique(np.linspace(0, part.shape[axis] - 1, count).astype(int))
-    on_host = next(iter(part.devices())).platform == "cpu"
-    return np.take(np.asarray(part), rows, axis) if on_host else np.asarray(part.take(rows, axis))
 
 
 def _tokenizer(tokenizer: Tokenizer) -> str:

@@ -20,7 +20,7 @@ from tiny_chat import write_tiny_chat
 import jaxchat
 from jaxchat import analysis, analyze, model
 from jaxchat.analysis import report, sweep
-from jaxchat.analysis.journal import Journal, directory_fingerprint
+from jaxchat.analysis.journal import Journal
 from jaxchat.checkpoint_writer import convert
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
@@ -124,6 +124,7 @@ def test_texts_and_windows_that_predict_nothing_are_refused(ids, length, error):
         ("llama", {}),
         ("gemma2", {}),
         ("gpt2", {}),
+        ("llama", {"kv_dtype": "int8"}),
         ("llama", {"quant": "int8", "kernels": "auto"}),
         ("llama", {"quant": "int8", "kernels": "reference"}),
     ],
@@ -132,7 +133,7 @@ def test_every_plan_has_the_perplexity_that_the_runtime_gives_it(load, model_typ
     loaded = load(model_type, **options)
     found = study(loaded, parts=("skip", "rys"))
 
-    close = 1e-5 if "quant" not in options else 1e-3  # quantized products of one row and of many differ
+    close = 1e-3 if "quant" in options else 1e-5  # quantized products of one row and of many differ
     assert found.base == pytest.approx(scored(loaded, "all"), rel=close)
     for layer in range(3):
         scales = {"attention": [layer, 0.0, 1.0], "mlp": [layer, 1.0, 0.0], "both": [layer, 0.0, 0.0]}
@@ -238,14 +239,15 @@ def test_logits_of_a_large_vocabulary_are_computed_in_parts(load, monkeypatch):
     engine = load("llama").engine
     x = jax.random.normal(jax.random.key(0), (2, 9, 24))
     targets = jnp.arange(18).reshape(2, 9)
-    arguments = (engine.config, engine.dtype, engine.kernels, engine.params, x, targets)
+    fixed = sweep._Model(engine.config, engine.dtype, engine.dtype, engine.kernels)
+    arguments = (fixed, engine.params, x, targets)
     expected = sweep._token_nats(*arguments)
     shapes = []
-    monkeypatch.setattr(sweep, "_LOGITS", 67 * 7)  # seven of the 18 tokens at a time
+    monkeypatch.setattr(sweep, "_LOGITS", 67 * 7)  # at most seven of the 18 tokens at a time
     logits = sweep._logits
     monkeypatch.setattr(sweep, "_logits", lambda *a: shapes.append(a[-1].shape) or logits(*a))
     np.testing.assert_allclose(sweep._token_nats(*arguments), expected, rtol=1e-5)
-    assert shapes == [(7, 24)]
+    assert shapes == [(6, 24)]
 
 
 # --- hidden states
@@ -482,15 +484,6 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
     assert path.read_bytes() == content
 
 
-def test_the_fingerprint_of_a_model_is_that_of_its_weights_and_configuration(tmp_path):
-    first = write_tiny_chat(tmp_path / "first", seed=0)
-    again, other = write_tiny_chat(tmp_path / "again", seed=0), write_tiny_chat(tmp_path / "other", seed=1)
-    assert directory_fingerprint(first) == directory_fingerprint(again) != directory_fingerprint(other)
-    config = again / "config.json"
-    config.write_text(config.read_text().replace("1e-05", "1e-06"))
-    assert directory_fingerprint(first) != directory_fingerprint(again)
-
-
 # --- the command
 
 
@@ -556,6 +549,23 @@ def test_files_tables_and_a_second_run_that_computes_nothing(chat_model, story, 
     assert second.out.splitlines()[-1].startswith(f"{tmp_path / 'out'}: layers.csv, rys.csv, analysis.json")
 
 
+def test_a_recipe_is_analyzed_like_its_layer_spec(chat_model, story, tmp_path):
+    recipe = tmp_path / "longer.yml"
+    recipe.write_text(
+        "merge_method: passthrough\nslices:\n"
+        "  - sources: [{model: tiny, layer_range: [0, 2]}]\n"
+        "  - sources: [{model: tiny, layer_range: [1, 3]}]\n"
+    )
+    same = ("--text", story, "--max_tokens", "90", "--parts", "rys", "--noplots")
+    assert main("--recipe", recipe, "--model_path", f"tiny={chat_model}", *same, "--out", tmp_path / "a") == 0
+    assert main("-m", chat_model, "--layer_spec", "0:2,1:3", *same, "--out", tmp_path / "b") == 0
+    first, second = (json.loads((tmp_path / out / "analysis.json").read_text()) for out in "ab")
+    assert first.pop("model") == "longer"
+    assert second.pop("model") == "tiny-chat"
+    assert len(first["rys"]) == 10
+    assert first == second
+
+
 def test_every_window_begins_as_texts_do_for_the_tokenizer(tmp_path, story, shared_data):
     stories = shared_data / "models" / "stories260K-hf"
     arguments = ("--text", story, "--out", tmp_path / "out", "--window", "20", "--max_tokens", "99")
@@ -580,6 +590,8 @@ def test_token_ids_need_no_tokenizer(tiny_directory, tmp_path, capsys):
     ("arguments", "error"),
     [
         ([], "no model: give its directory with -m"),
+        (["-m", "MODEL", "--recipe", "STORY", "--out", "OUT"], "--model and --recipe are given"),
+        (["-m", "MODEL", "--model_path", "a=b", "--out", "OUT"], "--model_path needs --recipe"),
         (["-m", "MODEL", "--out", "OUT"], "no text: give a file with --text"),
         (
             ["-m", "MODEL", "--text", "STORY", "--token_ids", "STORY", "--out", "OUT"],

@@ -5,7 +5,6 @@ Knows neither models nor plans: names and JSON values, under a description of wh
 
 import collections
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import JaxchatError, UsageError
-
-_SAMPLE = 1 << 16  # bytes read at the start, in the middle and at the end of a file
 
 
 class Journal(collections.UserDict[str, Any]):
@@ -93,28 +90,6 @@ class Journal(collections.UserDict[str, Any]):
                     f"{of.get(key, 'not given')} now and was {there.get(key, 'not given')}; give another "
                     f"--out, or delete {self.path} to start anew"
                 )
-
-
-def directory_fingerprint(directory: Path) -> str:
-    """16 hexadecimal digits that change with the files of a model directory.
-
-    It reads names, sizes and three samples of each file: weights of gigabytes take no time.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            digest.update(f"{name} {path.stat().st_size} {_samples(path)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _samples(path: Path) -> str:
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with open(path, "rb") as file:
-        for start in (0, max(size // 2 - _SAMPLE // 2, 0), max(size - _SAMPLE, 0)):
-            file.seek(start)
-            digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -60,6 +60,15 @@ def cut_windows(ids: Sequence[int], length: int, *, bos: int | None = None) -> W
     return Windows(tokens, np.array([len(row) for row in rows], np.int32))
 
 
+class _Model(NamedTuple):
+    """What the executables are compiled for."""
+
+    config: ModelConfig
+    dtype: jnp.dtype  # of the activations
+    kv_dtype: jnp.dtype  # of the cache, as it is stored
+    kernels: Kernels
+
+
 class Sweep:
     """Evaluates plans on windows of text.
 
@@ -93,11 +102,11 @@ class Sweep:
         self.base = base.executed()
         self.windows = windows
         self._capacity = max(len(self.base), max_slots)
-        self._static = (engine.config, engine.dtype, engine.kernels)
+        self._model = _Model(engine.config, engine.dtype, engine._stored_dtype, engine.kernels)
         self._tokens, self._lengths = (jax.device_put(array, engine._placement) for array in windows)
         self._arrays = base.arrays(self._capacity)
         self.states = _states(
-            *self._static, len(self.base), engine.params, self._arrays, self._tokens, self._lengths
+            self._model, len(self.base), engine.params, self._arrays, self._tokens, self._lengths
         )
 
     def shared(self, plan: LayerPlan) -> int:
@@ -121,7 +130,7 @@ class Sweep:
 
     def _nats(self, plan: PlanArrays, start: int) -> np.ndarray:
         out = _nats(
-            *self._static, self.engine.params, self.states, plan, np.int32(start), self._tokens, self._lengths
+            self._model, self.engine.params, self.states, plan, np.int32(start), self._tokens, self._lengths
         )
         return np.asarray(out, np.float64)
 
@@ -157,7 +166,7 @@ class Sweep:
           Token ids int32 and log-probabilities float32, [P + 1, N, k]: before each slot and after the last.
         """
         rows = self.states[:, window, np.asarray(positions, np.int32)]
-        ids, logprobs = _lens(*self._static, k, self.engine.params, rows)
+        ids, logprobs = _lens(self._model, k, self.engine.params, rows)
         return np.asarray(ids), np.asarray(logprobs)
 
 
@@ -172,11 +181,9 @@ def windows_at_once(engine: Engine, base: LayerPlan, windows: Windows, mebibytes
 # --- the executables. Configuration, dtype, kernels and counts are static; plans, starts and texts traced.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _states(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    kernels: Kernels,
+    fixed: _Model,
     slots: int,
     params: Params,
     plan: PlanArrays,
@@ -185,21 +192,19 @@ def _states(
 ) -> jax.Array:
     """The residual stream before each slot and after the last, [P + 1, B, T, D]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = model.embed(config, params, tokens, positions, dtype=dtype)
-    states = jnp.zeros((slots + 1, *x.shape), dtype).at[0].set(x)
+    x = model.embed(fixed.config, params, tokens, positions, dtype=fixed.dtype)
+    states = jnp.zeros((slots + 1, *x.shape), fixed.dtype).at[0].set(x)
 
     def keep(p: jax.Array, states: jax.Array) -> jax.Array:
-        x = _run(config, dtype, kernels, params, plan, states[p], p, p + 1, lengths)
+        x = _run(fixed, params, plan, states[p], p, p + 1, lengths)
         return states.at[p + 1].set(x)
 
     return lax.fori_loop(0, slots, keep, states)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=0)
 def _nats(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    kernels: Kernels,
+    fixed: _Model,
     params: Params,
     states: jax.Array,
     plan: PlanArrays,
@@ -208,16 +213,14 @@ def _nats(
     lengths: jax.Array,
 ) -> jax.Array:
     """The negative log-likelihood of each window, float32 [B], with the slots before `start` done already."""
-    x = _run(config, dtype, kernels, params, plan, states[start], start, plan.length, lengths)
+    x = _run(fixed, params, plan, states[start], start, plan.length, lengths)
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    nats = _token_nats(config, dtype, kernels, params, x, targets)
+    nats = _token_nats(fixed, params, x, targets)
     return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None] - 1, nats, 0).sum(1)
 
 
 def _run(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    kernels: Kernels,
+    fixed: _Model,
     params: Params,
     plan: PlanArrays,
     x: jax.Array,
@@ -227,7 +230,8 @@ def _run(
 ) -> jax.Array:
     """Runs the slots [start, stop) on whole windows, one after the other on the same slot of cache."""
     batch, length, _ = x.shape
-    cache = model.init_cache(config, slots=1, batch=batch, capacity=length, dtype=dtype)
+    config, dtype, kernels = fixed.config, fixed.dtype, fixed.kernels
+    cache = model.init_cache(config, slots=1, batch=batch, capacity=length, dtype=fixed.kv_dtype)
     nothing = jnp.zeros(batch, jnp.int32)
 
     def body(p: jax.Array, carry: tuple[jax.Array, model.KVCache]) -> tuple[jax.Array, model.KVCache]:
@@ -242,39 +246,34 @@ def _run(
     return lax.fori_loop(start, stop, body, (x, cache))[0]
 
 
-def _token_nats(
-    config: ModelConfig, dtype: jnp.dtype, kernels: Kernels, params: Params, x: jax.Array, targets: jax.Array
-) -> jax.Array:
+def _token_nats(fixed: _Model, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
     """-log p(target), float32 [B, T], of a residual stream [B, T, D], from so many logits at a time."""
     rows = targets.size
-    chunk = min(rows, max(_LOGITS // config.vocab_size, 1))
+    chunks = -(-rows // max(_LOGITS // fixed.config.vocab_size, 1))
+    chunk = -(-rows // chunks)  # as even as can be
     padding = -rows % chunk
     flat_x = jnp.pad(x.reshape(rows, -1), ((0, padding), (0, 0))).reshape(-1, chunk, x.shape[-1])
     flat_targets = jnp.pad(targets.reshape(rows), (0, padding)).reshape(-1, chunk)
 
     def nats(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = _logits(config, dtype, kernels, params, part[0])
+        logits = _logits(fixed, params, part[0])
         chosen = jnp.take_along_axis(logits, part[1][:, None], axis=-1)[:, 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     return lax.map(nats, (flat_x, flat_targets)).reshape(-1)[:rows].reshape(targets.shape)
 
 
-def _logits(
-    config: ModelConfig, dtype: jnp.dtype, kernels: Kernels, params: Params, x: jax.Array
-) -> jax.Array:
-    hidden = model.final_norm(config, params, x)
-    return model.logits(config, params, hidden, dtype=dtype, kernels=kernels)
+def _logits(fixed: _Model, params: Params, x: jax.Array) -> jax.Array:
+    hidden = model.final_norm(fixed.config, params, x)
+    return model.logits(fixed.config, params, hidden, dtype=fixed.dtype, kernels=fixed.kernels)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _lens(
-    config: ModelConfig, dtype: jnp.dtype, kernels: Kernels, k: int, params: Params, rows: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lens(fixed: _Model, k: int, params: Params, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """rows [P + 1, N, D] -> the k most probable tokens and their log-probabilities, [P + 1, N, k]."""
 
     def read(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logprobs, ids = lax.top_k(jax.nn.log_softmax(_logits(config, dtype, kernels, params, x)), k)
+        logprobs, ids = lax.top_k(jax.nn.log_softmax(_logits(fixed, params, x)), k)
         return ids, logprobs
 
     return lax.map(read, rows)
