@@ -678,6 +678,8 @@ class Conversation:
 
     def _prompt(self, entries: Sequence[_Entry], role: str) -> _Prompt:
         """The rendering of `entries` up to where a message of `role` begins."""
+        if role == "assistant" and not entries:
+            raise UsageError("there is nothing to reply to; send a message first")
         messages, breaker = self._broken(entries)
         if role == "assistant":
             marked = self._template.render(messages, add_generation_prompt=True, **self._kwargs)

@@ -10,13 +10,15 @@ import itertools
 import json
 import re
 import shutil
+import unicodedata
+import zlib
 from itertools import accumulate
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import real_chats
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from real_chats import DATA, TEMPLATES, needs_data
 from tiny import write_tiny_hf
@@ -34,6 +36,7 @@ from jaxchat.layer_plan import LayerPlan
 from jaxchat.runtime import Model
 from jaxchat.tokenizer import JsonTokenizer, load_tokenizer
 
+EXAMPLES = 4  # of step sequences a model
 VOCABULARY = 152_000  # of the tiny model, as large as the largest tokenizer: one set of executables for all
 PLANS = ("all", "2,0,1", "0,2", "0:2,1:")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -119,8 +122,8 @@ def spelled(tokenizer, ids):
 
 
 def squeezed(text):
-    """Text without white space: Phi-3's special tokens take in what follows them."""
-    return "".join(text.split())
+    """Text as every tokenizer spells it: Qwen's compose characters, Phi-3's swallow some white space."""
+    return "".join(unicodedata.normalize("NFC", text).split())
 
 
 # --- the joint of a given and a generated text
@@ -309,12 +312,13 @@ def take(chat, step, seed, options, path):
 def test_after_any_steps_the_cache_holds_the_rendered_conversation(name, chat_of, tmp_path):
     model, end = chat_of(name)
 
+    @seed(zlib.crc32(name.encode()))
     @settings(
-        max_examples=4,
+        max_examples=EXAMPLES,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        derandomize=True,
-        phases=[Phase.explicit, Phase.generate],
+        phases=[Phase.generate],
+        database=None,
     )
     @given(
         steps=st.lists(steps, min_size=3, max_size=5),
@@ -328,10 +332,10 @@ def test_after_any_steps_the_cache_holds_the_rendered_conversation(name, chat_of
             if not reversed_role
             else chat
         )
-        for seed, step in enumerate(steps):
+        for number, step in enumerate(steps):
             before = chat.messages
             try:
-                chat = take(chat, step, seed, {"stop_token_ids": [end]}, tmp_path / "chat")
+                chat = take(chat, step, number, {"stop_token_ids": [end]}, tmp_path / "chat")
             except UsageError:
                 assert chat.messages == before  # refused, and nothing changed
             if step[0] in ("send", "think", "continue", "retry", "reload"):
