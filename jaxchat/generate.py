@@ -1,6 +1,6 @@
 """The command line, `python -m jaxchat.generate`: its flags, and what they ask for.
 
-What it then does is in `terminal.py` (generate, chat) and `show.py` (--show). Help, errors and exit codes are
+What it then does is in `terminal/` (generate, chat) and `show.py` (--show). Help, errors and exit codes are
 those of every command: `command_line.py`.
 """
 
@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from jaxchat import command_line, show
+from jaxchat import command_line, demo, show
 from jaxchat.command_line import Flag
 from jaxchat.errors import UsageError
 from jaxchat.escapes import unescape
@@ -27,11 +27,12 @@ from jaxchat.recipe import read_recipe
 
 _DEFAULTS = GenerateOptions()
 _USAGE = """\
-usage: python -m jaxchat.generate -m DIR (-p TEXT | --prompt_file FILE | -i) [...]
+usage: python -m jaxchat.generate [-m DIR] (-p TEXT | --prompt_file FILE | -i) ...
 
 Continues a text or chats with a model, under any layer plan. The text goes to
 standard output, everything else to standard error.
 
+  python -m jaxchat.generate -i
   python -m jaxchat.generate -m llama-3-8b -p "Why is the sky blue?"
   python -m jaxchat.generate -m llama-3-8b -i --layer_spec 0:20,10:32
   python -m jaxchat.generate -m llama-3-8b --show --layer_spec 0:10,10:20:2,20:
@@ -46,7 +47,7 @@ def _sampling(name: str, define: Callable[..., Any], value: str, help: str, **re
 
 _GROUPS: dict[str, tuple[Flag, ...]] = {
     "Model": (
-        command_line.MODEL,
+        command_line.MODEL._replace(help=command_line.MODEL.help + "; the model in the box if not given"),
         command_line.LAYER_SPEC._replace(help=command_line.LAYER_SPEC.help + ". Look with --show first"),
         command_line.RECIPE,
         command_line.MODEL_PATH,
@@ -275,7 +276,7 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
             "history_file",
             flags.DEFINE_string,
             "FILE",
-            "Where messages typed in a chat are kept, for the arrow keys; a file in the user's state directory"
+            "Where messages typed in a chat are kept, for the arrow keys; a file in your state directory"
             " if not given, e.g. -i --history_file notes.txt, or '' for none",
         ),
         Flag(
@@ -309,11 +310,10 @@ def define_flags() -> flags.FlagValues:
 def _run(values: flags.FlagValues) -> int:
     if values.model is not None and values.recipe is not None:
         raise UsageError("--model and --recipe are given; a recipe names its own models, give one")
+    if not values.show:
+        _refuse_combinations(values)
     if values.model is None and values.recipe is None:
-        raise UsageError(
-            "no model: give its directory with -m, "
-            'e.g. python -m jaxchat.generate -m models/llama-3-8b -p "Hello"'
-        )
+        values["model"].value = str(demo.path())
     if values.show:
         report = _describe(values)
         print(json.dumps(show.as_json(report), indent=2) if values.json else show.render(report))
@@ -350,7 +350,6 @@ def _describe(values: flags.FlagValues) -> show.Report:
 
 
 def _request(values: flags.FlagValues) -> Request:
-    _refuse_combinations(values)
     own = {field.name for field in dataclasses.fields(Request)} - {"options", "model_name"}
     read: dict[str, Any] = {
         "ai_prefix": unescape(values.ai_prefix or "", "--ai_prefix"),

@@ -11,6 +11,7 @@ import time
 import pytest
 from tiny_chat import write_tiny_chat
 
+import jaxchat
 from jaxchat import command_line, generate
 from jaxchat.errors import UsageError
 from jaxchat.escapes import unescape
@@ -73,6 +74,12 @@ def test_help_and_show_do_not_import_jax(chat_model):
         "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(chat_model)], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_without_a_model_it_is_the_one_in_the_box(chat_model, capsys, monkeypatch):
+    monkeypatch.setattr(generate.demo, "path", lambda: chat_model)
+    assert generate.main(["", "-p", "hello", "--max_new_tokens", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "tiny-chat"
 
 
 def test_dashes_in_flag_names_are_underscores_but_values_stay(capsys, chat_model):
@@ -140,6 +147,51 @@ def test_json_is_one_object_and_repeats_with_its_seed(chat_model):
     assert timings["decode_tokens_per_second"] > 0
 
 
+def test_a_prefix_opens_the_reply_and_its_reasoning_is_told_apart(chat_model, capfd):
+    prefix = r"Hm,\u0020so</think>Well,\n"
+    flags = [
+        "-m",
+        str(chat_model),
+        "-p",
+        "hello",
+        "--max_new_tokens",
+        "2",
+        "--thought_tags",
+        "<think> </think>",
+    ]
+    flags += ["--ai_prefix", "<think>" + prefix]
+    assert generate.main(["", *flags, "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert answer["reasoning"] == "Hm, so"
+    assert answer["content"].startswith("Well,\n")
+    assert answer["text"] == answer["reasoning"] + answer["content"]
+    assert answer["ai_prefix"] == "<think>Hm, so</think>Well,\n"
+    assert len(answer["token_ids"]) == 2  # those of the prefix were not drawn
+
+    # Without a terminal the content alone is the output, and what the model thinks goes where statistics go.
+    assert generate.main(["", *flags]) == 0
+    out, err = capfd.readouterr()
+    assert out == answer["content"] + "\n"
+    assert err.startswith("Hm, so\n")
+
+
+def test_a_session_goes_on_in_another_process_as_if_it_had_never_stopped(chat_model, tmp_path):
+    chat = jaxchat.load(chat_model).chat_session("be nice")
+    expected = ["".join(chat.send(text, max_new_tokens=6)) for text in ("one", "two")]
+
+    file = tmp_path / "talk.session"
+    flags = ("-m", chat_model, "--max_new_tokens", 6, "--save_session", file)
+    first = run(*flags, "-p", "one", "-s", "be nice")
+    second = run(*flags, "-p", "two", "--load_session", file)
+    assert [first.stdout, second.stdout] == [text + "\n" for text in expected]
+
+    flags = ("-m", chat_model, "-p", "x", "--load_session")
+    assert "made under the layer plan all, this is 2::-1" in error_of(
+        *flags, file, "--layer_spec=::-1", code=2
+    )
+    assert "no such session file" in error_of(*flags, tmp_path / "none", code=2)
+
+
 def test_a_layer_plan_changes_the_output_and_the_parameter_count(chat_model):
     arguments = ("-m", chat_model, "-p", "hello", "--max_new_tokens", "12", "--json", "--layer-spec")
     plain, same, reversed_ = (json.loads(run(*arguments, spec).stdout) for spec in ("all", "0:3", "::-1"))
@@ -183,7 +235,7 @@ def test_craftgpt_holds_a_sensible_short_chat(shared_data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no model: give its directory with -m, e.g. "),
+        ((), "nothing to do: give a prompt with -p or --prompt_file"),
         (("--layer_spce", "0:2"), "unknown flag --layer_spce; did you mean --layer_spec?"),
         (("--frobnicate",), "unknown flag --frobnicate; --help lists the flags"),
         (("-m", "nowhere", "-p", "x"), "nowhere: no such model directory"),

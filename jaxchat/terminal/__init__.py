@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -18,7 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from jaxchat import show
+from jaxchat import demo, show
 from jaxchat.families import count_parameters
 from jaxchat.options import Request
 from jaxchat.runtime import Model, load, sampling_params
@@ -60,7 +61,7 @@ def run(request: Request) -> int:
     stats = Stats(load_seconds=time.perf_counter() - started, compile_seconds=clock.seconds())
     replies = open_replies(model, request)
     if is_terminal(sys.stderr) and not (request.hide_banner or request.json):
-        say(banner(replies.model, request.model_name))
+        say(banner(replies.model, request.model_name, in_the_box=_is_in_the_box(request.model)))
     try:
         if request.interactive:
             return Chat(replies, request, stats, clock).run()
@@ -70,13 +71,18 @@ def run(request: Request) -> int:
         clock.close()
 
 
-def banner(model: Model, name: str) -> str:
+def banner(model: Model, name: str, *, in_the_box: bool = False) -> str:
     """The greeting: which model this is, and how many parameters it has under its plan."""
     count = count_parameters(model.config, len(model.plan))
+    what = f"{model.config.family}, the model in the box" if in_the_box else model.config.family
     return (
-        f"{BANNER}\nYou are served by {name} ({model.config.family}),\n"
+        f"{BANNER}\nYou are served by {name} ({what}),\n"
         f"with {count} ({show.short_count(count)}) parameters.\n"
     )
+
+
+def _is_in_the_box(model: str | None) -> bool:
+    return model is not None and Path(demo.__file__).resolve().parent in Path(model).resolve().parents
 
 
 @contextlib.contextmanager
