@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -29,6 +32,7 @@ from jaxchat.show import describe_assembly
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKENS = np.random.default_rng(0).integers(3, 60, (2, 14))
 
 
@@ -433,6 +437,17 @@ def test_load_takes_a_recipe_and_says_its_remarks(chat_models: Path, caplog):
     assert loaded.with_plan(loaded.plan).plan == loaded.plan
     again = jaxchat.load(recipe=chat_models, model_paths={"first": chat_models.parent / "a"}, plan="-1,0")
     assert [slot.layer for slot in again.plan] == [1, 0]
+
+
+def test_a_recipe_runs_from_the_command_line(chat_models: Path):
+    command = [sys.executable, "-m", "jaxchat.generate", "--recipe", str(chat_models), "--layer_spec", "-1,0"]
+    command += ["--model_path", f"first={chat_models.parent / 'a'}"]
+    command += ["--json", "-p", "hi", "--max_new_tokens", "2"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "filter 'nowhere' matches no tensor" in done.stderr
+    assert json.loads(done.stdout)["layer_spec"] == "1,0"
 
 
 def test_load_wants_a_directory_or_a_recipe(chat_models: Path):
