@@ -431,7 +431,8 @@ def test_continuing_takes_the_end_of_turn_back(chat_of):
     chat, end = ended_chat(chat_of)
     ids, said = chat.token_ids, chat.messages[-1]["content"]
     more = run(chat.continue_(" However,", max_new_tokens=3))
-    assert end not in chat.token_ids[len(ids) - 2 : len(ids) + 2]
+    assert chat.token_ids[len(ids) - 1] != end
+    assert "Fine, thanks. However," in chat.conversation.rendered_text()
     assert chat.messages[-1]["content"] == said + more.text
     assert_in_step(chat)
     chat, end = ended_chat(chat_of)
@@ -675,6 +676,7 @@ def test_a_model_that_does_not_think_has_no_reasoning(chat_of):
     with pytest.raises(UsageError, match=r"knows no reasoning: .*thought_tags"):
         chat.send("Hi", prefix="Hm", prefix_in="reasoning")
     assert len(chat.messages) == 2
+    assert_in_step(chat)  # a refusal changes nothing
     named = chat.model.chat_session(thought_tags=("<think>", "</think>"))
     assert run(named.send("Hi", prefix="Hm", prefix_in="reasoning", **OPTIONS)).reasoning.startswith("Hm")
 
