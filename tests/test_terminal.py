@@ -1,12 +1,25 @@
 """The chat as a person has it: typed into a real pseudo-terminal, and read from an emulated screen."""
 
+import dataclasses
+import io
 import json
+import os
 import re
+import signal
 import sys
 
 import pytest
 from emulator import CTRL_C, CTRL_D, CTRL_J, ENTER, ESCAPE, TAB, UP, Emulator
 from tiny_chat import write_tiny_chat
+
+import jaxchat
+from jaxchat import generate
+from jaxchat.errors import UsageError
+from jaxchat.options import GenerateOptions, setting_text, with_setting
+from jaxchat.terminal import chat as chat_module
+from jaxchat.terminal import commands
+from jaxchat.terminal.history import MessageFile
+from jaxchat.terminal.markdown import MarkdownSink
 
 COMMAND = [sys.executable, "-m", "jaxchat.generate"]
 ENDLESS = {"max_position_embeddings": 1 << 20}  # with --ignore_eos it generates until it is stopped
@@ -160,3 +173,195 @@ def test_a_dumb_terminal_gets_plain_lines_and_no_sequences(model, open_chat):
     assert chat.finish() == 0
     assert b"\x1b" not in chat.output
     assert chat.text.count("You  >") == 4
+
+
+def test_markdown_is_rendered_while_it_grows_and_stays_as_text(model, open_chat):
+    text = r"# Title\n\nSome **bold** words.\n\n- one\n- two\n\n"
+    chat = open_chat(model, "-p", "hello", "--markdown", "--ai_prefix", text, "--max_new_tokens", "1")
+    chat.wait(r"^A\.I\. >\n(.*\n)*.*Title.*\n\nSome bold words\.\n\n • one\n • two")
+    chat.send(CTRL_D)
+    assert chat.finish() == 0
+
+
+def test_ctrl_c_ends_one_answer(model):
+    answer = Emulator(*COMMAND, "-m", model, "-p", "hello", "--ignore_eos", "--hide_banner")
+    answer.wait(r".{8}")
+    answer.send(CTRL_C)
+    assert answer.finish() == 130
+    assert "Traceback" not in answer.text
+
+
+# --- the commands, on lines from a pipe
+
+
+@pytest.fixture
+def talk(model, monkeypatch, capfd):
+    """`talk(*lines, flags=())`: what a chat with these lines prints on standard output and standard error."""
+
+    def run(*lines, flags=()):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        assert generate.main(["", "-m", str(model), "-i", "--max_new_tokens", "4", *map(str, flags)]) == 0
+        out, err = capfd.readouterr()
+        return out.split("\n")[:-1], err
+
+    return run
+
+
+def test_steering_commands(talk):
+    (plain,), _ = talk("hello")
+    replies, said = talk(
+        "/prefix Sure,\\x20",
+        "hello",
+        "/retry",
+        "/continue  and",
+        "/undo",
+        "hello",
+        "/prefix x",
+        "/prefix",
+        "hello",
+    )
+    assert replies[0] == replies[1]  # greedy
+    assert replies[0].startswith("Sure, ")
+    assert replies[2].startswith(" and")
+    assert replies[3] == plain  # the prefix was for one turn, and the exchange is forgotten
+    assert "the next reply begins with 'Sure, '" in said
+    assert "forgot the last exchange, which began with: hello" in said
+    assert "the next reply no longer begins with 'x'" in said
+    every, _ = talk("hello", "again", flags=["--ai_prefix", "Oh! ", "--ai_prefix_every_turn"])
+    assert [reply[:4] for reply in every] == ["Oh! ", "Oh! "]
+
+
+def test_commands_that_have_nothing_to_work_on_say_so(talk):
+    replies, said = talk(
+        "/continue", "/retry", "/undo", "/save", "/load nowhere", "/role pirate", "/set heat=1", "/set top_p",
+        "/set top_p=2", "/stts", "/help frob", "/set 'x", "/prefix \\xff",
+    )  # fmt: skip
+    errors = [line.removeprefix("jaxchat: error: ") for line in said.splitlines() if "error: " in line]
+    assert replies == []
+    expected = [
+        "there is no reply to continue",
+        "there is no reply to retry",
+        "there is nothing to undo",
+        "/save needs a file, e.g. /save talk.session",
+        "nowhere: no such session file",
+        "/role pirate: expected user or assistant",
+        "no option 'heat'; options: max_new_tokens, ",
+        "/set top_p: expected name=value, e.g. /set temperature=0.2",
+        "top_p: got 2.0, expected a number > 0 and <= 1",
+        "no command /stts; did you mean /stats",
+        "no command /frob; /help lists them",
+        "/set 'x: a quote is not closed",
+        "/prefix: ",
+    ]
+    assert len(errors) == len(expected)
+    assert [error[: len(start)] for error, start in zip(errors, expected, strict=True)] == expected
+
+
+def test_roles_system_prompt_and_sessions(talk, tmp_path):
+    file = tmp_path / "a b.session"
+    replies, said = talk(
+        "/system Be kind.", "/system", "hello", f"/save {file}", "/role user", "I am fine.", "/restart",
+        f"/load {file}", "/retry", '/system ""', "/role",
+    )  # fmt: skip
+    assert replies[0] == replies[2]
+    assert said.count("system prompt: Be kind.") == 2
+    assert "no system prompt" in said
+    assert "the model plays the user, you the assistant" in said
+    assert f"loaded {file}: " in said
+    assert said.count("the model plays the assistant") == 1  # as it did when the chat was saved
+
+
+def test_reversed_role_from_the_command_line(talk, model):
+    session = jaxchat.load(model).chat_session(reversed_role=True, opening="Tell me.")
+    expected = "".join(session.send("Once.", max_new_tokens=4))
+    assert talk("Once.", flags=["--reversed_role", "-p", "Tell me."])[0] == [expected]
+    opening = "".join(jaxchat.load(model).chat_session(reversed_role=True).send("", max_new_tokens=4))
+    assert talk(flags=["--reversed_role"])[0] == [opening]  # the model goes first
+
+
+def test_help_names_every_command(talk):
+    _, said = talk("/help", "/help plan")
+    assert all(f"  /{name} " in said for name in commands.COMMANDS)
+    assert said.count("  /plan ") == 2
+    expected = "help system plan show prefix continue retry undo role save load set stats restart quit"
+    assert list(commands.COMMANDS) == expected.split()
+
+
+def test_every_option_can_be_set_and_is_shown_as_it_is_read():
+    values = {"max_new_tokens": "5", "top_k": "40", "seed": "7", "stop": "END,\\n,a\\x2cb"}
+    values |= {"stop_token_ids": "1,2", "ignore_eos": "on", "overflow": "truncate_oldest"}
+    options = GenerateOptions()
+    for field in dataclasses.fields(options):
+        options = with_setting(options, field.name, values.get(field.name, "0.25"))
+        shown = setting_text(getattr(options, field.name))
+        assert with_setting(options, field.name, shown) == options
+    assert options.stop == ("END", "\n", "a,b")
+    assert options.min_p == 0.25
+    with pytest.raises(UsageError, match="seed=-1: expected an integer from 0 to 4294967295"):
+        with_setting(options, "seed", "-1")
+
+
+def test_what_the_tab_key_offers(tmp_path):
+    (tmp_path / "talk.session").touch()
+
+    def texts(text):
+        return [candidate.text for candidate in commands.completions(text)]
+
+    assert texts("/re") == ["/retry", "/restart"]
+    assert texts("/role a") == ["assistant"]
+    assert texts("/set temperature=1 rep") == ["repetition_penalty="]
+    assert texts(f"/load {tmp_path}/ta") == [f"{tmp_path}/talk.session"]
+    assert texts("hello") == texts("/nonsense ") == []
+
+
+# --- parts
+
+
+def test_the_second_ctrl_c_in_a_reply_interrupts():
+    class Stream:
+        stopped = False
+
+        def stop(self):
+            self.stopped = True
+
+    stream = Stream()
+    with chat_module._stoppable() as stop:
+        os.kill(os.getpid(), signal.SIGINT)  # before there is a stream: it is stopped when it comes
+        stop.set_stream(stream)
+        assert stream.stopped
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_markdown_in_a_pipe_is_plain_text_and_whole_for_every_way_it_is_cut():
+    text = "# Head\n\nA **bold** [link](http://x.org).\n\n1. one\n2. two\n\n```\ncode\n```\nend \x1b[2J"
+
+    def render(pieces):
+        out = io.StringIO()
+        sink = MarkdownSink(out)
+        for piece in pieces:
+            sink.write(piece)
+        sink.end()
+        return out.getvalue()
+
+    whole = render([text])
+    assert "\x1b" not in whole
+    words = ("Head", "A bold link (http://x.org).", " 1 one", " 2 two", "code", "end ␛[2J")
+    assert [word for word in words if word in whole] == list(words)
+    assert render(text) == render([text[:9], text[9:40], text[40:]]) == whole
+    assert render([]) == "\n"
+
+
+def test_typed_messages_are_kept_in_a_private_file_that_does_not_grow_for_ever(tmp_path):
+    path = tmp_path / "state" / "history"
+    file = MessageFile(path)
+    assert file.load() == []
+    for number in range(2001):
+        file.add(f"{number}\nzwei")
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text(path.read_text() + "broken\n[1]\n")
+    assert file.load()[-1] == "2000\nzwei"
+    assert len(file.load()) == 1000
+    for nowhere in (None, tmp_path / "state" / "history" / "below a file"):
+        MessageFile(nowhere).add("x")
+        assert MessageFile(nowhere).load() == []

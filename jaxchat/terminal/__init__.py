@@ -22,6 +22,7 @@ from rich.progress import (
 from jaxchat import demo, show
 from jaxchat.families import count_parameters
 from jaxchat.options import Request
+from jaxchat.progress_bar import loading_bar
 from jaxchat.runtime import Model, load, sampling_params
 from jaxchat.stats import CompileClock, Stats
 from jaxchat.terminal.answer import answer
@@ -43,7 +44,7 @@ def run(request: Request) -> int:
     sampling_params(request.options, 1)  # a bad value should not be told after the model has loaded
     clock = CompileClock()
     started = time.perf_counter()
-    with _loading_bar() as progress:
+    with loading_bar() as progress:
         model = load(
             request.model,
             request.layer_spec,
@@ -83,29 +84,3 @@ def banner(model: Model, name: str, *, in_the_box: bool = False) -> str:
 
 def _is_in_the_box(model: str | None) -> bool:
     return model is not None and Path(demo.__file__).resolve().parent in Path(model).resolve().parents
-
-
-@contextlib.contextmanager
-def _loading_bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with rate and remaining time, once loading turns out to take more than a second."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    started = time.perf_counter()
-    bar = Progress(
-        TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
-    task = bar.add_task("", total=None)
-
-    def report(done: int, total: int) -> None:
-        elapsed = time.perf_counter() - started
-        if not bar.live.is_started and elapsed > 0.3 and elapsed * total > done:
-            bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield report
-    finally:
-        bar.stop()  # also shows the cursor again

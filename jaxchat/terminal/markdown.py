@@ -1,5 +1,7 @@
 """Markdown of a reply, rendered block by block while it streams."""
 
+import itertools
+import re
 from typing import Any
 
 from markdown_it import MarkdownIt
@@ -30,9 +32,9 @@ class MarkdownSink:
     def write(self, text: str) -> None:
         """See `writing.Sink`."""
         self._text += visible(text)
-        if done := self._finished():
-            self._print(self._text[:done])
-            self._text = self._text[done:]
+        *finished, self._text = self._blocks()
+        for block in finished:
+            self._print(block)
         if self._console.is_terminal and not self._console.is_dumb_terminal and self._text.strip():
             self._preview()
 
@@ -45,12 +47,11 @@ class MarkdownSink:
         elif not self._started:
             self._console.print()
 
-    def _finished(self) -> int:
-        """Where the last block begins: whatever comes, those before it stay as they are."""
+    def _blocks(self) -> list[str]:
+        """The text at the starts of its blocks: whatever comes, all but the last stay as they are."""
+        lines = re.split(r"(?<=\n)", self._text)  # `splitlines` knows line ends that Markdown does not
         starts = [token.map[0] for token in self._parser.parse(self._text) if token.map and not token.level]
-        if len(starts) < 2:
-            return 0
-        return sum(map(len, self._text.splitlines(keepends=True)[: starts[-1]]))
+        return ["".join(lines[a:b]) for a, b in itertools.pairwise([0, *starts[1:], len(lines)])]
 
     def _print(self, block: str) -> None:
         # The first block leaves the line of the label, each further one a blank line.
