@@ -3,21 +3,9 @@
 The text goes to standard output, everything else to standard error. Flags, exit codes: `generate.py`.
 """
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from jaxchat import demo, show
 from jaxchat.families import count_parameters
