@@ -28,18 +28,15 @@ def answer(replies: Replies, request: Request, stats: Stats, clock: CompileClock
         print(json.dumps(_as_json(replies, request, stream.result, stats), ensure_ascii=False), flush=True)
         return
     writer.end()
-    say_if_full(stream.result, replies.model)
+    say_if_full(stream.result, replies.model, "raise --max_length or use --overflow truncate_oldest")
     for line in stats.lines():
         say(line)
 
 
-def say_if_full(result: Result, model: Model) -> None:
-    """Tells why a reply ended that the end of the context cut off."""
+def say_if_full(result: Result, model: Model, advice: str) -> None:
+    """Tells why a reply ended that the end of the context cut off, and what to do."""
     if result.finish_reason == "context":
-        say(
-            f"jaxchat: the context of {model.engine.max_length} tokens is full; raise --max_length or use "
-            "--overflow truncate_oldest to go on"
-        )
+        say(f"jaxchat: the context of {model.engine.max_length} tokens is full; {advice}")
 
 
 def _as_json(replies: Replies, request: Request, result: Result, stats: Stats) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class Chat:
                 writer.end()
                 self._interrupted = stop.noted
         self._add_stats(stream, begun)
-        say_if_full(stream.result, self.replies.model)
+        say_if_full(stream.result, self.replies.model, "/restart, or /set overflow=truncate_oldest")
         if self.prompts and not self._status_below:
             say(f"[{self.status()}]")
         if stop.noted and self.prompts:

@@ -92,14 +92,16 @@ def _help(chat: Chat, name: str) -> None:
     shown = {name: COMMANDS[name]} if name else COMMANDS
     width = max(len(f"/{known} {command.arguments}") for known, command in COMMANDS.items())
     for known, command in shown.items():
-        say(f"  {f'/{known} {command.arguments}':<{width}}  {command.help}")
+        first = f"  {f'/{known} {command.arguments}':<{width}}  "
+        say(textwrap.fill(command.help, 80, initial_indent=first, subsequent_indent=" " * len(first)))
     if not name:
         say(_KEYS)
 
 
 _KEYS = """\
-A message that begins with a slash is typed with two. A line that ends in a backslash goes on in the next;
-Alt-Enter or Ctrl-J begin a new line too, and a pasted text stays one message."""
+A message that begins with a slash is typed with two. A line that ends in a
+backslash goes on in the next; Alt-Enter or Ctrl-J begin a new line too, and a
+pasted text stays one message. A reply that Ctrl-C has stopped counts."""
 
 
 def _system(chat: Chat, text: str) -> None:
