@@ -42,7 +42,7 @@ class LineReader:
         lines: list[str] = []
         while not self._ended:
             if self._prompts:
-                write(" " * len(label) if lines else label)
+                write("> ".rjust(len(label)) if lines else label)
             line = self._line()
             # The end of the input may come in the middle of a line, and a terminal would go on after it.
             self._ended = not line.endswith("\n")
