@@ -250,6 +250,22 @@ def test_the_result_is_a_model_directory_that_chats(trained):
     assert json.loads((trained / "hf/generation_config.json").read_text())["eos_token_id"] == 2
 
 
+@pytest.mark.parity
+def test_transformers_reads_the_result_alike(trained):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained / "hf")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(trained / "hf")
+    encoder = train_demo.Encoder(trained / "hf")
+    messages = ({"role": "user", "content": 'A  "dog",\nplease'}, {"role": "assistant", "content": "Once"})
+    ids, _ = encoder(Document(messages))
+    assert tokenizer.apply_chat_template(messages, return_dict=False) == ids
+    model = jaxchat.load(trained / "hf")
+    with torch.no_grad():
+        expected = torch.log_softmax(reference(torch.tensor([ids])).logits[0], -1)
+    chosen = expected[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+    np.testing.assert_allclose(model.score(token_ids=[ids])[0].logprobs, chosen, atol=1e-4)
+
+
 def test_a_run_of_another_size_is_refused(trained, tiny_corpora, capsys):
     other = ["--width", "128", *TINY[2:]]
     arguments = ["--data", tiny_corpora, "--out", trained, "--steps", "21", *other]
