@@ -288,37 +288,46 @@ def _slot_function(
             y = rotate(y, *(part[constants.rope[layer]] for part in cos_sin))
         return y.astype(dtype)
 
-    def write(slot: Slot, kv: list[jax.Array], new: jax.Array, cache: KVCache) -> KVCache:
-        p, layer = slot[:2]
-        k, v = (heads(name, layer, y, config.num_kv_heads) for name, y in zip("kv", kv, strict=True))
-        return KVCache(
-            kernels.write_rows(cache.k, k, p, lengths, new),
-            kernels.write_rows(cache.v, v, p, lengths, new),
-        )
-
-    def attention(slot: Slot, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        p, layer, scale, _ = slot
+    def projections(slot: Slot, x: jax.Array, fresh: jax.Array) -> tuple[jax.Array, ...]:
+        """Queries, keys and values of x; keys and values are zeros where none are fresh."""
+        layer = slot[1]
         h = _norm(config, params, "layers.attn_norm", x, layer).astype(dtype)
         if write_from is None:
-            q, *kv = linear("q k v", layer, h)
-            cache = write(slot, kv, new, cache)
+            q, k, v = linear("q k v", layer, h)
         else:
             (q,) = linear("q", layer, h)
-            fresh = jnp.where(p >= write_from, new, 0)
-            cache = lax.cond(
-                jnp.any(fresh > 0),
-                lambda c: write(slot, linear("k v", layer, h), fresh, c),
-                lambda c: c,
-                cache,
+            zeros = jnp.zeros((*h.shape[:2], config.num_kv_heads * config.head_dim), jnp.float32)
+            k, v = lax.cond(
+                jnp.any(fresh > 0), lambda h: tuple(linear("k v", layer, h)), lambda h: (zeros, zeros), h
             )
-        q = heads("q", layer, q, config.num_heads)
-        mixed = attend(
-            q, cache.k, cache.v, p, lengths,
-            scale=constants.scale[layer], window=constants.window[layer], softcap=config.attn_softcap,
-        )  # fmt: skip
-        mixed = mixed.reshape(*x.shape[:2], -1).astype(dtype)
-        (y,) = linear("o", layer, mixed)
-        return _residual("layers.attn_post_norm", layer, x, y * scale), cache
+        k, v = (heads(name, layer, y, config.num_kv_heads) for name, y in (("k", k), ("v", v)))
+        return heads("q", layer, q, config.num_heads), k, v
+
+    def no_projections(x: jax.Array) -> tuple[jax.Array, ...]:
+        counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        return tuple(jnp.zeros((*x.shape[:2], count, config.head_dim), dtype) for count in counts)
+
+    def attention(slot: Slot, x: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        # No branch returns the cache: XLA would copy it on GPU.
+        p, layer, scale, _ = slot
+        fresh = jnp.where(scale != 0, new, 0)
+        if write_from is not None:
+            fresh = jnp.where(p >= write_from, fresh, 0)
+        q, k, v = lax.cond(scale != 0, lambda x: projections(slot, x, fresh), no_projections, x)
+        cache = KVCache(
+            kernels.write_rows(cache.k, k, p, lengths, fresh),
+            kernels.write_rows(cache.v, v, p, lengths, fresh),
+        )
+
+        def attended(x: jax.Array) -> jax.Array:
+            mixed = attend(
+                q, cache.k, cache.v, p, lengths,
+                scale=constants.scale[layer], window=constants.window[layer], softcap=config.attn_softcap,
+            )  # fmt: skip
+            (y,) = linear("o", layer, mixed.reshape(*x.shape[:2], -1).astype(dtype))
+            return _residual("layers.attn_post_norm", layer, x, y * scale)
+
+        return lax.cond(scale != 0, attended, lambda x: x, x), cache
 
     def mlp(slot: Slot, x: jax.Array) -> jax.Array:
         _, layer, _, scale = slot
@@ -340,8 +349,7 @@ def _slot_function(
     def run(slot: Slot, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         # A half scaled by 0 adds nothing to the residual stream, so its weights are not read.
         with jax.named_scope("attention"):
-            carry = lax.cond(slot[2] != 0, lambda c: attention(slot, *c), lambda c: c, carry)
-        x, cache = carry
+            x, cache = attention(slot, *carry)
         with jax.named_scope("mlp"):
             x = lax.cond(slot[3] != 0, lambda x: mlp(slot, x), lambda x: x, x)
         return x, cache
