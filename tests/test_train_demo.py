@@ -185,6 +185,19 @@ def test_the_assistant_counts_in_full_the_user_little_and_the_rest_not(encoder):
     assert said == {0.0: "<s><|system|>a</s><|user|><|assistant|>", 0.2: "dog</s>", 1.0: "cat</s>"}
 
 
+def test_the_first_two_mentions_of_what_was_asked_for_count_more(encoder):
+    story = {
+        "role": "assistant",
+        "content": "é! A cat met a dog. Dog and cat ran. The dog!",
+        "asked": ("dog",),
+    }
+    ids, weights = encoder(Document(({"role": "user", "content": "a dog"}, story)))
+    stressed = [i for i, weight in enumerate(weights) if weight == train_demo.TOPIC_WEIGHT]
+    pieces = [encoder.tokenizer.token_bytes(token) for token in ids]
+    assert b"".join(pieces[i] for i in stressed).replace(b" ", b"") == b"dogDog"
+    assert b"".join(pieces[: stressed[0]]).decode().endswith("A cat met a")
+
+
 def test_every_document_is_in_one_row_of_one_batch(encoder, tiny_corpora):
     documents = dialogues.make_documents(read_corpus(tiny_corpora), random.Random(0))
     found = train_demo.batches(documents, encoder, 1024, random.Random(0))

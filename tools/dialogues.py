@@ -7,12 +7,13 @@ import dataclasses
 import random
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tools.stories import BOYS, GIRLS, Corpus, Story
 
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": ...}`"""
+Message = dict[str, Any]
+"""`{"role": "system" | "user" | "assistant", "content": ...}`; of a story also `asked`, what it was asked to
+be about: words that are in it."""
 
 
 class Document(NamedTuple):
@@ -132,18 +133,21 @@ def make_documents(corpus: Corpus, rng: random.Random) -> list[Document]:
 
 def _document(story: Story, corpus: Corpus, rng: random.Random) -> Document:
     kind = rng.random()
-    if kind < 0.12:
+    if kind < 0.06:
         return Document((), story.text)
-    if kind < 0.24:
+    if kind < 0.15:
         return continued(story, rng)
-    if kind < 0.62:
+    if kind < 0.58:
         return Document(_with_system([*_told(story, corpus, rng)], rng))
     return talk(story, corpus, rng)
 
 
 def asked_about(story: Story, corpus: Corpus, rng: random.Random) -> tuple[list[str], str]:
     """One to three things the story is about, and how to say them: `["dog", "Lily"]`, `a dog and Lily`."""
-    things = rng.sample(story.topics[:5], min(len(story.topics[:5]), rng.choice((1, 1, 1, 2, 2, 3))))
+    # What comes late in a story would teach that a story need not begin with what was asked.
+    beginning = story.text[: len(story.text) // 3].lower()
+    early = [topic for topic in story.topics if re.search(rf"\b{topic}\b", beginning)] or story.topics[:1]
+    things = rng.sample(early, min(len(early), rng.choice((1, 1, 2, 2, 2, 3))))
     said = [_with_article(thing, corpus) for thing in things]
     if story.names and (rng.random() < 0.35 or not said):
         name = rng.choice(story.names[:2])
@@ -152,6 +156,9 @@ def asked_about(story: Story, corpus: Corpus, rng: random.Random) -> tuple[list[
         place = rng.choice((0, 0, len(things)))
         things.insert(place, name)
         said.insert(place, f"a {kind} named {name}" if named else name)
+        if named and kind in things:
+            said.pop(things.index(kind))
+            things.remove(kind)
     return things[:3], joined(said[:3])
 
 
@@ -171,9 +178,11 @@ def _turn(user: str, assistant: str) -> tuple[Message, Message]:
 def _told(
     story: Story, corpus: Corpus, rng: random.Random, phrasings: Sequence[str] = _TELL
 ) -> tuple[Message, Message]:
-    if not (story.topics or story.names) or (phrasings is _TELL and rng.random() < 0.08):
+    if not (story.topics or story.names) or (phrasings is _TELL and rng.random() < 0.05):
         return _turn(rng.choice(_TELL_ANY), story.text)
-    return _turn(rng.choice(phrasings).format(asked_about(story, corpus, rng)[1]), story.text)
+    things, said = asked_about(story, corpus, rng)
+    user, assistant = _turn(rng.choice(phrasings).format(said), story.text)
+    return user, {**assistant, "asked": tuple(things)}
 
 
 def continued(story: Story, rng: random.Random) -> Document:

@@ -132,7 +132,8 @@ def _body(values: flags.FlagValues) -> int:
 def sampling(directory: Path) -> dict[str, Any]:
     """The sampling that the model's `generation_config.json` recommends."""
     found = read_json(directory / "generation_config.json")
-    return {key: found[key] for key in ("temperature", "top_k", "top_p") if key in found}
+    known = ("temperature", "top_k", "top_p", "repetition_penalty")
+    return {key: found[key] for key in known if key in found}
 
 
 def held_out(model: jaxchat.Model, stories: Sequence[Story]) -> dict[str, float]:

@@ -11,8 +11,10 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import random
+import re
 import shutil
 import signal
 import sys
@@ -52,7 +54,7 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
 from jaxchat.tokenizer import load_tokenizer
 from jaxchat.training import Batch, State
-from tools.dialogues import Document, make_documents
+from tools.dialogues import Document, Message, make_documents
 from tools.stories import Corpus, read_corpus
 
 ROLES = ("system", "user", "assistant")
@@ -67,6 +69,9 @@ LENGTHS = (96, 192, 256, 320, 416, CONTEXT)
 
 USER_WEIGHT = 0.2
 """What the user says counts little, but counts: with reversed roles the model plays the user."""
+
+TOPIC_WEIGHT = 5.0
+"""What was asked for counts more where the story first speaks of it: else it is one word among hundreds."""
 
 WARMUP_STEPS = 100
 DECAY = 0.3
@@ -241,13 +246,15 @@ class Encoder:
         self.template = template
 
     def __call__(self, document: Document) -> tuple[list[int], list[float]]:
-        """Ids and weights: 1 for text and what the assistant says, less for the user, 0 for the rest."""
+        """Ids and weights: 1 for text and what the assistant says, less for the user, 0 for the rest.
+
+        More for the first two mentions of what a story was asked to be about.
+        """
         if not document.messages:
             ids = self.tokenizer.encode(document.text) + list(self.tokenizer.eos_ids)
             return ids, [0.0] + [1.0] * (len(ids) - 1)
-        ids = self.tokenizer.encode(
-            self.template.render(list(document.messages)), add_special_tokens=False, parse_special=True
-        )
+        text = self.template.render(list(document.messages))
+        ids = self.tokenizer.encode(text, add_special_tokens=False, parse_special=True)
         roles = {self.tokenizer.special_tokens[f"<|{role}|>"]: role for role in ROLES}
         weight = {"system": 0.0, "user": USER_WEIGHT, "assistant": 1.0}
         weights, current = [], 0.0
@@ -255,7 +262,24 @@ class Encoder:
             weights.append(0.0 if token in roles else current)
             if token in roles:
                 current = weight[roles[token]]
+        ends = np.cumsum([len(self.tokenizer.token_bytes(token)) for token in ids])
+        for start, stop in _mentions(text, document.messages):
+            for i in range(np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop) + 1):
+                weights[i] = TOPIC_WEIGHT
         return ids, weights
+
+
+def _mentions(text: str, messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
+    """Where in a rendered conversation, in UTF-8 bytes, a story first mentions what it was asked for."""
+    at = 0
+    for message in messages:
+        at = text.index(message["content"], at)
+        for thing in message.get("asked", ()):
+            found = re.finditer(rf"\b{thing}\b", message["content"], re.IGNORECASE)
+            for match in itertools.islice(found, 2):
+                start = len(text[: at + match.start()].encode())
+                yield start, start + len(match[0].encode())
+        at += len(message["content"])
 
 
 def batches(documents: Sequence[Document], encode: Encoder, tokens: int, rng: random.Random) -> list[Batch]:
