@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxchat.assembly import Assembly
+    from jaxchat.chat_session import ChatSession
     from jaxchat.config import ModelConfig
     from jaxchat.engine import ContextOverflowError, Engine, Session
     from jaxchat.errors import JaxchatError, UsageError
     from jaxchat.layer_plan import LayerPlan, PlanError, Slot
     from jaxchat.options import GenerateOptions
     from jaxchat.recipe import RecipeError, read_recipe, to_mergekit
-    from jaxchat.runtime import ChatSession, Model, Result, Score, TextStream, Timings, load
+    from jaxchat.runtime import Model, load
+    from jaxchat.streams import Result, Score, TextStream, Timings
 
 __version__ = "0.1.0"
 
@@ -50,17 +52,24 @@ if not TYPE_CHECKING:
     # which only need a plan or a configuration should not wait for.
     _HOMES = {
         "Assembly": "assembly",
+        "ChatSession": "chat_session",
         "ContextOverflowError": "engine",
         "Engine": "engine",
         "GenerateOptions": "options",
         "JaxchatError": "errors",
         "LayerPlan": "layer_plan",
+        "Model": "runtime",
         "ModelConfig": "config",
         "PlanError": "layer_plan",
         "RecipeError": "recipe",
+        "Result": "streams",
+        "Score": "streams",
         "Session": "engine",
         "Slot": "layer_plan",
+        "TextStream": "streams",
+        "Timings": "streams",
         "UsageError": "errors",
+        "load": "runtime",
         "read_recipe": "recipe",
         "to_mergekit": "recipe",
     }
@@ -68,7 +77,7 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'runtime')}"), name)
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
 

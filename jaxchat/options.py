@@ -56,6 +56,15 @@ class GenerateOptions:
         return tuple(s for s in ((self.stop,) if isinstance(self.stop, str) else self.stop) if s)
 
 
+def checked_options(options: Mapping[str, Any]) -> GenerateOptions:
+    """The options that a function was called with; an unknown one is a `TypeError`."""
+    known = {f.name for f in dataclasses.fields(GenerateOptions)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    return GenerateOptions(**options)
+
+
 def with_setting(options: GenerateOptions, name: str, value: str) -> GenerateOptions:
     """`options` with one field read from text, as `/set name=value` gives it.
 

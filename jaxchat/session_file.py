@@ -1,6 +1,6 @@
 """Chats on disk: a conversation's ids, text and used rows of the KV cache, in one safetensors file.
 
-`save` and `load` only; what a chat is and how its cache is read and restored is in runtime, chat and engine.
+`save` and `load` only; what a chat is and how its cache is read is in chat_session, chat and engine.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ from jaxchat.safetensors_file import SafetensorsFile, SafetensorsWriter
 from jaxchat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from jaxchat.runtime import ChatSession, Model
+    from jaxchat.chat_session import ChatSession
+    from jaxchat.runtime import Model
 
 FORMAT = "jaxchat-session"
 VERSION = "1"

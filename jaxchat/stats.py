@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from jaxchat.runtime import Timings
 from jaxchat.show import short_bytes
+from jaxchat.streams import Timings
 
 _COMPILE_EVENTS = "/jax/core/compile/"
 

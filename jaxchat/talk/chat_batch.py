@@ -1,12 +1,14 @@
-"""Several conversations with one model, decoded together; one, streamed, is `runtime.ChatSession`."""
+"""Several conversations with one model, decoded together; one, streamed, is `chat_session.ChatSession`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxchat.chat import Conversation
+from jaxchat.chat_session import fitting
 from jaxchat.engine import FinishReason
 from jaxchat.options import GenerateOptions
-from jaxchat.runtime import Batch, Model, fitting
+from jaxchat.runtime import Model
+from jaxchat.streams import Batch
 
 
 class Message(NamedTuple):

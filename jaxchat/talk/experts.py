@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from jaxchat.chat_session import ChatSession
 from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions, setting_text, with_setting
-from jaxchat.runtime import ChatSession, Model, TextStream
+from jaxchat.runtime import Model
+from jaxchat.streams import TextStream
 from jaxchat.talk.chat_batch import ChatBatch, Message
 from jaxchat.talk.models import ModelLoader
 

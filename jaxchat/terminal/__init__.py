@@ -11,8 +11,9 @@ from jaxchat import demo, show
 from jaxchat.families import count_parameters
 from jaxchat.options import Request
 from jaxchat.progress_bar import loading_bar
-from jaxchat.runtime import Model, load, sampling_params
+from jaxchat.runtime import Model, load
 from jaxchat.stats import CompileClock, Stats
+from jaxchat.streams import sampling_params
 from jaxchat.terminal.answer import answer
 from jaxchat.terminal.chat import Chat
 from jaxchat.terminal.replies import open_replies

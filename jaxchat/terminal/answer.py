@@ -6,8 +6,9 @@ from typing import Any
 
 from jaxchat.families import count_parameters
 from jaxchat.options import Request
-from jaxchat.runtime import Model, Result
+from jaxchat.runtime import Model
 from jaxchat.stats import CompileClock, Stats
+from jaxchat.streams import Result
 from jaxchat.terminal.replies import Replies
 from jaxchat.terminal.writing import reply_writer, say
 

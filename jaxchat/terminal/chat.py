@@ -11,8 +11,8 @@ from typing import Any
 from jaxchat.command_line import INTERRUPTED
 from jaxchat.errors import JaxchatError
 from jaxchat.options import PrefixIn, Request
-from jaxchat.runtime import TextStream
 from jaxchat.stats import CompileClock, Stats
+from jaxchat.streams import TextStream
 from jaxchat.terminal import commands
 from jaxchat.terminal.answer import say_if_full
 from jaxchat.terminal.history import MessageFile, default_file

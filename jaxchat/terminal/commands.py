@@ -17,7 +17,7 @@ from jaxchat.errors import UsageError
 from jaxchat.escapes import unescape
 from jaxchat.families import count_parameters
 from jaxchat.options import GenerateOptions, PrefixIn, read_switch, setting_text, with_setting
-from jaxchat.runtime import sampling_params
+from jaxchat.streams import sampling_params
 from jaxchat.terminal.writing import say
 
 if TYPE_CHECKING:

@@ -2,9 +2,11 @@
 
 from typing import Protocol
 
+from jaxchat.chat_session import ChatSession
 from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions, PrefixIn, Request
-from jaxchat.runtime import ChatSession, Model, TextStream
+from jaxchat.runtime import Model
+from jaxchat.streams import TextStream
 from jaxchat.terminal.writing import say
 
 
