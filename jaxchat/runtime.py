@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from jaxchat import session_file
-from jaxchat.chat import ChatTemplate, Conversation
+from jaxchat.chat import Conversation
 from jaxchat.chat_session import ChatSession
+from jaxchat.chat_template import ChatTemplate
 from jaxchat.checkpoint import Progress, load_assembly, load_params
 from jaxchat.checkpoint_manifest import load_plan
 from jaxchat.checkpoint_quantized import Quant

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxchat.chat import ChatTemplate, Conversation
+from jaxchat.chat import Conversation
+from jaxchat.chat_template import ChatTemplate
 from jaxchat.engine import KVRows
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.fingerprint import bytes_of, weights_fingerprint

@@ -1,7 +1,8 @@
 """Text to token ids and back, for every tokenizer file an open LLM ships with, behind one small interface.
 
 Reads `tokenizer.json`, SentencePiece `.model`, Llama-3's rank file (`tokenizer.model` in tiktoken's text
-format) and `vocab.json` + `merges.txt`. Chat templates live in `chat.py`; nothing here knows a model or JAX.
+format) and `vocab.json` + `merges.txt`. Chat templates are in `chat_template`;
+nothing here knows a model or JAX.
 
 A tokenizer's files are taken at their word. transformers 5 rebuilds a Llama `tokenizer.json` from its class
 instead of using the normalizer in the file, and then loses a leading space; the file, SentencePiece and

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxchat.chat import ChatTemplate
+from jaxchat.chat_template import ChatTemplate
 from jaxchat.tokenizer import TextTokenizer, load_tokenizer
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from real_chats import DATA, MODELS, TEMPLATES, needs_data
 
-from jaxchat import chat
-from jaxchat.chat import ChatTemplate, Conversation
+from jaxchat import chat_template
+from jaxchat.chat import Conversation
+from jaxchat.chat_template import ChatTemplate
 from jaxchat.errors import JaxchatError, UsageError
 
 CHATML = (
@@ -103,7 +104,7 @@ def test_real_templates_render_as_in_transformers(monkeypatch):
 
 
 def test_what_templates_expect_is_there(monkeypatch):
-    monkeypatch.setattr(chat, "_strftime_now", lambda form: f"now({form})")
+    monkeypatch.setattr(chat_template, "_strftime_now", lambda form: f"now({form})")
     source = (
         "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}"
         "{%- if loop.index > 1 -%}{%- break -%}{%- endif -%}{%- set ns.n = ns.n + 1 -%}"

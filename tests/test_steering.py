@@ -27,7 +27,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import jaxchat
-from jaxchat.chat import ChatTemplate, Conversation
+from jaxchat.chat import Conversation
+from jaxchat.chat_template import ChatTemplate
 from jaxchat.checkpoint import load_params
 from jaxchat.engine import Engine
 from jaxchat.errors import JaxchatError, UsageError

@@ -47,7 +47,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 
 from jaxchat import training
-from jaxchat.chat import ChatTemplate
+from jaxchat.chat_template import ChatTemplate
 from jaxchat.command_line import HELP, LOG_LEVEL, Flag, exit_process, run
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
