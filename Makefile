@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Any Hugging Face or converted model directory; this one serves until a model ships in the box.
-MODEL ?= ../shared/data/models/CraftGPT-hf
+# Any Hugging Face or converted model directory; empty is the model in the box.
+MODEL ?=
 BIN := $(VENV)/bin
 # What the install compiles: a change of these rebuilds the native kernels.
 NATIVE := CMakeLists.txt $(wildcard $(foreach ext,cc h,jaxchat/pallas/*.$(ext) jaxchat/pallas/*/*.$(ext)))
@@ -13,7 +13,7 @@ NATIVE := CMakeLists.txt $(wildcard $(foreach ext,cc h,jaxchat/pallas/*.$(ext) j
 setup: $(VENV)/installed
 
 chat: setup
-	$(BIN)/python -m jaxchat.generate --model $(MODEL) --interactive
+	$(BIN)/python -m jaxchat.generate $(if $(MODEL),--model $(MODEL)) --interactive
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not parity'
