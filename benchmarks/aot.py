@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import common
-from jaxchat import cost, engine, quant, sharding
+from jaxchat import cost, executables, quant, sharding
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
@@ -213,13 +213,13 @@ class Steps:
         keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(ints.astype(np.uint32)))
         mask, counts = (jax.ShapeDtypeStruct((batch, vocab), dtype) for dtype in (bool, jnp.int32))
         state = (self._plan(), ints, ints, ints, SamplingParams.make(batch), keys, mask, counts)
-        return self._compile(engine._decode, self.cache(batch, capacity), state)
+        return self._compile(executables.decode, self.cache(batch, capacity), state)
 
     def compile_prefill(self, batch: int, capacity: int, tokens: int) -> Any:
         """The executable that appends a chunk of a prompt."""
         ints = np.zeros(batch, np.int32)
         state = (self._plan(), np.zeros((batch, tokens), np.int32), ints, ints, ints, ints)
-        return self._compile(engine._prefill, self.cache(batch, capacity), state)
+        return self._compile(executables.prefill, self.cache(batch, capacity), state)
 
     def _plan(self) -> Any:
         return LayerPlan.identity(self.config.num_layers).arrays(self.config.num_layers)

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxchat import cost, native, pallas
-from jaxchat import engine as engine_module
+from jaxchat import cost, executables, native, pallas
 from jaxchat.checkpoint import aligned_quantized
 from jaxchat.config import ModelConfig, Param
 from jaxchat.engine import Engine, Session
@@ -313,7 +312,7 @@ def compile_decode(session: Session) -> tuple[float, int]:
     """
     engine, rows = session.engine, session._rows
     start = time.perf_counter()
-    compiled = engine_module._decode.lower(
+    compiled = executables.decode.lower(
         engine.config,
         engine.dtype,
         engine.kernels,

@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import common
-from jaxchat import engine as engine_module
+from jaxchat import executables
 from jaxchat.config import ModelConfig
 from jaxchat.engine import Engine, Session
 from jaxchat.errors import JaxchatError, UsageError
@@ -82,7 +82,7 @@ def measure_switching(engine: Engine, most: int, args: argparse.Namespace) -> di
     compiled: list[float] = []
     jax.monitoring.register_event_duration_secs_listener(functools.partial(_note_compilation, compiled))
     before = _live_bytes()
-    decodes, prefills = _executables(engine_module._decode), _executables(engine_module._prefill)
+    decodes, prefills = _executables(executables.decode), _executables(executables.prefill)
     session = engine.session(plans[0], max_slots=most)
     prompt = common.random_prompts(engine.config, 1, 8)
     first = 0
@@ -92,8 +92,8 @@ def measure_switching(engine: Engine, most: int, args: argparse.Namespace) -> di
         for _ in session.generate(max_new_tokens=2):
             pass
         first = first if number else len(compiled)
-    decodes = _executables(engine_module._decode) - decodes
-    prefills = _executables(engine_module._prefill) - prefills
+    decodes = _executables(executables.decode) - decodes
+    prefills = _executables(executables.prefill) - prefills
 
     times = []
     for number in range(SWITCHES):

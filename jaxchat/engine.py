@@ -5,7 +5,6 @@ Everything that changes a conversation (next turn, rollback, another plan) only 
 the cache is brought up to date by the next prefill.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -14,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import model, pallas, sampling
+from jaxchat import executables, model, pallas
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays, Slot
 from jaxchat.model import KVCache, Params
 from jaxchat.options import KV_DTYPES, Overflow
-from jaxchat.pallas import Kernels
 from jaxchat.pallas.cache_attention import QuantizedRows
 from jaxchat.sampling import SamplingParams
 from jaxchat.sharding import cache_sharding
@@ -305,7 +303,9 @@ class Session:
         if slots == 0 or length == 0:
             return
         self._reserve(length)
-        put = jax.jit(_put_rows, donate_argnums=0, out_shardings=self.engine.cache_sharding(self._rows))
+        put = jax.jit(
+            executables.put_rows, donate_argnums=0, out_shardings=self.engine.cache_sharding(self._rows)
+        )
         k, v = (jnp.asarray(part.view(self.engine._stored_dtype)) for part in (rows.k, rows.v))
         new = KVCache(k, v)
         if rows.k_scale is not None and rows.v_scale is not None:
@@ -394,7 +394,7 @@ class Session:
                 tokens[r, : len(part)] = part
                 new[r] = len(part)
             lengths, new_rows = self._int_rows({r: self.cached[r] for r in rows}), self._int_rows(new)
-            logits, self._cache = _prefill(
+            logits, self._cache = executables.prefill(
                 self.engine.config,
                 self.engine.dtype,
                 self.engine.kernels,
@@ -450,7 +450,7 @@ class Session:
             for row, n in new.items():
                 at = done[row]
                 tokens[row, :n], targets[row, :n] = ids[row][at : at + n], ids[row][at + 1 : at + n + 1]
-            logprobs, self._cache = _score(
+            logprobs, self._cache = executables.score(
                 self.engine.config,
                 self.engine.dtype,
                 self.engine.kernels,
@@ -525,7 +525,7 @@ class Session:
                 dtype=self.engine._stored_dtype,
             )
         else:
-            self._cache = _grow(self._cache, self._slots, capacity)
+            self._cache = executables.grow(self._cache, self._slots, capacity)
 
     def _drop_cache(self) -> None:
         self._cache = None
@@ -611,7 +611,7 @@ class Generation:
                     "the model's logits are not finite (NaN or infinity): the checkpoint is broken "
                     "or the dtype too narrow; try --dtype float32"
                 )
-            counts = _count(counts, tokens, self._int_active())
+            counts = executables.count(counts, tokens, self._int_active())
             for row in range(session.batch):
                 if self.finish_reasons[row]:  # before this step, or stopped by the consumer during it
                     continue
@@ -640,7 +640,7 @@ class Generation:
         session._reserve(max(len(session.ids[r]) for r in rows))
         last = session._int_rows({r: session.ids[r][-1] for r in rows})
         lengths = session._int_rows({r: session.cached[r] for r in rows})
-        tokens, logprobs, session._cache = _decode(
+        tokens, logprobs, session._cache = executables.decode(
             engine.config,
             engine.dtype,
             engine.kernels,
@@ -667,7 +667,9 @@ class Generation:
         for row, mask in self._among.items():
             allowed[row] = mask
         self._among.clear()
-        return _sample(logits, self._params, self._keys, self._positions(), prompt_mask, counts, allowed)
+        return executables.sample(
+            logits, self._params, self._keys, self._positions(), prompt_mask, counts, allowed
+        )
 
     def _crosses(self, row: int) -> bool:
         """Whether the cached keys no longer fit: LongRoPE has switched its factors.
@@ -712,138 +714,6 @@ class Generation:
         for row, ids in enumerate(self.session.ids):
             mask[row, ids] = True
         return jax.device_put((mask, np.zeros(mask.shape, np.int32)), self.session.engine._placement)
-
-
-# The executables. Configuration, dtype and kernels are static; all that changes between calls is traced.
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
-def _prefill(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    kernels: Kernels,
-    params: Params,
-    cache: KVCache,
-    plan: PlanArrays,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    new: jax.Array,
-    context: jax.Array,
-    write_from: jax.Array,
-) -> tuple[jax.Array, KVCache]:
-    hidden, cache = model.forward(
-        config, params, cache, plan, tokens, lengths, new, context,
-        dtype=dtype, kernels=kernels, write_from=write_from,
-    )  # fmt: skip
-    last = jnp.take_along_axis(hidden, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
-    return model.logits(config, params, last, dtype=dtype, kernels=kernels), cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
-def _decode(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    kernels: Kernels,
-    params: Params,
-    cache: KVCache,
-    plan: PlanArrays,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    active: jax.Array,
-    sampling_params: SamplingParams,
-    keys: jax.Array,
-    prompt_mask: jax.Array,
-    counts: jax.Array,
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    hidden, cache = model.forward(
-        config,
-        params,
-        cache,
-        plan,
-        tokens[:, None],
-        lengths,
-        active,
-        lengths + 1,
-        dtype=dtype,
-        kernels=kernels,
-    )
-    logits = model.logits(config, params, hidden[:, 0], dtype=dtype, kernels=kernels)
-    tokens, logprobs = _draw(logits, sampling_params, keys, lengths + 1, prompt_mask, counts)
-    return tokens, logprobs, cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
-def _score(
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    kernels: Kernels,
-    params: Params,
-    cache: KVCache,
-    plan: PlanArrays,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    new: jax.Array,
-    context: jax.Array,
-    targets: jax.Array,
-) -> tuple[jax.Array, KVCache]:
-    hidden, cache = model.forward(
-        config, params, cache, plan, tokens, lengths, new, context, dtype=dtype, kernels=kernels
-    )
-    logprobs = jax.nn.log_softmax(model.logits(config, params, hidden, dtype=dtype, kernels=kernels))
-    return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0], cache
-
-
-def _draw(
-    logits: jax.Array,
-    params: SamplingParams,
-    keys: jax.Array,
-    positions: jax.Array,
-    prompt_mask: jax.Array,
-    counts: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    # A draw depends on the sequence's own key and position only: not on neighbours, nor on how it got here.
-    keys = jax.vmap(jax.random.fold_in)(keys, positions)
-    return sampling.sample(keys, logits, params, prompt_mask, counts)
-
-
-@jax.jit
-def _sample(
-    logits: jax.Array,
-    params: SamplingParams,
-    keys: jax.Array,
-    positions: jax.Array,
-    prompt_mask: jax.Array,
-    counts: jax.Array,
-    allowed: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    among = jnp.where(allowed, logits, -jnp.inf)
-    tokens, _ = _draw(among, params, keys, positions, prompt_mask, counts)
-    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-
-
-@functools.partial(jax.jit, donate_argnums=(0,))
-def _count(counts: jax.Array, tokens: jax.Array, active: jax.Array) -> jax.Array:
-    return counts.at[jnp.arange(tokens.shape[0]), tokens].add(active)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _grow(cache: KVCache, slots: int, capacity: int) -> KVCache:
-    def pad(part: jax.Array) -> jax.Array:
-        more = slots - part.shape[0], 0, 0, capacity - part.shape[3]
-        return jnp.pad(part, [(0, n) for n in more] + [(0, 0)] * (part.ndim - 4))
-
-    return jax.tree.map(pad, cache)
-
-
-def _put_rows(cache: KVCache, rows: KVCache, row: jax.Array) -> KVCache:
-    """Writes one sequence's first rows of the first slots, each part [P, K, S, ...], into the cache."""
-
-    def put(part: jax.Array, new: jax.Array) -> jax.Array:
-        start = (0, row) + (0,) * (part.ndim - 2)
-        return jax.lax.dynamic_update_slice(part, new[:, None], start)
-
-    return jax.tree.map(put, cache, rows)
 
 
 def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxchat import engine as engine_module
+from jaxchat import executables as executables_module
 from jaxchat import model
 from jaxchat.engine import ContextOverflowError, Engine
 from jaxchat.errors import JaxchatError, UsageError
@@ -90,7 +91,7 @@ def random_ids(count, seed=0):
 
 
 def executables():
-    return engine_module._prefill._cache_size(), engine_module._decode._cache_size()
+    return executables_module.prefill._cache_size(), executables_module.decode._cache_size()
 
 
 # --- incremental = one-shot
@@ -403,13 +404,13 @@ def test_a_plan_over_another_number_of_layers_is_refused(engine):
 @pytest.fixture
 def computed(monkeypatch):
     """(tokens computed, first slot written) of each sequence in each call of the prefill."""
-    calls, prefill = [], engine_module._prefill
+    calls, prefill = [], executables_module.prefill
 
     def spy(*arguments):
         calls.append([tuple(map(int, pair)) for pair in zip(arguments[8], arguments[10], strict=True)])
         return prefill(*arguments)
 
-    monkeypatch.setattr(engine_module, "_prefill", spy)
+    monkeypatch.setattr(executables_module, "prefill", spy)
     return calls
 
 
@@ -601,14 +602,14 @@ def test_a_rolled_back_sampled_generation_repeats_itself(engine):
 
 def test_sampling_parameters_plans_lengths_and_seeds_compile_nothing(engine):
     generated(new_session(engine, PROMPT), max_new_tokens=2)
-    before = executables(), engine_module._sample._cache_size()
+    before = executables(), executables_module.sample._cache_size()
     for i, plan in enumerate(PLANS):
         params = SamplingParams.make(
             1, temperature=i / 2, top_k=i, top_p=1 - i / 10, repetition_penalty=1 + i
         )
         session = new_session(engine, PROMPT[: i + 1], plan=plan)
         generated(session, max_new_tokens=3 + i, params=params, seeds=[i], stop_ids=[i])
-    assert (executables(), engine_module._sample._cache_size()) == before
+    assert (executables(), executables_module.sample._cache_size()) == before
 
 
 def test_a_chat_of_many_turns_compiles_one_step_and_one_prefill_per_bucket(make_engine, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from tiny_chat import write_tiny_chat
 
 import jaxchat
-from jaxchat import cost, engine, generate, native, show
+from jaxchat import cost, engine, executables, generate, native, show
 from jaxchat.engine import Engine
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
@@ -128,11 +128,11 @@ def test_a_step_copies_no_cache(make_session, monkeypatch, kv_dtype, kernels, st
     own, rows = session.engine, np.zeros(2, np.int32)
     operands = [own.config, own.dtype, own.kernels, own.params, session._cache, session._plan_arrays]
     if step == "prefill":
-        lowered = engine._prefill.lower(*operands, np.zeros((2, 16), np.int32), *[rows] * 4)
+        lowered = executables.prefill.lower(*operands, np.zeros((2, 16), np.int32), *[rows] * 4)
     else:
         state = jnp.zeros((2, 67), bool), jnp.zeros((2, 67), jnp.int32)
         keys = jax.vmap(jax.random.key)(np.zeros(2, np.uint32))
-        lowered = engine._decode.lower(*operands, rows, rows, rows, SamplingParams.make(2), keys, *state)
+        lowered = executables.decode.lower(*operands, rows, rows, rows, SamplingParams.make(2), keys, *state)
     memory = lowered.compile().memory_analysis()
     parts = jax.tree.leaves(session._cache)
     assert memory.alias_size_in_bytes == session.cache_bytes == sum(part.nbytes for part in parts)

@@ -9,7 +9,7 @@ import pytest
 from tiny_chat import write_tiny_chat
 
 import jaxchat
-from jaxchat import engine
+from jaxchat import executables
 from jaxchat.engine import ContextOverflowError
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
@@ -217,17 +217,18 @@ def test_scores_of_different_plans_are_what_each_gives_alone(model):
 
 
 def test_requests_of_different_plans_compile_nothing_new(model):
-    def executables():
-        return [f._cache_size() for f in (engine._prefill, engine._decode, engine._score, engine._sample)]
+    def compiled():
+        steps = executables.prefill, executables.decode, executables.score, executables.sample
+        return [step._cache_size() for step in steps]
 
     model.generate(PROMPTS[:1], **GREEDY)
     model.generate(PROMPTS[:2], **GREEDY)
     model.score(PROMPTS[:1])
-    before = executables()
+    before = compiled()
     model.generate(PROMPTS[:4], plans=["0,1", PLAN, "2,1,0", None], **GREEDY)
     model.generate(PROMPTS[:4], plans=["0,1", "2,1,0", "0,1", "2,1,0"], **GREEDY)
     model.score(PROMPTS[:3], plans=["0,1", None, "1,1,1"])
-    assert executables() == before
+    assert compiled() == before
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxchat import engine as engine_module
+from jaxchat import executables
 from jaxchat.checkpoint import load_params
 from jaxchat.engine import Engine
 
@@ -51,19 +51,19 @@ def main(*directories):
 def run(directory, mesh):
     config, params = load_params(directory, mesh=mesh)
     engine = Engine(config, params, max_length=64, mesh=mesh)
-    before = engine_module._prefill._cache_size(), engine_module._decode._cache_size()
+    before = executables.prefill._cache_size(), executables.decode._cache_size()
     session = engine.session(batch=len(PROMPTS))
     for row, ids in enumerate(PROMPTS):
         session.set_ids(ids, row)
     tokens = list(session.generate(max_new_tokens=8))
     logits = session.prefill()
-    after = engine_module._prefill._cache_size(), engine_module._decode._cache_size()
+    after = executables.prefill._cache_size(), executables.decode._cache_size()
     return {
         "greedy": [[token.id for token in tokens if token.row == row] for row in range(len(PROMPTS))],
         "logits": np.asarray(logits).tolist(),
         "shards": {name: shard_shape(array) for name, array in params.items()},
         "cache": shard_shape(session._cache.k),
-        "grown cache": shard_shape(engine_module._grow(session._cache, session._slots, 128).k),
+        "grown cache": shard_shape(executables.grow(session._cache, session._slots, 128).k),
         "compiled": [now - then for now, then in zip(after, before, strict=True)],
     }
 

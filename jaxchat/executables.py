@@ -1,0 +1,157 @@
+"""What the engine compiles: the model's steps, the draw of the next tokens, and changes of the cache's shape.
+
+Configuration, dtype and kernels are static; all that changes between calls is traced. When each is run, and
+on which rows, is the engine's part. `new` int32 [B] of `tokens` are real, `lengths` [B] are cached before,
+and `context` [B] is the length of the whole sequence.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxchat import model, sampling
+from jaxchat.config import ModelConfig
+from jaxchat.layer_plan import PlanArrays
+from jaxchat.model import KVCache, Params
+from jaxchat.pallas import Kernels
+from jaxchat.sampling import SamplingParams
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def prefill(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    kernels: Kernels,
+    params: Params,
+    cache: KVCache,
+    plan: PlanArrays,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    new: jax.Array,
+    context: jax.Array,
+    write_from: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Appends `tokens` [B, T]; float32 [B, V] logits after the last real one, and the cache.
+
+    The first `write_from` [B] slots hold the keys and values already.
+    """
+    hidden, cache = model.forward(
+        config, params, cache, plan, tokens, lengths, new, context,
+        dtype=dtype, kernels=kernels, write_from=write_from,
+    )  # fmt: skip
+    last = jnp.take_along_axis(hidden, jnp.maximum(new - 1, 0)[:, None, None], axis=1)[:, 0]
+    return model.logits(config, params, last, dtype=dtype, kernels=kernels), cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def decode(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    kernels: Kernels,
+    params: Params,
+    cache: KVCache,
+    plan: PlanArrays,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    active: jax.Array,
+    sampling_params: SamplingParams,
+    keys: jax.Array,
+    prompt_mask: jax.Array,
+    counts: jax.Array,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Appends `tokens` [B] to the `active` sequences; the next tokens, their logprobs [B], the cache."""
+    hidden, cache = model.forward(
+        config,
+        params,
+        cache,
+        plan,
+        tokens[:, None],
+        lengths,
+        active,
+        lengths + 1,
+        dtype=dtype,
+        kernels=kernels,
+    )
+    logits = model.logits(config, params, hidden[:, 0], dtype=dtype, kernels=kernels)
+    tokens, logprobs = _draw(logits, sampling_params, keys, lengths + 1, prompt_mask, counts)
+    return tokens, logprobs, cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def score(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    kernels: Kernels,
+    params: Params,
+    cache: KVCache,
+    plan: PlanArrays,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    new: jax.Array,
+    context: jax.Array,
+    targets: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Appends `tokens` [B, T]; float32 [B, T] log-probabilities of the `targets` after each, the cache."""
+    hidden, cache = model.forward(
+        config, params, cache, plan, tokens, lengths, new, context, dtype=dtype, kernels=kernels
+    )
+    logprobs = jax.nn.log_softmax(model.logits(config, params, hidden, dtype=dtype, kernels=kernels))
+    return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0], cache
+
+
+def _draw(
+    logits: jax.Array,
+    params: SamplingParams,
+    keys: jax.Array,
+    positions: jax.Array,
+    prompt_mask: jax.Array,
+    counts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    # A draw depends on the sequence's own key and position only: not on neighbours, nor on how it got here.
+    keys = jax.vmap(jax.random.fold_in)(keys, positions)
+    return sampling.sample(keys, logits, params, prompt_mask, counts)
+
+
+@jax.jit
+def sample(
+    logits: jax.Array,
+    params: SamplingParams,
+    keys: jax.Array,
+    positions: jax.Array,
+    prompt_mask: jax.Array,
+    counts: jax.Array,
+    allowed: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Draws among the `allowed` bool [B, V]; the tokens, and their logprobs [B] among all."""
+    among = jnp.where(allowed, logits, -jnp.inf)
+    tokens, _ = _draw(among, params, keys, positions, prompt_mask, counts)
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+@functools.partial(jax.jit, donate_argnums=(0,))
+def count(counts: jax.Array, tokens: jax.Array, active: jax.Array) -> jax.Array:
+    """`counts` int32 [B, V] of generated tokens, with `tokens` [B] of the `active` sequences added."""
+    return counts.at[jnp.arange(tokens.shape[0]), tokens].add(active)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def grow(cache: KVCache, slots: int, capacity: int) -> KVCache:
+    """The cache with room for more slots, and for `capacity` rows in each."""
+
+    def pad(part: jax.Array) -> jax.Array:
+        more = slots - part.shape[0], 0, 0, capacity - part.shape[3]
+        return jnp.pad(part, [(0, n) for n in more] + [(0, 0)] * (part.ndim - 4))
+
+    return jax.tree.map(pad, cache)
+
+
+def put_rows(cache: KVCache, rows: KVCache, row: jax.Array) -> KVCache:
+    """Writes one sequence's first rows of the first slots, each part [P, K, S, ...], into the cache."""
+
+    def put(part: jax.Array, new: jax.Array) -> jax.Array:
+        start = (0, row) + (0,) * (part.ndim - 2)
+        return jax.lax.dynamic_update_slice(part, new[:, None], start)
+
+    return jax.tree.map(put, cache, rows)
