@@ -19,7 +19,8 @@ import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.tokenizer import Tokenizer, read_json_object, token_text
+from jaxchat.files import read_optional_json
+from jaxchat.tokenizer import Tokenizer, token_text
 
 
 class _Refused(jinja2.TemplateError):
@@ -146,7 +147,7 @@ class ChatTemplate:
             JaxchatError: the template, or the file it is in, is broken.
         """
         directory = Path(directory)
-        config = read_json_object(directory / "tokenizer_config.json")
+        config = read_optional_json(directory / "tokenizer_config.json")
         found = _find_source(directory, config)
         if found is None:
             return None
@@ -196,7 +197,7 @@ def _find_source(directory: Path, config: Mapping[str, Any]) -> tuple[Path, str 
         except ValueError as error:
             raise JaxchatError(f"{jinja}: not UTF-8 text ({error}): download the file again") from error
     for path, holder in (
-        (directory / "chat_template.json", read_json_object(directory / "chat_template.json")),
+        (directory / "chat_template.json", read_optional_json(directory / "chat_template.json")),
         (directory / "tokenizer_config.json", config),
     ):
         template = holder.get("chat_template")
@@ -213,7 +214,7 @@ def _find_source(directory: Path, config: Mapping[str, Any]) -> tuple[Path, str 
 
 def _variables(directory: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """`bos_token` and the like, from tokenizer_config.json, special_tokens_map.json or the tokenizer."""
-    merged = {**read_json_object(directory / "special_tokens_map.json"), **config}
+    merged = {**read_optional_json(directory / "special_tokens_map.json"), **config}
     extra = merged.get("extra_special_tokens")
     if isinstance(extra, Mapping):
         merged |= extra

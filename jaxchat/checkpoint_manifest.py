@@ -12,8 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxchat.config import ModelConfig, RopeConfig, read_json
+from jaxchat.config import ModelConfig, RopeConfig
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.files import read_json
 from jaxchat.layer_plan import LayerPlan, PlanError
 
 MANIFEST = "jaxchat.json"

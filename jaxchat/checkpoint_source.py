@@ -22,9 +22,10 @@ from jaxchat.checkpoint_manifest import (
     config_of,
 )
 from jaxchat.checkpoint_quantized import Storage, TensorSpec, from_arrays, stored_format_of, tensor_specs
-from jaxchat.config import EMBED, HEAD, ModelConfig, Param, read_json
+from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import Family, count_parameters, family_of, parameter_table
+from jaxchat.files import read_json
 from jaxchat.quant import QuantizedTensor, layer_slice
 from jaxchat.safetensors_file import DTYPES, NAMES, SafetensorsFile
 

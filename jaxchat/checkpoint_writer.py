@@ -41,9 +41,10 @@ from jaxchat.checkpoint_quantized import (
     tensor_specs,
 )
 from jaxchat.checkpoint_source import Source, convert_into, open_source
-from jaxchat.config import EMBED, HEAD, ModelConfig, Param, read_json
+from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import Family, family_of, relayered_config
+from jaxchat.files import read_json
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantizedTensor
 from jaxchat.quant import dequantize as dequantize_tensor

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 from absl import flags
 
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.files import UnreadableError, text_of
 from jaxchat.options import KV_DTYPES
 
 INTERRUPTED = 130
@@ -290,12 +291,9 @@ def read_text(name: str, flag: str) -> str:
             f"--{flag} {name}: {error.strerror}; give a text file, or - for standard input"
         ) from None
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"--{flag} {name}: not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            "convert the file to UTF-8"
-        ) from None
+        return text_of(data)
+    except UnreadableError as error:
+        raise UsageError(f"--{flag} {name}: {error}; convert the file to UTF-8") from None
 
 
 # --- streams, logging and errors

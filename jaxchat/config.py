@@ -4,13 +4,13 @@ No I/O beyond reading `config.json`, no arrays on devices. The dimension alphabe
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import UsageError
+from jaxchat.files import read_json
 
 EMBED, HEAD = "embed.weight", "lm_head.weight"
 """The parameters of the token embedding and of an output head that is not tied to it."""
@@ -234,19 +234,6 @@ class Param:
 def size_of(term: str, config: ModelConfig) -> int:
     """The number a product of dimension letters stands for: `"N*H"` -> num_heads * head_dim."""
     return math.prod(config.dims[letter] for letter in term.split("*"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; a missing, unreadable or malformed file is one clear line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JaxchatError(f"{path}: no such file; a model directory needs its {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise JaxchatError(f"{path}: not readable as JSON ({error}); download the file again") from None
-    if not isinstance(value, dict):
-        raise JaxchatError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:

@@ -14,15 +14,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from jaxchat.errors import UsageError
+from jaxchat.files import UnreadableError, read_small_text
 
 Entry = tuple[int, float, float]
 """A slot: (layer, attention scale, MLP scale)."""
 
 KINDS = ("spec", "json", "rys", "exllama")
 """What `write` can write."""
-
-MAX_FILE_BYTES = 1 << 20
-"""A plan in a file is a few lines; more is another file, chosen by mistake."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,4000}")  # int() refuses more than 4300 digits with an error of its own
 _INCLUSIVE = re.compile(r"([0-9]{1,4000})\.\.([0-9]{1,4000})")
@@ -105,20 +103,9 @@ def _read_file(name: str) -> str:
     if not name:
         raise PlanError("no file name after @: expected @FILE, a text file that holds a layer plan")
     try:
-        with Path(name).open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise PlanError(f"@{name}: {reason}: expected a text file that holds a layer plan") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise PlanError(f"@{name}: more than 1 MiB: expected a text file that holds a layer plan")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise PlanError(
-            f"@{name}: not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}: "
-            "expected a text file that holds a layer plan"
-        ) from None
+        return read_small_text(Path(name)).replace("\r\n", "\n")
+    except UnreadableError as error:
+        raise PlanError(f"@{name}: {error}: expected a text file that holds a layer plan") from None
 
 
 def position_of(text: str, offset: int) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from typing import NoReturn
 import yaml
 
 from jaxchat.errors import UsageError
-from jaxchat.notations import MAX_FILE_BYTES, is_finite, position_of, printable
+from jaxchat.files import UnreadableError, read_small_text
+from jaxchat.notations import is_finite, position_of, printable
 
 ADVICE = "run mergekit and load the model it writes"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -111,7 +112,10 @@ def read(path: Path) -> Recipe:
     Raises:
       RecipeError: there is no such file, it is not YAML, or not a passthrough recipe.
     """
-    text = _read_text(path)
+    try:
+        text = read_small_text(path)
+    except UnreadableError as error:
+        raise RecipeError(f"{path}: {error}; give the YAML file of a mergekit recipe") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -127,24 +131,6 @@ def read(path: Path) -> Recipe:
     if root is None:
         raise RecipeError(f"{path}: the file is empty; expected a mergekit recipe")
     return _recipe(_Node(root, str(path), "", notes), notes)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"{path}: {reason}; give the YAML file of a mergekit recipe") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise RecipeError(f"{path}: more than 1 MiB; give the YAML file of a mergekit recipe")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{path}: not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            "give the YAML file of a mergekit recipe"
-        ) from None
 
 
 # --- YAML nodes with their positions

@@ -11,9 +11,10 @@ from typing import Any
 from jaxchat import cost
 from jaxchat.assembly import Assembly, LayerSource, assembled_config
 from jaxchat.checkpoint_manifest import MANIFEST, WEIGHT_DTYPES, Manifest, load_config, load_plan
-from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param, read_json
+from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param
 from jaxchat.errors import UsageError
 from jaxchat.families import count_parameters, parameter_table
+from jaxchat.files import read_json
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import KV_DTYPES
 

@@ -29,6 +29,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.files import read_optional_json
 
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json",
@@ -647,36 +648,17 @@ def token_text(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, `{}` if there is no such file.
-
-    Raises:
-        JaxchatError: the file is not a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise JaxchatError(f"{path}: not valid JSON ({error}): download the file again") from error
-    if not isinstance(value, dict):
-        raise JaxchatError(
-            f"{path}: expected a JSON object, found {type(value).__name__}: download the file again"
-        )
-    return value
-
-
 def _read_config(directory: Path) -> _Config:
     raw = {
-        **read_json_object(directory / "special_tokens_map.json"),
-        **read_json_object(directory / "tokenizer_config.json"),
+        **read_optional_json(directory / "special_tokens_map.json"),
+        **read_optional_json(directory / "tokenizer_config.json"),
     }
     named = {token_text(raw.get(name)) for name in NAMED_TOKENS}
     extra = raw.get("additional_special_tokens") or raw.get("extra_special_tokens") or []
     named |= {token_text(token) for token in (extra.values() if isinstance(extra, Mapping) else extra)}
     added = {
         content: _Added(content=content, id=token_id, special=content in named)
-        for content, token_id in read_json_object(directory / "added_tokens.json").items()
+        for content, token_id in read_optional_json(directory / "added_tokens.json").items()
     }
     for token_id, token in (raw.get("added_tokens_decoder") or {}).items():
         text = token_text(token)
@@ -733,7 +715,7 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
         if path.name == "tokenizer.json":
             return _from_json(path, config)
         if path.name == "vocab.json":
-            return _from_vocab_and_merges(path, config, read_json_object(directory / "config.json"))
+            return _from_vocab_and_merges(path, config, read_optional_json(directory / "config.json"))
         return _from_model_file(path, config)
     except JaxchatError:
         raise

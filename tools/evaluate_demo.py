@@ -20,8 +20,8 @@ from absl import flags
 
 import jaxchat
 from jaxchat.command_line import HELP, LOG_LEVEL, MODEL, Flag, exit_process, run
-from jaxchat.config import read_json
 from jaxchat.errors import UsageError
+from jaxchat.files import read_json
 from tools.stories import Corpus, Story, read_corpus
 
 PROMPTS: tuple[tuple[str, tuple[str, ...]], ...] = (

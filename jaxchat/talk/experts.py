@@ -10,6 +10,7 @@ import yaml
 
 from jaxchat.chat_session import ChatSession
 from jaxchat.errors import UsageError
+from jaxchat.files import UnreadableError, read_small_text
 from jaxchat.options import GenerateOptions, setting_text, with_setting
 from jaxchat.runtime import Model
 from jaxchat.streams import TextStream
@@ -204,9 +205,9 @@ def read_panel(path: str | Path, models: ModelLoader, options: GenerateOptions) 
 
 def _parsed(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; give a YAML file of experts") from None
+        return yaml.safe_load(read_small_text(path))
+    except UnreadableError as error:
+        raise UsageError(f"{path}: {error}; give a YAML file of experts") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
