@@ -11,6 +11,7 @@ roofline is bandwidth alone: the bytes of a decode step at the rate the chip rea
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -28,12 +29,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import common
-from jaxchat import cost, executables, quant, sharding
+from jaxchat import cost, engine, executables, quant, sharding
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.model import KVCache, Params
+from jaxchat.model import KVCache, Params, init_cache
 from jaxchat.pallas import Kernels
 from jaxchat.pallas.backends import pallas_gpu, pallas_tpu
 from jaxchat.sampling import SamplingParams
@@ -143,6 +144,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--quant", default="int4", help="of the weights, as in jaxchat.generate; none: bfloat16"
     )
+    parser.add_argument("--kv_dtype", default="bfloat16", help="of the KV cache, as in jaxchat.generate")
     parser.add_argument("--mesh", choices=sorted(MESHES), default="1x1", help="2x2: four devices, one model")
     parser.add_argument("--batch", type=int, default=1, help="sequences decoded together")
     parser.add_argument("--context", type=int, default=2048, help="rows of the KV cache")
@@ -167,12 +169,20 @@ def devices_of(target: Target, mesh: str) -> Sequence[Any]:
 class Steps:
     """The abstract arguments of the engine's steps: shapes, dtypes and where they lie; no data."""
 
-    def __init__(self, config: ModelConfig, target: Target, mesh: str, fmt: quant.QuantFormat | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        target: Target,
+        mesh: str,
+        fmt: quant.QuantFormat | None,
+        kv_dtype: str = "bfloat16",
+    ):
         devices = np.array(devices_of(target, mesh)).reshape(1, -1)
         self.config = config
         self.mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
         self.kernels = target.kernels()
         self.dtype = jnp.dtype(jnp.bfloat16)
+        self.kv_dtype = jnp.dtype(engine.checked_kv_dtype(kv_dtype))
         loaded = {param.name: self._parameter(param, fmt) for param in parameter_table(config)}
         self.params: Params = self.kernels.prepare(loaded)
 
@@ -196,15 +206,17 @@ class Steps:
 
     def cache(self, batch: int, capacity: int) -> KVCache:
         """The KV cache [P, B, K, S, H], sharded as the engine does."""
-        config = self.config
-        shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
-        where = sharding.cache_sharding(config, self.mesh, batch)
-        part: Any = jax.ShapeDtypeStruct(shape, self.dtype, sharding=where)
-        return KVCache(part, part)
+        make = functools.partial(
+            init_cache, self.config, slots=self.config.num_layers, batch=batch, capacity=capacity
+        )
+        where = sharding.cache_sharding(self.config, self.mesh, batch)
+        return self._placed(jax.eval_shape(lambda: make(dtype=self.kv_dtype)), where)
 
     def everywhere(self, tree: Any) -> Any:
         """Small state: whole on each device."""
-        where = NamedSharding(self.mesh, PartitionSpec())
+        return self._placed(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _placed(self, tree: Any, where: NamedSharding) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
 
     def compile_decode(self, batch: int, capacity: int) -> Any:
@@ -279,13 +291,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             layer_windows=config.layer_windows[: args.layers],
             layer_attn_scales=config.layer_attn_scales[: args.layers],
         )
-    steps = Steps(config, target, args.mesh, quant.QuantFormat.parse(args.quant))
+    steps = Steps(config, target, args.mesh, quant.QuantFormat.parse(args.quant), args.kv_dtype)
     decode = timed(lambda: steps.compile_decode(args.batch, args.context))
     prefill = timed(lambda: steps.compile_prefill(args.batch, args.context, args.prompt))
 
     plan = LayerPlan.identity(config.num_layers)
     weight_bytes = common.weight_bytes_per_step(config, _with_nbytes(steps.params), plan)
-    kv_bytes = cost.kv_bytes_read(config, plan, args.context, steps.dtype.name)
+    kv_bytes = cost.kv_bytes_read(config, plan, args.context, steps.kv_dtype.name)
     step_bytes = weight_bytes + args.batch * kv_bytes
     devices = MESHES[args.mesh]
     return {
@@ -294,6 +306,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "shape": args.shape,
         "layers": config.num_layers,
         "quant": args.quant,
+        "kv_dtype": args.kv_dtype,
         "mesh": args.mesh,
         "batch": args.batch,
         "context": args.context,
@@ -325,7 +338,7 @@ def print_report(result: dict[str, Any]) -> None:
         (
             "bytes per token",
             f"{r['bytes_per_token'] / 1e6:.1f} MB, {r['weight_bytes_per_token'] / 1e6:.1f} of them weights "
-            f"(KV cache of {r['context']} rows)",
+            f"({r['kv_dtype']} KV cache of {r['context']} rows)",
         ),
         ("roofline", f"{r['roofline_tok_s']:.1f} tokens/s at {r['bandwidth_gb_s']:.0f} GB/s"),
     ]
