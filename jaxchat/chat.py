@@ -15,6 +15,7 @@ from typing import Any
 from jaxchat.chat_template import ChatTemplate
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.healing import join
+from jaxchat.lengths import common_prefix
 from jaxchat.reasoning import Kind, ReasoningSplitter, ThoughtTags, opens_reasoning, thought_tags_of
 from jaxchat.tokenizer import Detokenizer, TextTokenizer, Tokenizer, unused_marks
 
@@ -608,7 +609,7 @@ class Conversation:
                 at += len(chunk.text)
                 continue
             if chunk.ends is not None:
-                kept.append(chunk.head(_common_length(chunk.text, text[at : at + len(chunk.text)])))
+                kept.append(chunk.head(common_prefix(chunk.text, text[at : at + len(chunk.text)])))
             break
         while kept and (kept[-1].ends is None or not kept[-1].ids):
             kept.pop()
@@ -681,11 +682,6 @@ def first_of(contents: Iterable[str], text: str) -> re.Match[str] | None:
     """The first of `contents` in `text`, the longest where several begin together."""
     ordered = sorted((c for c in contents if c), key=len, reverse=True)
     return re.search("|".join(map(re.escape, ordered)) or r"(?!)", text)
-
-
-def _common_length(left: str, right: str) -> int:
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _marked_offset(marked: str, breaker: str, plain: int) -> int:

@@ -17,6 +17,7 @@ from jaxchat import executables, model, pallas
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays, Slot
+from jaxchat.lengths import common_prefix, next_power_of_two
 from jaxchat.model import KVCache, Params
 from jaxchat.options import KV_DTYPES, Overflow
 from jaxchat.pallas.cache_attention import QuantizedRows
@@ -176,7 +177,7 @@ class Session:
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         self.cached = [0] * batch
         self._regime = [0] * batch
-        self._rows = _next_power_of_two(batch)
+        self._rows = next_power_of_two(batch)
         self._slots = max_slots
         self._cache: KVCache | None = None
         # What the slots of the cache hold: the executed slots they were written by, of which `plan` may be
@@ -212,7 +213,7 @@ class Session:
         if more > 0:
             self._valid = np.pad(self._valid, ((0, more), (0, 0)))
             self._slots += more
-        kept = _common_prefix(self._written, executed)
+        kept = common_prefix(self._written, executed)
         if kept < len(executed):
             self._written = executed
             self._valid[kept:] = 0
@@ -247,7 +248,7 @@ class Session:
         """
         self.engine.check_ids(ids)
         old = self.ids[row]
-        kept = _common_prefix(old, ids)
+        kept = common_prefix(old, ids)
         self.rollback(kept, row)
         old.extend(ids[kept:])
         return min(kept, self.cached[row])
@@ -509,7 +510,7 @@ class Session:
         slots, _, _, rows, *_ = self._cache.k.shape if self._cache is not None else (0,) * 5
         if length <= rows and self._slots <= slots:
             return
-        capacity = max(min(max(_next_power_of_two(length), MIN_CAPACITY), self.engine.max_length), rows)
+        capacity = max(min(max(next_power_of_two(length), MIN_CAPACITY), self.engine.max_length), rows)
         if self._cache is None:
             self._drop_cache()
             self._cache = jax.jit(
@@ -716,11 +717,6 @@ class Generation:
         return jax.device_put((mask, np.zeros(mask.shape, np.int32)), self.session.engine._placement)
 
 
-def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many leading elements are equal."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def _chunk_length(remaining: int) -> int:
     """The bucket for the next chunk: the next one up unless half of it would be padding."""
     up = next((b for b in PREFILL_BUCKETS if b >= remaining), None)
@@ -729,7 +725,3 @@ def _chunk_length(remaining: int) -> int:
         return up
     assert down is not None
     return down
-
-
-def _next_power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()

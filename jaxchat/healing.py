@@ -7,8 +7,9 @@ go beyond it (token healing); then the tokens at the joint are made those of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, product, takewhile
+from itertools import accumulate, product
 
+from jaxchat.lengths import common_prefix
 from jaxchat.tokenizer import TextTokenizer, Tokenizer, unused_marks
 
 _ORDINARY = -1  # stands for the id of any ordinary token
@@ -207,8 +208,8 @@ def _changed_from(
     """The byte from which what precedes `joint` is cut otherwise as a part of the whole than alone."""
     assert isinstance(tokenizer, TextTokenizer)
     alone = _encode_bytes(tokenizer, _bytes(tokenizer, ids)[:joint], "", before) or []
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False))
-    return min(len(_bytes(tokenizer, [token_id for token_id, _ in same])), joint) if alone else joint
+    same = alone[: common_prefix(alone, whole)]
+    return min(len(_bytes(tokenizer, same)), joint) if alone else joint
 
 
 def _last_whole_character(tokenizer: Tokenizer, ids: Sequence[int], start: int, stop: int) -> int:

@@ -5,7 +5,6 @@ What to evaluate, and what becomes of it, is `measure.py`'s.
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.engine import Engine
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays
+from jaxchat.lengths import common_prefix
 from jaxchat.model import Params
 from jaxchat.pallas import Kernels
 
@@ -111,8 +111,7 @@ class Sweep:
 
     def shared(self, plan: LayerPlan) -> int:
         """How many leading slots a plan has in common with the base plan."""
-        pairs = zip(plan.executed(), self.base, strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return common_prefix(plan.executed(), self.base)
 
     def nats(self, plan: LayerPlan, start: int | None = None) -> np.ndarray:
         """The negative log-likelihood of each window under a plan, float64 [B], in nats.

@@ -17,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxchat.lengths import next_power_of_two
+
 Array = jax.Array
 
 _MASKED = -1e30
@@ -64,10 +66,10 @@ class _Sizes:
         b, t, n, h = q.shape
         _, _, kv, s, _ = k_cache.shape
         least, most = _QUERY_ROWS
-        rows = min(max(_power_of_two(t * (n // kv)), least), most)
-        features = max(_power_of_two(h), 16)
+        rows = min(max(next_power_of_two(t * (n // kv)), least), most)
+        features = max(next_power_of_two(h), 16)
         fitting = max(_KEY_BLOCK_BYTES // (features * q.dtype.itemsize), 16)
-        keys = min(fitting, max(_power_of_two(s), 16))
+        keys = min(fitting, max(next_power_of_two(s), 16))
         programs = b * kv * -(-t * (n // kv) // rows)
         return cls(
             tokens=t,
@@ -160,10 +162,6 @@ def attend(
     out = (mixed * weight[..., None]).sum(2) / jnp.maximum((total * weight).sum(2), 1e-30)[..., None]
     out = out[:, :, : t * (n // kv), :h].reshape(b, kv, t, n // kv, h)
     return out.transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def _kernel(

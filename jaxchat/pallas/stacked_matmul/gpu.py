@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxchat import quant
 from jaxchat.errors import UsageError
+from jaxchat.lengths import next_power_of_two
 from jaxchat.pallas.stacked_matmul import reference
 from jaxchat.quant import QuantizedTensor
 
@@ -205,9 +206,9 @@ class _Sizes:
     @classmethod
     def choose(cls, rows: int, columns: int, column_bytes: int, x_rows: int) -> "_Sizes":
         # With more rows of x there are more accumulators: the block shrinks in proportion beyond two.
-        room = _WEIGHTS_IN_FLIGHT // column_bytes // max(_power_of_two(x_rows) // 2, 1)
+        room = _WEIGHTS_IN_FLIGHT // column_bytes // max(next_power_of_two(x_rows) // 2, 1)
         row_block = 8 if x_rows <= 4 else 4
-        column_block = min(max(room // row_block, 1), _power_of_two(columns))
+        column_block = min(max(room // row_block, 1), next_power_of_two(columns))
         blocks = -(-columns // column_block)
         splits = min(max(-(-_PROGRAMS // -(-rows // row_block)), 1), blocks)
         steps = -(-blocks // splits)
@@ -239,16 +240,12 @@ class _Sizes:
 
 def _whole_blocks(x: Array) -> Array:
     """x [M, ...] with its rows padded to a power of two."""
-    return jnp.pad(x, [(0, _power_of_two(x.shape[0]) - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+    return jnp.pad(x, [(0, next_power_of_two(x.shape[0]) - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
 def _call(kernel: Any, sizes: _Sizes, x: Array, w: Any, operands: tuple[Any, ...], interpret: bool) -> Array:
     """Runs a kernel over the grid and adds up the parts of the contraction: float32 [M, O]."""
-    m, blocks = _power_of_two(x.shape[0]), -(-sizes.rows // sizes.row_block)
+    m, blocks = next_power_of_two(x.shape[0]), -(-sizes.rows // sizes.row_block)
     layer_bytes = w.nbytes // w.shape[0]
     parts = pl.pallas_call(
         functools.partial(kernel, sizes=sizes),
