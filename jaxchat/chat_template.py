@@ -20,7 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import read_optional_json
-from jaxchat.tokenizer import Tokenizer, token_text
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer_config import token_text
 
 
 class _Refused(jinja2.TemplateError):

@@ -49,7 +49,7 @@ from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantizedTensor
 from jaxchat.quant import dequantize as dequantize_tensor
 from jaxchat.safetensors_file import ALIGNMENT, SafetensorsWriter
-from jaxchat.tokenizer import TOKENIZER_FILES
+from jaxchat.tokenizer_files import TOKENIZER_FILES
 
 try:
     import fcntl

@@ -28,7 +28,8 @@ from jaxchat.quant import QuantFormat
 from jaxchat.reasoning import ThoughtTags
 from jaxchat.recipe import read_recipe
 from jaxchat.streams import Batch, Result, Score, TextStream
-from jaxchat.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from jaxchat.tokenizer import Tokenizer
+from jaxchat.tokenizer_files import has_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jaxchat.chat_template import ChatTemplate
-from jaxchat.tokenizer import TextTokenizer, load_tokenizer
+from jaxchat.tokenizer import TextTokenizer
+from jaxchat.tokenizer_files import load_tokenizer
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"real templates and tokenizers are not at {DATA}")

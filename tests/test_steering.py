@@ -35,7 +35,8 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.healing import Healing, byte_length, join, settle
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.runtime import Model
-from jaxchat.tokenizer import JsonTokenizer, load_tokenizer
+from jaxchat.tokenizer_files import load_tokenizer
+from jaxchat.tokenizer_json import JsonTokenizer
 
 EXAMPLES = 4  # of step sequences a model
 VOCABULARY = 152_000  # of the tiny model, as large as the largest tokenizer: one set of executables for all

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.tokenizer import Detokenizer, has_tokenizer, load_tokenizer, unused_marks
+from jaxchat.tokenizer import Detokenizer, unused_marks
+from jaxchat.tokenizer_files import has_tokenizer, load_tokenizer
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 TOKENIZERS = DATA / "tokenizers"
@@ -294,7 +295,7 @@ def test_stories260k_has_512_ids_and_tinystories_2048(tokenizer_of):
 @needs_data
 def test_a_user_defined_symbol_called_special_is_not_made_from_text(directory_of, tmp_path):
     """Gemma's <start_of_turn> is such a symbol: SentencePiece itself would turn the text into it."""
-    from jaxchat.tokenizer import _encode_varint
+    from jaxchat.tokenizer_sentencepiece import _encode_varint
 
     def piece(text, kind):
         body = b"\x0a" + _encode_varint(len(text)) + text + b"\x15\0\0\0\0\x18" + bytes([kind])

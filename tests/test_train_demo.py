@@ -15,7 +15,7 @@ import pytest
 
 import jaxchat
 import jaxchat.demo
-from jaxchat.tokenizer import load_tokenizer
+from jaxchat.tokenizer_files import load_tokenizer
 from tools import dialogues, stories, train_demo
 from tools.dialogues import Document
 from tools.evaluate_demo import PROMPTS, answers_truly, mentions, unseen

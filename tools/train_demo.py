@@ -52,7 +52,7 @@ from jaxchat.command_line import HELP, LOG_LEVEL, Flag, exit_process, run
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
-from jaxchat.tokenizer import load_tokenizer
+from jaxchat.tokenizer_files import load_tokenizer
 from jaxchat.training import Batch, State
 from tools.dialogues import Document, Message, make_documents
 from tools.stories import Corpus, read_corpus
