@@ -7,7 +7,6 @@ and ids only; running a model on them is the engine's job, rendering that of `ch
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.healing import join
 from jaxchat.lengths import common_prefix
 from jaxchat.reasoning import Kind, ReasoningSplitter, ThoughtTags, opens_reasoning, thought_tags_of
-from jaxchat.tokenizer import Detokenizer, TextTokenizer, Tokenizer, unused_marks
+from jaxchat.tokenizer import Detokenizer, TextTokenizer, Tokenizer, alternation, unused_marks
 
 
 @dataclass(frozen=True)
@@ -484,7 +483,7 @@ class Conversation:
         """`stop_ids` or `stop_strings`, and `tail`, of a message that is followed by this text."""
         tokens = self._tokenizer
         added = tokens.added_tokens if isinstance(tokens, TextTokenizer) else tokens.special_tokens
-        match = first_of(added, after)
+        match = alternation(added).search(after)
         plain = after[: match.start()] if match else after
         body = plain.lstrip()
         if not body:
@@ -676,12 +675,6 @@ def unused_text(*texts: str) -> str:
     return next(
         word for word in (f"SENTINEL{n}END" for n in range(10**6)) if not any(word in text for text in texts)
     )
-
-
-def first_of(contents: Iterable[str], text: str) -> re.Match[str] | None:
-    """The first of `contents` in `text`, the longest where several begin together."""
-    ordered = sorted((c for c in contents if c), key=len, reverse=True)
-    return re.search("|".join(map(re.escape, ordered)) or r"(?!)", text)
 
 
 def _marked_offset(marked: str, breaker: str, plain: int) -> int:
