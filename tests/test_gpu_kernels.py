@@ -6,6 +6,7 @@ Interpreting copies a whole stack on every grid step: everything is tiny. Nothin
 import functools
 import importlib.util
 import json
+import re
 import shutil
 import types
 
@@ -29,7 +30,9 @@ from test_tpu_kernels import (
     two_steps,
 )
 
+from jaxchat import model
 from jaxchat.errors import UsageError
+from jaxchat.layer_plan import LayerPlan
 from jaxchat.pallas.backends import REFERENCE, Kernels, pallas_gpu, select
 from jaxchat.pallas.cache_attention import gpu as attention
 from jaxchat.pallas.cache_attention.reference import quantize_rows
@@ -217,26 +220,46 @@ needs_cuda = pytest.mark.skipif(
 )
 
 
-def compiled_for_sm_90(quantization, context):
+def compiled_for_sm_90(*flags):
     # Three layers: copying a large weight of one would show.
     command = ["-m", "benchmarks.aot", "--target", "sm_90", "--shape", "llama-3-8b", "--layers", "3"]
-    return json.loads(run_python([*command, "--context", str(context), "--quant", quantization]))
+    return json.loads(run_python([*command, *flags]))
+
+
+# Prefill dequantizes one layer's weight at a time: the largest is the MLP's.
+DEQUANTIZED = 2 * 14336 * 4096 * 4
 
 
 @needs_cuda
 @pytest.mark.parametrize("quantization", ["int4", "int8:channel", "int4:128:affine", "none"])
 def test_steps_compile_for_sm_90_and_copy_no_weights(quantization):
-    result = compiled_for_sm_90(quantization, 512)
+    result = compiled_for_sm_90("--quant", quantization, "--context", "512")
     assert result["ok"]
     assert result["decode"]["large_copies"] == 0
     assert result["decode"]["temp_bytes"] < 16 << 20
-    # Prefill dequantizes one layer's weight at a time: the largest is the MLP's.
-    assert result["prefill"]["temp_bytes"] < 2 * 14336 * 4096 * 4
+    assert result["prefill"]["temp_bytes"] < DEQUANTIZED
 
 
 @needs_cuda
-@pytest.mark.xfail(
-    strict=True, reason="XLA for GPU copies what a conditional changes: the cache, in each slot"
-)
-def test_steps_for_sm_90_do_not_copy_the_cache():
-    assert compiled_for_sm_90("int8", 32768)["decode"]["large_copies"] == 0
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_steps_for_sm_90_do_not_copy_the_cache(kv_dtype):
+    result = compiled_for_sm_90("--quant", "int8", "--kv_dtype", kv_dtype, "--context", "32768")
+    for step, activations in ((result["decode"], 16 << 20), (result["prefill"], DEQUANTIZED)):
+        assert step["large_copies"] == 0
+        assert step["temp_bytes"] < activations
+        assert step["alias_bytes"] > 0  # the cache
+
+
+@pytest.mark.parametrize("write_from", [None, jnp.zeros(1, jnp.int32)])
+def test_no_conditional_returns_the_cache(tiny_model, write_from):
+    # XLA for GPU copies what a branch changes.
+    config, params = tiny_model("llama")
+    cache = model.init_cache(config, slots=7, batch=1, capacity=77, dtype=jnp.dtype(jnp.float32))
+    shape = "x".join(map(str, cache.k.shape))
+    run = functools.partial(model.forward, config, dtype=jnp.dtype(jnp.float32), write_from=write_from)
+    plan = LayerPlan.identity(config.num_layers).arrays(7)
+    text = lowered(run, params, cache, plan, jnp.zeros((1, 4), jnp.int32), *[jnp.ones(1, jnp.int32)] * 3)
+    results = re.findall(r"^ *}\) : \(tensor<i32>\) -> (.*)", text, re.MULTILINE)
+    assert len(results) >= 3
+    assert f"tensor<{shape}xf32>" in text
+    assert not any(shape in result for result in results)

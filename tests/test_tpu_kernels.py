@@ -382,27 +382,28 @@ needs_libtpu = pytest.mark.skipif(
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("shape", "quantization", "target", "mesh"),
+    ("shape", "quantization", "kv_dtype", "target", "mesh"),
     [
         *(
-            ("llama-3-8b", "int4", target, mesh)
+            ("llama-3-8b", "int4", "bfloat16", target, mesh)
             for target in ("v5e", "v6e", "tpu7x")
             for mesh in ("1x1", "2x2")
         ),
-        ("llama-3-8b", "none", "v5e", "2x2"),
-        ("llama-3-8b", "none", "v6e", "1x1"),
-        ("tinyllama-1.1b", "int8", "v6e", "1x1"),
-        ("tinyllama-1.1b", "int8", "v5e", "2x2"),
-        ("qwen2.5-0.5b", "int4:64", "v5e", "1x1"),
-        ("qwen2.5-0.5b", "int8:channel", "v5e", "2x2"),
+        ("llama-3-8b", "none", "bfloat16", "v5e", "2x2"),
+        ("llama-3-8b", "none", "bfloat16", "v6e", "1x1"),
+        ("tinyllama-1.1b", "int8", "bfloat16", "v6e", "1x1"),
+        ("tinyllama-1.1b", "int8", "int8", "v5e", "2x2"),
+        ("qwen2.5-0.5b", "int4:64", "int8", "v5e", "1x1"),
+        ("qwen2.5-0.5b", "int8:channel", "bfloat16", "v5e", "2x2"),
     ],
 )
-def test_steps_compile_ahead_of_time_and_copy_neither_weights_nor_cache(shape, quantization, target, mesh):
+def test_steps_compile_ahead_of_time_and_copy_neither_weights_nor_cache(
+    shape, quantization, kv_dtype, target, mesh
+):
     # Three layers, and a cache long enough that copying it, or a large weight, would show.
     command = ["-m", "benchmarks.aot", "--target", target, "--mesh", mesh, "--shape", shape]
-    result = json.loads(
-        run_python([*command, "--quant", quantization, "--layers", "3", "--context", "32768"])
-    )
+    command += ["--quant", quantization, "--kv_dtype", kv_dtype, "--layers", "3", "--context", "32768"]
+    result = json.loads(run_python(command))
     assert result["ok"]
     for step, activations in ((result["decode"], 4 << 20), (result["prefill"], 48 << 20)):
         assert step["large_copies"] == 0
