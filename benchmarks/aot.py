@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -31,7 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from benchmarks import common
 from jaxchat import cost, engine, executables, quant, sharding
 from jaxchat.config import ModelConfig
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.model import KVCache, Params, init_cache
@@ -359,14 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     # The CPU is where arrays of this process live; another plugin would look for its hardware.
     jax.config.update("jax_platforms", "cpu")
-    try:
-        result = measure(args)
-    except (UsageError, JaxchatError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print_report(result)
-    print(json.dumps(result))
-    return 0
+    return common.report(lambda: measure(args), print_report)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the benchmarks share: shapes, random weights, read bandwidth, byte counts, facts about the machine."""
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -8,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from jaxchat import cost, executables, native, pallas
 from jaxchat.checkpoint import aligned_quantized
 from jaxchat.config import ModelConfig, Param
 from jaxchat.engine import Engine, Session
+from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.model import Params
@@ -400,6 +402,18 @@ def peak_rss_bytes() -> int:
     """The most memory this process has held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def report(measure: Callable[[], dict[str, Any]], print_report: Callable[[dict[str, Any]], None]) -> int:
+    """Measures, then prints a table for people and a line of JSON; the exit code."""
+    try:
+        result = measure()
+    except JaxchatError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print_report(result)
+    print(json.dumps(result))
+    return 0
 
 
 def print_table(rows: Sequence[tuple[str, str]]) -> None:

@@ -10,7 +10,6 @@ ours over the peer's, the median of neighbours in time.
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from benchmarks import common
 from benchmarks.llama_cpp import Peer, Timing
 from jaxchat import cost
 from jaxchat.engine import Session
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantFormat
 
@@ -219,14 +218,7 @@ def _range(values: Sequence[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        result = measure(args)
-    except (UsageError, JaxchatError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print_report(result)
-    print(json.dumps(result))
-    return 0
+    return common.report(lambda: measure(args), print_report)
 
 
 if __name__ == "__main__":

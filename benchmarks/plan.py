@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import gc
-import json
 import random
 import statistics
 import sys
@@ -28,7 +27,6 @@ from benchmarks import common
 from jaxchat import executables
 from jaxchat.config import ModelConfig
 from jaxchat.engine import Engine, Session
-from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.model import Params
 from jaxchat.pallas.stacked_matmul.reference import embedding_rows, widen
@@ -381,14 +379,7 @@ def print_report(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        result = measure(args)
-    except (UsageError, JaxchatError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print_report(result)
-    print(json.dumps(result))
-    return 0
+    return common.report(lambda: measure(args), print_report)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ of them run. Prints a table, and as the last line one JSON object.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -20,7 +19,6 @@ import numpy as np
 from benchmarks import common
 from jaxchat import analysis
 from jaxchat.analysis import sweep
-from jaxchat.errors import JaxchatError
 from jaxchat.layer_plan import LayerPlan
 
 
@@ -172,14 +170,7 @@ def print_report(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        result = measure(args)
-    except JaxchatError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print_report(result)
-    print(json.dumps(result))
-    return 0
+    return common.report(lambda: measure(args), print_report)
 
 
 if __name__ == "__main__":
