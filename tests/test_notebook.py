@@ -138,7 +138,12 @@ def test_plots_are_images(executed):
 
 
 def test_what_was_measured_names_plans_to_try(executed):
-    assert len(re.findall(r"^\S.*perplexity [\d.]+$", text(executed["best"]), flags=re.M)) == 3
+    rows = re.findall(r"^(\S.*\S) +perplexity ([\d.]+)$", text(executed["best"]), flags=re.M)
+    assert [re.sub(r"\d+", "N", name) for name, _ in rows][::2] == ["as trained", "without layer N"]
+    trained, repeated, pruned = (float(perplexity) for _, perplexity in rows)
+    assert f"perplexity {trained:.2f}" in text(executed["plans"])
+    assert repeated < 1.5 * trained
+    assert pruned < 3 * trained
 
 
 def test_fewer_bits_are_fewer_bytes_at_nearly_the_same_loss(executed):
