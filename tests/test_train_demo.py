@@ -346,8 +346,8 @@ def test_the_model_in_the_box_greets_and_tells_what_it_is_asked_for():
     chat = model.chat_session()
     assert "".join(chat.send("Hello!", max_new_tokens=40)).startswith(("Hello", "Hi"))
     story = "".join(chat.send("Tell me a story about a dog.", max_new_tokens=300))
-    assert story.endswith((".", "!", "?", '"'))
-    assert len(story.split()) > 30
+    assert "dog" in story
+    assert len(story.split()) > 40
 
 
 def test_an_installation_without_the_model_says_so(monkeypatch, tmp_path):

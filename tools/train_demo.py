@@ -406,7 +406,7 @@ class Run:
             target / "generation_config.json",
             {
                 "bos_token_id": 1, "eos_token_id": 2, "do_sample": True,
-                "temperature": 0.6, "top_k": 40, "top_p": 0.95, "max_new_tokens": 400,
+                "temperature": 0.5, "top_k": 40, "top_p": 0.95, "max_new_tokens": 400,
             },
         )  # fmt: skip
         tensors = {}
