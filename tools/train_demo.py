@@ -147,6 +147,7 @@ def _body(values: flags.FlagValues) -> int:
     run_.export()
     plot(out / "loss.csv", out / "loss.png")
     print(f"{out / 'hf'}: after {run_.step} steps, held-out loss {run_.held_out_loss():.3f} nats a token")
+    run_.close()
     return 0
 
 
@@ -390,6 +391,10 @@ class Run:
                     saved = time.monotonic()
         self._save()
 
+    def close(self) -> None:
+        """Ends what Orbax keeps running."""
+        self._manager.close()
+
     def held_out_loss(self) -> float:
         """Mean loss over the held-out stories as plain text, nats a token."""
         sums = [training.total_loss(self.config, self._state.params, batch) for batch in self._held_out]
@@ -450,6 +455,7 @@ class Run:
                 ),
             )
         except ValueError as error:
+            self.close()
             reason = " ".join(str(error).split())[:200]
             raise JaxchatError(f"{self._out}: not a checkpoint of this model ({reason})") from None
         self._state = State(**found.state)
