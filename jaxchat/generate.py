@@ -21,7 +21,14 @@ from jaxchat import command_line, demo, show
 from jaxchat.command_line import Flag
 from jaxchat.errors import UsageError
 from jaxchat.escapes import unescape
-from jaxchat.options import Format, GenerateOptions, Overflow, PrefixIn, Request
+from jaxchat.options import (
+    Format,
+    GenerateOptions,
+    Overflow,
+    PrefixIn,
+    Request,
+    recommended_sampling,
+)
 from jaxchat.reasoning import parse_thought_tags
 from jaxchat.recipe import read_recipe
 
@@ -206,7 +213,8 @@ _GROUPS: dict[str, tuple[Flag, ...]] = {
             "temperature",
             flags.DEFINE_float,
             "X",
-            "0 always takes the most probable token, higher is more varied, e.g. -t 0.7",
+            "0 always takes the most probable token, higher is more varied. Where this and the next four are "
+            "not given, they are as the model's generation_config.json recommends, if it does, e.g. -t 0.7",
             short="t",
         ),
         _sampling(
@@ -374,7 +382,11 @@ def _options(values: flags.FlagValues) -> GenerateOptions:
         flag.name for title in ("How long", "Sampling") for flag in _GROUPS[title] if flag.name != "stop"
     ]
     stop = tuple(unescape(text, "--stop") for text in values.stop)
-    return GenerateOptions(**{name: getattr(values, name) for name in names}, stop=stop)
+    asked = {name: getattr(values, name) for name in names}
+    if values.recipe is None:
+        recommended = recommended_sampling(Path(values.model))
+        asked |= {name: value for name, value in recommended.items() if not values[name].present}
+    return GenerateOptions(**asked, stop=stop)
 
 
 def _refuse_combinations(values: flags.FlagValues) -> None:

@@ -13,7 +13,7 @@ from tiny_chat import write_tiny_chat
 
 import jaxchat
 from jaxchat import command_line, generate
-from jaxchat.errors import UsageError
+from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.escapes import unescape
 
 COMMAND = [sys.executable, "-m", "jaxchat.generate"]
@@ -94,6 +94,24 @@ def test_sampling_defaults_are_those_of_the_library():
     values = generate.define_flags()
     values(["", "-m", "x", "-p", "y"])
     assert generate._request(values).options == generate.GenerateOptions()
+
+
+def test_sampling_that_is_not_asked_for_is_what_the_model_recommends(tmp_path):
+    def options(*arguments):
+        values = generate.define_flags()
+        values(["", "-m", str(tmp_path), "-p", "y", *arguments])
+        return generate._request(values).options
+
+    config = tmp_path / "generation_config.json"
+    config.write_text('{"do_sample": true, "temperature": 0.5, "top_k": 40, "max_new_tokens": 7}')
+    assert options() == generate.GenerateOptions(temperature=0.5, top_k=40)
+    assert options("--top_k", "0", "-q", "0.9") == generate.GenerateOptions(temperature=0.5, top_p=0.9)
+    assert options("-t", "0").temperature == 0
+    config.write_text('{"temperature": 0.5, "top_k": 40}')
+    assert options() == generate.GenerateOptions()
+    config.write_text('{"do_sample": true, "temperature": "hot"}')
+    with pytest.raises(JaxchatError, match="temperature is 'hot', not a number"):
+        options()
 
 
 @pytest.mark.parametrize(
