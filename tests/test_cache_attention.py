@@ -25,7 +25,7 @@ CACHES = (np.float32, ml_dtypes.bfloat16, np.uint16, np.int8)
 """uint16 holds the bits of bfloat16; int8 is codes with a scale for each row."""
 SCALE = 0.3
 SLOT, SLOTS = 1, 2
-TOLERANCE = 6e-6  # of float32 sums: scores up to 15, values up to 4
+TOLERANCE = 2e-5  # of float32: scores up to 15 are off by some 4e-6, so are the weights of values up to 4
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native kernels run")
 needs_affinity = pytest.mark.skipif(
