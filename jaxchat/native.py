@@ -26,6 +26,7 @@ class _Native(NamedTuple):
 
     instruction_set: str = ""
     why_not: str = ""
+    multiplies_bfloat16: bool = False
 
 
 def available() -> bool:
@@ -39,6 +40,11 @@ def instruction_set() -> str:
     The best the processor has, unless the environment variable JAXCHAT_CPU_ISA names another (for tests).
     """
     return _native().instruction_set
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has AVX512-BF16, which the kernels then use."""
+    return _native().multiplies_bfloat16
 
 
 def why_not() -> str:
@@ -64,7 +70,7 @@ def load(path: Path) -> _Native:
     """Loads one library and registers its functions; never raises."""
     try:
         library = ctypes.CDLL(str(path))
-        name = library.JaxchatInstructionSet
+        name, multiplies_bfloat16 = library.JaxchatInstructionSet, library.JaxchatMultipliesBfloat16
         functions = {target: getattr(library, symbol) for target, symbol in TARGETS.items()}
     except (OSError, AttributeError) as error:
         return _Native(why_not=f"no native kernels: {_one_line(error)}; reinstall jaxchat")
@@ -81,7 +87,7 @@ def load(path: Path) -> _Native:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
     except Exception as error:  # its type is not documented
         return _Native(why_not=f"no native kernels: {_one_line(error)}; reinstall jaxchat")
-    return _Native(instruction_set=isa)
+    return _Native(instruction_set=isa, multiplies_bfloat16=bool(multiplies_bfloat16()))
 
 
 def _one_line(error: Exception) -> str:

@@ -43,9 +43,20 @@ Isa InstructionSet() {
   return chosen;
 }
 
+bool MultipliesBfloat16() {
+#if defined(__x86_64__)
+  return InstructionSet() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace jaxchat
 
-// For jaxchat/native.py: the name, empty where there is none.
+// For jaxchat/native.py.
+extern "C" int JaxchatMultipliesBfloat16() { return jaxchat::MultipliesBfloat16(); }
+
+// The name, empty where there is none.
 extern "C" const char* JaxchatInstructionSet() {
   return jaxchat::Name(jaxchat::InstructionSet());
 }

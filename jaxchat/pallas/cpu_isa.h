@@ -9,4 +9,7 @@ enum class Isa { kNone, kPortable, kAvx2, kAvx512 };
 // (`portable`, `avx2`, `avx512`: tests run every variant on one machine). kNone: that one is unknown or not here.
 Isa InstructionSet();
 
+// Whether the processor multiplies bfloat16, beside kAvx512.
+bool MultipliesBfloat16();
+
 }  // namespace jaxchat

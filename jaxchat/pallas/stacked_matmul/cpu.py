@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxchat import native
 from jaxchat.pallas.stacked_matmul import reference
 from jaxchat.quant import Array, QuantizedTensor
 
@@ -35,8 +36,9 @@ def stacked_matmuls(
 
     Quantized weights meet activations that are integers too, with a scale per 32 of them. 4-bit weights: 8
     bits, as in llama.cpp; far finer than the weights. 8-bit weights: 15 bits, but 8 bits in prefill from
-    `FEW_TOKENS` on, which is bound by arithmetic. The choice depends on T (x is [B, T, I]) and not on B: a
-    sequence's tokens do not depend on its neighbours.
+    `FEW_TOKENS` on, which is bound by arithmetic; there bfloat16 weights meet bfloat16 activations, if the
+    processor multiplies those. The choice depends on T (x is [B, T, I]) and not on B: a sequence's tokens do
+    not depend on its neighbours.
     """
     few = x.ndim <= 2 or x.shape[-2] < FEW_TOKENS
     calls: dict[bool, list[int]] = {}  # few or many -> numbers of the weights
@@ -46,6 +48,8 @@ def stacked_matmuls(
             calls.setdefault(few, []).append(number)
         elif math.prod(x.shape[:-1]) <= MAX_FLOAT_ROWS and w.dtype.name in _FLOAT_KINDS:
             calls.setdefault(True, []).append(number)
+        elif not few and w.dtype == jnp.uint16 and w.shape[-1] % 2 == 0 and native.multiplies_bfloat16():
+            calls.setdefault(False, []).append(number)
         else:
             out[number] = reference.stacked_matmul(x, w, layer)
     for few, numbers in calls.items():
