@@ -87,6 +87,7 @@ OTHER_API = """
 #define XLA_FFI_API_MAJOR 99
 #include "xla/ffi/api/ffi.h"
 extern "C" const char* JaxchatInstructionSet() { return "portable"; }
+extern "C" int JaxchatMultipliesBfloat16() { return 0; }
 xla::ffi::Error Nothing() { return xla::ffi::Error::Success(); }
 """
 
