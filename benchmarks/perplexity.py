@@ -14,6 +14,7 @@ import numpy as np
 
 import jaxchat
 from jaxchat.errors import JaxchatError
+from jaxchat.options import KV_DTYPES
 
 FORMATS = ("none", "int8", "int8:channel", "q8_0", "int4", "int4:64", "int4:32:affine", "q4_0", "q4_1")
 
@@ -30,6 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--last", type=int, default=559, help="number of the last story")
     parser.add_argument("--formats", default=",".join(FORMATS), help="as --quant takes them, with commas")
     parser.add_argument("--kernels", default="reference", help="as jaxchat.generate's --kernels")
+    parser.add_argument("--kv_dtype", choices=KV_DTYPES, help="of the KV cache")
     return parser.parse_args(argv)
 
 
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = [part.strip() for part in parts[args.first : args.last + 1]]
         print("| model | format | weights | nats/token | perplexity | increase |\n|---|---|---|---|---|---|")
         for directory in args.model:
-            for row in _rows(directory, texts, args.formats.split(","), args.kernels):
+            for row in _rows(directory, texts, args):
                 print(f"| {' | '.join(row)} |", flush=True)
     except (JaxchatError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _rows(directory: str, texts: Sequence[str], formats: Sequence[str], kernels: str) -> list[list[str]]:
+def _rows(directory: str, texts: Sequence[str], args: argparse.Namespace) -> list[list[str]]:
     rows: list[list[str]] = []
     base = None
-    for fmt in formats:
-        model = jaxchat.load(directory, quant=fmt, kernels=kernels)
+    for fmt in args.formats.split(","):
+        model = jaxchat.load(directory, quant=fmt, kernels=args.kernels, kv_dtype=args.kv_dtype)
         nats, count = mean_nats(model, texts)
         base = nats if base is None else base
         size = sum(value.nbytes for value in model.engine.params.values())

@@ -4,10 +4,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxchat import demo
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.files import write_atomically
 from jaxchat.options import GenerateOptions, with_setting
 from jaxchat.talk import ModelLoader
 
@@ -76,8 +78,7 @@ def save(transcript: dict[str, Any], args: argparse.Namespace) -> None:
         print(text, end="")
     elif args.json:
         try:
-            with open(args.json, "w", encoding="utf-8") as file:
-                file.write(text)
+            write_atomically(Path(args.json), text.encode())
         except OSError as error:
             raise UsageError(
                 f"--json {args.json}: {error.strerror}; name a file that can be written"

@@ -37,11 +37,11 @@ def main() -> None:
     flags.add_argument("--prefix", default=PREFIX, help="how a thought begins, e.g. --prefix 'Hmm. '")
     flags.add_argument(
         "--nudge", action="append", metavar="TEXT",
-        help="appended to the thought to make it go on; may be given more than once, in order",
+        help="appended to the thought to make it go on; may be given more than once, e.g. --nudge 'Hmm. '",
     )  # fmt: skip
     flags.add_argument("--budget", type=int, help="of tokens for the whole thought, e.g. --budget 500")
-    flags.add_argument("--system", default=SYSTEM, help="the summarizer's system prompt, '' for none")
-    flags.add_argument("--prompt", default=PROMPT, help="its task, with {question} and {thoughts}")
+    flags.add_argument("--system", default=SYSTEM, help="the summarizer's system prompt, e.g. --system ''")
+    flags.add_argument("--prompt", default=PROMPT, help="its task, e.g. --prompt '{question} {thoughts}'")
     args = flags.parse_args()
     options = options_of(args)
     load = loader(args)

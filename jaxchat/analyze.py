@@ -24,6 +24,7 @@ from absl import flags
 from jaxchat import command_line, show
 from jaxchat.command_line import Flag
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.files import write_atomically
 from jaxchat.recipe import read_recipe
 
 if TYPE_CHECKING:
@@ -260,7 +261,6 @@ def _write(result: "Analysis", model: "Model", values: flags.FlagValues, out: Pa
     from rich.console import Console
 
     from jaxchat.analysis import report
-    from jaxchat.analysis.journal import write_atomically
 
     name = _model_name(values)
     text_of = None if model.tokenizer is None else functools.partial(_token_text, model.tokenizer)

@@ -103,9 +103,9 @@ class Engine:
         self.kv_dtype = self.dtype if kv_dtype is None else jnp.dtype(checked_kv_dtype(kv_dtype))
         # XLA on CPU would widen a whole bfloat16 cache for every update of a row.
         as_bits = self.kv_dtype == jnp.bfloat16 and platform_of(params) == "cpu"
-        self._stored_dtype = jnp.dtype(jnp.uint16) if as_bits else self.kv_dtype
+        self.stored_kv_dtype = jnp.dtype(jnp.uint16) if as_bits else self.kv_dtype
         self.mesh = mesh
-        self._placement = _placement(params, mesh)
+        self.placement = _placement(params, mesh)
 
     def session(self, plan: LayerPlan | None = None, *, batch: int = 1, max_slots: int = 0) -> "Session":
         """A new, empty session of `batch` sequences under one plan."""
@@ -115,7 +115,7 @@ class Engine:
 
     def cache_sharding(self, batch: int) -> jax.sharding.Sharding | None:
         """Where the caches of a session of `batch` sequences live."""
-        return self._placement if self.mesh is None else cache_sharding(self.config, self.mesh, batch)
+        return self.placement if self.mesh is None else cache_sharding(self.config, self.mesh, batch)
 
     def check_plan(self, plan: LayerPlan) -> None:
         """Raises UsageError for a plan over another number of layers."""
@@ -272,7 +272,7 @@ class Session:
             out = np.pad(out, [(0, slots - len(out))] + [(0, 0)] * (out.ndim - 1))
             return out.view(self.engine.kv_dtype) if out.dtype == np.uint16 else out
 
-        config, dtype = self.engine.config, self.engine._stored_dtype
+        config, dtype = self.engine.config, self.engine.stored_kv_dtype
         cache = self._cache or model.init_cache(
             config, slots=slots, batch=self._rows, capacity=0, dtype=dtype
         )
@@ -307,7 +307,7 @@ class Session:
         put = jax.jit(
             executables.put_rows, donate_argnums=0, out_shardings=self.engine.cache_sharding(self._rows)
         )
-        k, v = (jnp.asarray(part.view(self.engine._stored_dtype)) for part in (rows.k, rows.v))
+        k, v = (jnp.asarray(part.view(self.engine.stored_kv_dtype)) for part in (rows.k, rows.v))
         new = KVCache(k, v)
         if rows.k_scale is not None and rows.v_scale is not None:
             scales = jnp.asarray(rows.k_scale), jnp.asarray(rows.v_scale)
@@ -523,7 +523,7 @@ class Session:
                 slots=self._slots,
                 batch=self._rows,
                 capacity=capacity,
-                dtype=self.engine._stored_dtype,
+                dtype=self.engine.stored_kv_dtype,
             )
         else:
             self._cache = executables.grow(self._cache, self._slots, capacity)
@@ -714,7 +714,7 @@ class Generation:
         mask = np.zeros((self.session._rows, vocab), bool)
         for row, ids in enumerate(self.session.ids):
             mask[row, ids] = True
-        return jax.device_put((mask, np.zeros(mask.shape, np.int32)), self.session.engine._placement)
+        return jax.device_put((mask, np.zeros(mask.shape, np.int32)), self.session.engine.placement)
 
 
 def _chunk_length(remaining: int) -> int:

@@ -1,6 +1,7 @@
-"""Small files that somebody else wrote, read whole: text and JSON. What is wrong with one fits a line."""
+"""Small files: those that somebody else wrote, read whole, and ours, written whole."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_optional_json(path: Path) -> dict[str, Any]:
     """The same, `{}` if there is no such file."""
     return read_json(path) if path.is_file() else {}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name and renames it: a reader sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -100,15 +100,16 @@ def load(path: str | Path, model: "Model") -> "ChatSession":
     except JaxchatError as error:
         raise JaxchatError(str(error).replace("download the file again", "the session is lost")) from None
     stored = _stored(file)
-    if difference := _difference(stored["model"], _fingerprint(model)):
+    here = _fingerprint(model)
+    if difference := _difference(stored["model"], here):
         raise UsageError(
-            f"{path}: made with another model ({_describe(stored['model'])}), this is "
-            f"{_describe(_fingerprint(model))}: {difference}. Load it with its own model"
+            f"{path}: made with another model ({_describe(stored['model'])}), this is {_describe(here)}: "
+            f"{difference}. Load it with its own model"
         )
     plan = LayerPlan.parse(stored["plan"], model.config.num_layers)
     if plan != model.plan:
         raise UsageError(
-            f"{path}: made under the layer plan {plan}, this is {model.plan}: give --layer_spec '{plan}'"
+            f"{path}: made under the layer plan {plan}, this is {model.plan}: {_advice(plan, model)}"
         )
     arrays = {name: file.view(name) for name in file.entries}
     for name, expected in stored["crc32"].items():
@@ -123,6 +124,12 @@ def load(path: str | Path, model: "Model") -> "ChatSession":
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     return chat
+
+
+def _advice(plan: LayerPlan, model: "Model") -> str:
+    if model.base_plan != LayerPlan.identity(model.config.num_layers):  # --layer_spec counts its slots
+        return "give the --layer_spec or --recipe it was made with"
+    return f"give --layer_spec '{plan}'"
 
 
 def _stored(file: SafetensorsFile) -> dict[str, Any]:

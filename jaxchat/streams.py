@@ -229,15 +229,15 @@ class _Message:
 
     def allowed(self) -> np.ndarray | None:
         """bool [V]: the ids the next token may be; None is all."""
-        mask = np.zeros(self._vocabulary, bool)
         if ids := self._healing.allowed():
+            mask = np.zeros(self._vocabulary, bool)
             mask[[i for i in ids if i < self._vocabulary]] = True
-        elif self.opening.resumes_ended and not self._beyond:
-            mask[:] = True
+            return mask
+        if self.opening.resumes_ended and not self._beyond:
+            mask = np.ones(self._vocabulary, bool)
             mask[list(self._end_ids)] = False
-        else:
-            return None
-        return mask
+            return mask
+        return None
 
     def push(self, token_id: int) -> bool:
         """Takes a drawn token; true if it says nothing beyond what was given."""

@@ -6,6 +6,7 @@ knows a model, a chat template or JAX.
 
 from __future__ import annotations
 
+import abc
 import bisect
 import codecs
 import re
@@ -69,7 +70,7 @@ class Added:
         return self.special or re.fullmatch(r"<[|｜].*[|｜]>", self.content) is not None
 
 
-class TextTokenizer:
+class TextTokenizer(abc.ABC):
     """What the backends share: special tokens, and decoding as a concatenation of per-token bytes.
 
     Attributes beyond `Tokenizer`'s:
@@ -96,13 +97,15 @@ class TextTokenizer:
         self._control_ids = frozenset(self.control_tokens.values())
         self._bytes: dict[int, bytes] = {}
 
+    @abc.abstractmethod
     def _token_text_bytes(self, token_id: int) -> bytes:
-        raise NotImplementedError
+        """The bytes of a token that is not an added one."""
 
+    @abc.abstractmethod
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def encode_after(self, text: str, *, after: int | None = None, breaker: str | None = None) -> list[int]:
         """Ids of `text`, its special tokens parsed, as the part of a longer text that follows token `after`.
 
@@ -111,7 +114,6 @@ class TextTokenizer:
             after: the id before it: nothing gets a dummy prefix that would not get one in the whole text.
             breaker: a character that, inside a control token's spelling, says "this is text"; it is removed.
         """
-        raise NotImplementedError
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes the token stands for (possibly half a character); `b""` for an unknown id."""

@@ -21,7 +21,8 @@ from absl import flags
 import jaxchat
 from jaxchat.command_line import HELP, LOG_LEVEL, MODEL, Flag, exit_process, run
 from jaxchat.errors import UsageError
-from jaxchat.files import read_json
+from jaxchat.files import write_atomically
+from jaxchat.options import recommended_sampling
 from tools.stories import Corpus, Story, read_corpus
 
 PROMPTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -118,22 +119,15 @@ def _body(values: flags.FlagValues) -> int:
     model = jaxchat.load(values.model)
     figures: dict[str, Any] = held_out(model, corpus.held_out)
     replies: dict[str, list[dict[str, Any]]] = {}
-    for mode, options in (("greedy", {}), ("sampled", sampling(Path(values.model)))):
+    for mode, options in (("greedy", {}), ("sampled", recommended_sampling(Path(values.model)))):
         replies[mode] = list(ask_all(model, options, values.seed))
         figures[mode] = rates(replies[mode])
     print(json.dumps(figures, indent=1))
     if values.out:
         out = Path(values.out)
-        (out / "EVALUATION.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        (out / "SAMPLES.md").write_text(as_markdown(replies), encoding="utf-8")
+        write_atomically(out / "EVALUATION.json", f"{json.dumps(figures, indent=1)}\n".encode())
+        write_atomically(out / "SAMPLES.md", as_markdown(replies).encode())
     return 0
-
-
-def sampling(directory: Path) -> dict[str, Any]:
-    """The sampling that the model's `generation_config.json` recommends."""
-    found = read_json(directory / "generation_config.json")
-    known = ("temperature", "top_k", "top_p", "repetition_penalty")
-    return {key: found[key] for key in known if key in found}
 
 
 def held_out(model: jaxchat.Model, stories: Sequence[Story]) -> dict[str, float]:

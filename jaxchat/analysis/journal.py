@@ -6,7 +6,6 @@ Knows neither models nor plans: names and JSON values, under a description of wh
 import collections
 import fcntl
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,13 +89,3 @@ class Journal(collections.UserDict[str, Any]):
                     f"{of.get(key, 'not given')} now and was {there.get(key, 'not given')}; give another "
                     f"--out, or delete {self.path} to start anew"
                 )
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it: a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

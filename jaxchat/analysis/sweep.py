@@ -102,8 +102,8 @@ class Sweep:
         self.base = base.executed()
         self.windows = windows
         self._capacity = max(len(self.base), max_slots)
-        self._model = _Model(engine.config, engine.dtype, engine._stored_dtype, engine.kernels)
-        self._tokens, self._lengths = (jax.device_put(array, engine._placement) for array in windows)
+        self._model = _Model(engine.config, engine.dtype, engine.stored_kv_dtype, engine.kernels)
+        self._tokens, self._lengths = (jax.device_put(array, engine.placement) for array in windows)
         self._arrays = base.arrays(self._capacity)
         self.states = _states(
             self._model, len(self.base), engine.params, self._arrays, self._tokens, self._lengths

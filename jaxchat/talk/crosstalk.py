@@ -79,13 +79,13 @@ def crosstalk(
     """
     if turns < 1 or conversations < 1:
         raise UsageError(f"{turns} turns of {conversations} conversations: expected at least 1 of each")
+    if a.name == b.name:
+        raise UsageError(f"both speakers are called {a.name}: give them different names")
     talks = {
         a.name: ChatBatch(a.model, [begin(a, opening) for _ in range(conversations)]),
         b.name: ChatBatch(b.model, [b.model.conversation(system=b.system, reversed_role=b.reversed_role)
                                     for _ in range(conversations)]),
     }  # fmt: skip
-    if a.name == b.name:
-        raise UsageError(f"both speakers are called {a.name}: give them different names")
     for conversation in range(conversations):
         yield Turn(conversation, 0, a.name, opening, "opening", "")
     said: list[str | None] = [opening] * conversations
