@@ -1,51 +1,33 @@
 // Grouped-query attention of new tokens over the KV cache, with an online softmax over blocks of keys.
 //
-// Written in 16-wide vectors that the compiler maps to what the target has; compiled once per instruction set.
-// A tile holds every query head of one key/value head for a few tokens,
+// Compiled once per instruction set. A tile holds every query head of one key/value head for a few tokens,
 // so that a block of keys, turned to [H, keys] once, serves all of them.
 #include "cpu_kernels.h"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
 
+#include "../cpu_vectors.h"
+
 namespace jaxchat {
 namespace {
 
-typedef float F16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint32_t U16 __attribute__((vector_size(64)));
-typedef uint16_t H16 __attribute__((vector_size(32)));
-typedef int8_t B16 __attribute__((vector_size(16)));
-
-constexpr int64_t kKeys = 64;       // keys in a block: four vectors
+constexpr int64_t kKeys = 64;       // keys in a block
+constexpr int kVectors = kKeys / kLanes;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kWide = 4;            // vectors of sums that four rows keep in registers: these have 32
+#else
+constexpr int kWide = 2;
+#endif
 constexpr int64_t kRows = 64;       // query rows in a tile, about
 constexpr int64_t kSplit = 512;     // keys that one task of a decode step takes
 constexpr float kMasked = -1e30f;   // finite: a block without a visible key gives 0, not NaN
 
-inline F16 Load(const float* p) {
-  F16 r;
-  std::memcpy(&r, p, sizeof r);
-  return r;
-}
-inline F16 Load(const uint16_t* p) {
-  H16 h;
-  std::memcpy(&h, p, sizeof h);
-  const U16 bits = __builtin_convertvector(h, U16) << 16;
-  F16 r;
-  std::memcpy(&r, &bits, sizeof r);
-  return r;
-}
-inline F16 Load(const int8_t* p) {
-  B16 b;
-  std::memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(b, F16);
-}
+inline Floats LoadFloats(const float* p) { return Load<Floats>(p); }
+inline Floats LoadFloats(const uint16_t* p) { return WidenBfloat16(Load<Halves>(p)); }
+inline Floats LoadFloats(const int8_t* p) { return __builtin_convertvector(Load<Quarters>(p), Floats); }
 inline float Widen(float x) { return x; }
 inline float Widen(int8_t x) { return x; }
 inline float Widen(uint16_t x) {
@@ -54,43 +36,34 @@ inline float Widen(uint16_t x) {
   std::memcpy(&r, &bits, sizeof r);
   return r;
 }
-inline void Store(float* p, F16 x) { std::memcpy(p, &x, sizeof x); }
-inline F16 Splat(float x) { return F16{} + x; }
-
-inline float Sum(F16 x) {
-  float total = 0;
-  for (int step = 8; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) x[i] += x[i + step];
-  return total + x[0];
-}
 
 // exp to about 1e-7 relative (Cephes' polynomial); 0 below -87; NaN stays NaN.
-inline F16 Exp(F16 x) {
-  const I16 tiny = x < -87.0f;
+inline Floats Exp(Floats x) {
+  const Ints tiny = x < -87.0f;
   x = x > 88.0f ? Splat(88.0f) : x;
   x = tiny ? Splat(-87.0f) : x;
-  const F16 magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const F16 shifted = x * 1.44269504088896341f + magic;
-  const F16 n = shifted - magic;
-  const F16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  F16 y = Splat(1.9875691500e-4f);
+  const Floats magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Floats shifted = x * 1.44269504088896341f + magic;
+  const Floats n = shifted - magic;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats y = Splat(1.9875691500e-4f);
   y = y * r + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  I16 bits;
+  Ints bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  const I16 power = ((bits - 0x4b400000) + 127) << 23;
-  F16 scale;
+  const Ints power = ((bits - 0x4b400000) + 127) << 23;
+  Floats scale;
   std::memcpy(&scale, &power, sizeof scale);
   y = y * scale;
-  return tiny ? F16{} : y;
+  return tiny ? Floats{} : y;
 }
 
-inline F16 Softcap(F16 x, float cap) {
-  const F16 e = Exp(x * (2.0f / cap));
+inline Floats Softcap(Floats x, float cap) {
+  const Floats e = Exp(x * (2.0f / cap));
   return cap * (1.0f - 2.0f / (e + 1.0f));
 }
 
@@ -140,59 +113,19 @@ inline void Visible(const Attention& a, int64_t position, int64_t* first, int64_
   *last = position + 1;
 }
 
-#if defined(__AVX512F__)
-// 16 by 16 in place, by halves, quarters and so on. (Elsewhere the compiler would make scalar code of it.)
-template <int D>
-inline void Exchange(__m512* rows) {
-  struct Index {
-    alignas(64) int32_t low[16], high[16];  // lane l of the first and second row of a pair, out of both
-  };
-  static constexpr Index kIndex = [] {
-    Index index{};
-    for (int l = 0; l < 16; ++l) {
-      index.low[l] = l & D ? 16 + l - D : l;
-      index.high[l] = l & D ? 16 + l : l + D;
-    }
-    return index;
-  }();
-  const __m512i low = _mm512_load_si512(kIndex.low), high = _mm512_load_si512(kIndex.high);
-  for (int i = 0; i < 16; ++i) {
-    if (i & D) continue;
-    const __m512 a = rows[i], b = rows[i + D];
-    rows[i] = _mm512_permutex2var_ps(a, low, b);
-    rows[i + D] = _mm512_permutex2var_ps(a, high, b);
-  }
-}
-
-inline void Transpose16(__m512* rows) {
-  Exchange<8>(rows);
-  Exchange<4>(rows);
-  Exchange<2>(rows);
-  Exchange<1>(rows);
-}
-#endif
-
 // [keys, H] -> [H, 64]; missing keys are zero.
 template <typename T>
-void Transpose(const T* k, int64_t h, int64_t keys, float* out) {
-  for (int64_t j = 0; j < kKeys; j += 16) {
+void TransposeKeys(const T* k, int64_t h, int64_t keys, float* out) {
+  for (int64_t j = 0; j < kKeys; j += kLanes) {
     int64_t i = 0;
-#if defined(__AVX512F__)
-    for (; keys - j >= 16 && i + 16 <= h; i += 16) {
-      __m512 rows[16];
-      for (int r = 0; r < 16; ++r) rows[r] = reinterpret_cast<__m512>(Load(k + (j + r) * h + i));
-      Transpose16(rows);
-      for (int c = 0; c < 16; ++c) _mm512_storeu_ps(out + (i + c) * kKeys + j, rows[c]);
+    for (; keys - j >= kLanes && i + kLanes <= h; i += kLanes) {
+      Floats rows[kLanes];
+      for (int r = 0; r < kLanes; ++r) rows[r] = LoadFloats(k + (j + r) * h + i);
+      Transpose(rows);
+      for (int c = 0; c < kLanes; ++c) Store(out + (i + c) * kKeys + j, rows[c]);
     }
-#endif
-    for (; i < h; i += 8) {
-      const int64_t width = std::min<int64_t>(8, h - i), count = std::min<int64_t>(16, keys - j);
-      for (int64_t c = 0; c < width; ++c) {
-        float column[16];
-        for (int64_t r = 0; r < 16; ++r) column[r] = r < count ? Widen(k[(j + r) * h + i + c]) : 0.0f;
-        std::memcpy(out + (i + c) * kKeys + j, column, sizeof column);
-      }
-    }
+    for (; i < h; ++i)
+      for (int64_t r = 0; r < kLanes; ++r) out[i * kKeys + j + r] = j + r < keys ? Widen(k[(j + r) * h + i]) : 0.0f;
   }
 }
 
@@ -201,7 +134,7 @@ template <typename T>
 void WidenRows(const T* v, int64_t h, int64_t keys, int64_t padded, float* out) {
   for (int64_t i = 0; i < keys; ++i, v += h, out += padded) {
     int64_t c = 0;
-    for (; c + 16 <= h; c += 16) Store(out + c, Load(v + c));
+    for (; c + kLanes <= h; c += kLanes) Store(out + c, LoadFloats(v + c));
     for (; c < padded; ++c) out[c] = c < h ? Widen(v[c]) : 0.0f;
   }
 }
@@ -209,47 +142,43 @@ void WidenRows(const T* v, int64_t h, int64_t keys, int64_t padded, float* out) 
 // scores[rows, 64] = q[rows, H] @ kt[H, 64]
 template <int R>
 void Scores(const float* q, int64_t stride, const float* kt, int64_t h, float* scores) {
-  F16 acc[R][4] = {};
-  for (int64_t i = 0; i < h; ++i) {
-    const F16 k0 = Load(kt + i * kKeys), k1 = Load(kt + i * kKeys + 16), k2 = Load(kt + i * kKeys + 32),
-              k3 = Load(kt + i * kKeys + 48);
-    for (int r = 0; r < R; ++r) {
-      const float x = q[r * stride + i];
-      acc[r][0] += x * k0;
-      acc[r][1] += x * k1;
-      acc[r][2] += x * k2;
-      acc[r][3] += x * k3;
+  for (int64_t j = 0; j < kKeys; j += kWide * kLanes) {
+    Floats acc[R][kWide] = {};
+    for (int64_t i = 0; i < h; ++i) {
+      Floats k[kWide];
+      for (int c = 0; c < kWide; ++c) k[c] = Load<Floats>(kt + i * kKeys + j + c * kLanes);
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < kWide; ++c) acc[r][c] += q[r * stride + i] * k[c];
     }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < kWide; ++c) Store(scores + r * kKeys + j + c * kLanes, acc[r][c]);
   }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < 4; ++c) Store(scores + r * kKeys + 16 * c, acc[r][c]);
 }
 
-// out[rows, W * 16 columns] = decay * out + p[rows, keys] @ v[keys, ...]
+// out[rows, W vectors of columns] = decay * out + p[rows, keys] @ v[keys, ...]
 template <int R, int W>
 void Mix(const float* p, const float* decay, const float* v, int64_t v_stride, int64_t keys, float* out,
          int64_t stride) {
-  F16 acc[R][W];
+  Floats acc[R][W];
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < W; ++c) acc[r][c] = Load(out + r * stride + 16 * c) * decay[r];
+    for (int c = 0; c < W; ++c) acc[r][c] = Load<Floats>(out + r * stride + c * kLanes) * decay[r];
   for (int64_t j = 0; j < keys; ++j) {
-    F16 row[W];
-    for (int c = 0; c < W; ++c) row[c] = Load(v + j * v_stride + 16 * c);
-    for (int r = 0; r < R; ++r) {
-      const float x = p[r * kKeys + j];
-      for (int c = 0; c < W; ++c) acc[r][c] += x * row[c];
-    }
+    Floats row[W];
+    for (int c = 0; c < W; ++c) row[c] = Load<Floats>(v + j * v_stride + c * kLanes);
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < W; ++c) acc[r][c] += p[r * kKeys + j] * row[c];
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < W; ++c) Store(out + r * stride + 16 * c, acc[r][c]);
+    for (int c = 0; c < W; ++c) Store(out + r * stride + c * kLanes, acc[r][c]);
 }
 
 template <int R>
 void MixAll(const float* p, const float* decay, const float* v, int64_t v_stride, int64_t keys, float* out,
             int64_t padded) {
   int64_t c = 0;
-  for (; c + 64 <= padded; c += 64) Mix<R, 4>(p, decay, v + c, v_stride, keys, out + c, padded);
-  for (; c + 16 <= padded; c += 16) Mix<R, 1>(p, decay, v + c, v_stride, keys, out + c, padded);
+  for (; c + kWide * kLanes <= padded; c += kWide * kLanes)
+    Mix<R, kWide>(p, decay, v + c, v_stride, keys, out + c, padded);
+  for (; c < padded; c += kLanes) Mix<R, 1>(p, decay, v + c, v_stride, keys, out + c, padded);
 }
 
 struct Row {
@@ -261,23 +190,23 @@ struct Row {
 float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, const float* k_scale,
               const float* v_scale, Row* row) {
   // Keys [first, last) of the block are visible.
-  F16 x[4];
-  F16 top = Splat(kMasked);
-  for (int c = 0; c < 4; ++c) {
-    x[c] = Load(scores + 16 * c) * a.scale;
-    if (k_scale != nullptr) x[c] *= Load(k_scale + 16 * c);
+  Floats x[kVectors];
+  Floats top = Splat(kMasked);
+  for (int c = 0; c < kVectors; ++c) {
+    x[c] = Load<Floats>(scores + c * kLanes) * a.scale;
+    if (k_scale != nullptr) x[c] *= Load<Floats>(k_scale + c * kLanes);
     if (a.softcap != 0) x[c] = Softcap(x[c], a.softcap);
-    if (first > 16 * c || last < 16 * c + 16)
-      for (int64_t i = 0; i < 16; ++i)
-        if (16 * c + i < first || 16 * c + i >= last) x[c][i] = kMasked;
+    if (first > c * kLanes || last < (c + 1) * kLanes)
+      for (int64_t i = 0; i < kLanes; ++i)
+        if (c * kLanes + i < first || c * kLanes + i >= last) x[c][i] = kMasked;
     top = x[c] > top ? x[c] : top;
   }
   float best = row->top;
-  for (int i = 0; i < 16; ++i) best = std::max(best, top[i]);
-  F16 sum = {};
-  for (int c = 0; c < 4; ++c) {
-    const F16 p = x[c] == kMasked ? F16{} : Exp(x[c] - best);
-    Store(scores + 16 * c, v_scale == nullptr ? p : p * Load(v_scale + 16 * c));
+  for (int i = 0; i < kLanes; ++i) best = std::max(best, top[i]);
+  Floats sum = {};
+  for (int c = 0; c < kVectors; ++c) {
+    const Floats p = x[c] == kMasked ? Floats{} : Exp(x[c] - best);
+    Store(scores + c * kLanes, v_scale == nullptr ? p : p * Load<Floats>(v_scale + c * kLanes));
     sum += p;
   }
   const float decay = std::exp(row->top - best);
@@ -289,7 +218,7 @@ float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, co
 template <typename T>
 void Run(const Attention& a, int64_t task, float* partial) {
   const Tile tile = Locate(a, task);
-  const int64_t h = a.head_dim, padded = RoundUp(h, 16), rows = (tile.t1 - tile.t0) * tile.group;
+  const int64_t h = a.head_dim, padded = RoundUp(h, kLanes), rows = (tile.t1 - tile.t0) * tile.group;
   const int64_t n0 = tile.kv * tile.group;
   const auto* k = static_cast<const T*>(a.k) + (tile.b * a.kv_heads + tile.kv) * a.capacity * h;
   const auto* v = static_cast<const T*>(a.v) + (tile.b * a.kv_heads + tile.kv) * a.capacity * h;
@@ -313,7 +242,7 @@ void Run(const Attention& a, int64_t task, float* partial) {
   const bool direct = sizeof(T) == sizeof(float) && padded == h;
   for (int64_t j = tile.begin; j < tile.end; j += kKeys) {
     const int64_t keys = std::min(kKeys, tile.end - j);
-    Transpose(k + j * h, h, keys, kt);
+    TransposeKeys(k + j * h, h, keys, kt);
     const float* block = reinterpret_cast<const float*>(v + j * h);
     if (!direct) {
       WidenRows(v + j * h, h, keys, padded, values);

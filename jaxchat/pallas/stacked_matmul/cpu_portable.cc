@@ -4,59 +4,10 @@
 // Quantized weights: activations become 16-bit integers, one scale per 32 columns, and meet the codes as 16-bit
 // integers. "Multiply, add neighbours" (pmaddwd) on those is exact, and every SIMD instruction set has it.
 // Vectors are the compiler's (GCC's vector extension): arithmetic on them needs no intrinsics.
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-#include "cpu_kernels.h"
+#include "cpu_common.h"
 
 namespace jaxchat {
 namespace {
-
-// ---------------------------------------------------------------- vectors
-
-#if defined(__AVX2__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
-constexpr int kLanes = kBytes / 4;
-
-typedef float Floats __attribute__((vector_size(kBytes)));
-typedef int32_t Ints __attribute__((vector_size(kBytes)));
-typedef int16_t Shorts __attribute__((vector_size(kBytes)));
-typedef uint16_t UShorts __attribute__((vector_size(kBytes)));
-typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));  // kLanes bfloat16 or float16
-
-template <typename Vector>
-inline Vector Load(const void* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <typename Vector>
-inline void Store(void* to, Vector v) {
-  std::memcpy(to, &v, sizeof v);
-}
-
-template <typename To, typename From>
-inline To Bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-inline Floats ToFloats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 // a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in lane i.
 inline Ints MultiplyPairs(Shorts a, Shorts b) {
@@ -72,125 +23,6 @@ inline Ints MultiplyPairs(Shorts a, Shorts b) {
   for (int i = 0; i < kLanes; ++i) sum[i] = a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
   return sum;
 #endif
-}
-
-inline float Sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
-}
-
-// float16 bits -> float32. In integers except for subnormals, whose offset trick also works where the thread
-// flushes float32 subnormals to zero.
-inline Floats WidenHalf(Halves half) {
-#if defined(__AVX2__)
-  return Bits<Floats>(_mm256_cvtph_ps(Bits<__m128i>(half)));
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-  return Bits<Floats>(vcvt_f32_f16(Bits<float16x4_t>(half)));
-#else
-  const Ints h = __builtin_convertvector(half, Ints);
-  const Ints exponent = h & 0x7c00, shifted = (h & 0x7fff) << 13;
-  const Ints normal = shifted + (112 << 23) + (exponent == 0x7c00 ? Ints{} + (112 << 23) : Ints{});
-  const Floats small = Bits<Floats>(shifted + (113 << 23)) - 0x1p-14f;
-  const Ints magnitude = exponent == 0 ? Bits<Ints>(small) : normal;
-  return Bits<Floats>(magnitude | (h & 0x8000) << 16);
-#endif
-}
-
-inline float LoadScale(const void* scales, int64_t i, bool wide) {
-  if (wide) return static_cast<const float*>(scales)[i];
-  return WidenHalf(Halves{static_cast<const uint16_t*>(scales)[i]})[0];
-}
-
-// ---------------------------------------------------------------- float weights, a few rows of x
-
-template <Kind kind>
-inline Floats LoadFloats(const void* codes, int64_t i) {
-  if constexpr (kind == Kind::kF32) return Load<Floats>(static_cast<const float*>(codes) + i);
-  const Halves half = Load<Halves>(static_cast<const uint16_t*>(codes) + i);
-  if constexpr (kind == Kind::kF16) return WidenHalf(half);
-  return Bits<Floats>(__builtin_convertvector(half, Ints) << 16);
-}
-
-template <Kind kind, int M>
-void FloatRow(const Weights& w, const float* x, int64_t row, float* y) {
-  constexpr int kUnroll = 4;  // independent sums: one would wait for its own last addition
-  constexpr int kWidth = kind == Kind::kF32 ? 4 : 2;
-  const int64_t n = w.inputs;
-  const char* from = static_cast<const char*>(w.codes) + row * w.cols * kWidth;
-  Floats acc[M][kUnroll] = {};
-  int64_t k = 0;
-  for (; k + kUnroll * kLanes <= n; k += kUnroll * kLanes)
-    for (int u = 0; u < kUnroll; ++u) {
-      const Floats weights = LoadFloats<kind>(from, k + u * kLanes);
-      for (int m = 0; m < M; ++m) acc[m][u] += weights * Load<Floats>(x + m * n + k + u * kLanes);
-    }
-  for (; k < n; k += kLanes) {  // the rest; zeros stand beyond the end
-    const int64_t left = std::min<int64_t>(kLanes, n - k);
-    char weights[kLanes * kWidth] = {};
-    std::memcpy(weights, from + k * kWidth, left * kWidth);
-    for (int m = 0; m < M; ++m) {
-      float inputs[kLanes] = {};
-      std::memcpy(inputs, x + m * n + k, left * sizeof(float));
-      acc[m][0] += LoadFloats<kind>(weights, 0) * Load<Floats>(inputs);
-    }
-  }
-  for (int m = 0; m < M; ++m) y[m * w.rows + row] = Sum((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
-}
-
-// Calls work.template operator()<M>(i) for rows i.. of x, up to kMost at a time, until all m are done.
-template <int kMost, typename Work>
-void InSteps(int64_t m, const Work& work) {
-  int64_t i = 0;
-  for (; i + kMost <= m; i += kMost) work(std::integral_constant<int, kMost>(), i);
-  if constexpr (kMost > 1) InSteps<kMost - 1>(m - i, [&](auto count, int64_t j) { work(count, i + j); });
-}
-
-template <Kind kind>
-void FloatRows(const Weights& w, const float* x, int64_t m, float* y, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row)
-    InSteps<2>(m, [&](auto count, int64_t i) {
-      FloatRow<kind, decltype(count)::value>(w, x + i * w.inputs, row, y + i * w.rows);
-    });
-}
-
-// ---------------------------------------------------------------- activations as integers
-
-constexpr int64_t kSub = 32;  // columns of x that share a scale, whatever the weights' group
-
-struct Quantized {
-  int16_t q[kSub];
-  float scale;
-  float sum;  // of the values, for affine weights
-};
-
-// 32 values, `count` of them real, the others zero. NaN and infinity make the scale NaN.
-Quantized Quantize(const float* from, int64_t count) {
-  float values[kSub] = {};
-  if (count > 0) std::memcpy(values, from, std::min(count, kSub) * sizeof(float));
-  Quantized out;
-  Ints top{};
-  Floats sum{};
-  for (int64_t i = 0; i < kSub; i += kLanes) {
-    // Magnitudes compare like their bits, which puts NaN on top.
-    const Ints magnitude = Load<Ints>(values + i) & 0x7fffffff;
-    top = magnitude > top ? magnitude : top;
-    sum += Load<Floats>(values + i);
-  }
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits = std::max<int32_t>(bits, top[i]);
-  const float largest = Bits<float>(bits);
-  constexpr float kSteps = 32767;
-  const bool finite = bits < 0x7f800000, nonzero = largest > 1e-30f;
-  out.scale = !finite ? std::numeric_limits<float>::quiet_NaN() : nonzero ? largest / kSteps : 0.0f;
-  out.sum = Sum(sum);
-  const float inverse = finite && nonzero ? kSteps / largest : 0.0f;
-  for (int64_t i = 0; i < kSub; ++i) {
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits; NaN leaves some, and its scale is NaN.
-    constexpr float kMagic = 12582912.0f;
-    out.q[i] = static_cast<int16_t>(Bits<int32_t>(values[i] * inverse + kMagic));
-  }
-  return out;
 }
 
 // The scales (or minimums) of a row of weights, one per 32 columns.
@@ -262,7 +94,7 @@ struct Few {
         Floats sum{};
         for (int s = 0; s < S::kSubs; ++s) {
           const int64_t start = b * S::kBlock + s * kSub;
-          const Quantized sub = Quantize(x + start, w.inputs - start);
+          const Quantized sub = Quantize(x + start, w.inputs - start, 32767);
           scales[s] = sub.scale;
           sum[s * kLanes / S::kSubs] = sub.sum;
           for (int64_t c = 0; c < kSub; ++c) {
@@ -348,13 +180,9 @@ void QuantizedRows(const Weights& w, const void* prepared, int64_t m, float* y, 
 
 void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
                  int64_t end) {
-  switch (w.kind) {
-    case Kind::kF32: return FloatRows<Kind::kF32>(w, x, m, y, begin, end);
-    case Kind::kBf16: return FloatRows<Kind::kBf16>(w, x, m, y, begin, end);
-    case Kind::kF16: return FloatRows<Kind::kF16>(w, x, m, y, begin, end);
-    case Kind::kInt8: return QuantizedRows<Kind::kInt8>(w, prepared, m, y, begin, end);
-    case Kind::kInt4: return QuantizedRows<Kind::kInt4>(w, prepared, m, y, begin, end);
-  }
+  if (w.kind == Kind::kInt8) return QuantizedRows<Kind::kInt8>(w, prepared, m, y, begin, end);
+  if (w.kind == Kind::kInt4) return QuantizedRows<Kind::kInt4>(w, prepared, m, y, begin, end);
+  AnyFloatRows(w, x, m, y, begin, end);
 }
 
 // ---------------------------------------------------------------- quantized weights, many rows of x
@@ -385,7 +213,7 @@ void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, in
   const int64_t subs = w.cols / kSub;
   for (int64_t i = begin; i < end; ++i)
     for (int64_t s = 0; s < subs; ++s) {
-      const Quantized sub = Quantize(x + i * w.inputs + s * kSub, w.inputs - s * kSub);
+      const Quantized sub = Quantize(x + i * w.inputs + s * kSub, w.inputs - s * kSub, 32767);
       std::memcpy(view.q + i * w.cols + s * kSub, sub.q, sizeof sub.q);
       view.scale[i * subs + s] = sub.scale;
       view.sum[i * subs + s] = sub.sum;
@@ -485,23 +313,12 @@ void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t 
   return TiledRows<Kind::kInt8, false>(w, x, m, y, begin, end, scratch);
 }
 
-constexpr Kernels Table(const char* name) {
-  return {name,       FewBytes, FewPrepare, FewRows,
-          TiledBytes, TiledPrepare, Tiled,          TiledScratchBytes};
-}
-
 }  // namespace
 
-#if defined(__AVX2__)
-const Kernels& Avx2Kernels() {
-  static constexpr Kernels kernels = Table("avx2");
-  return kernels;
-}
-#else
 const Kernels& PortableKernels() {
-  static constexpr Kernels kernels = Table("portable");
+  static constexpr Kernels kernels = {"portable", FewBytes,     FewPrepare, FewRows,
+                                      TiledBytes, TiledPrepare, Tiled,      TiledScratchBytes};
   return kernels;
 }
-#endif
 
 }  // namespace jaxchat

@@ -1,0 +1,123 @@
+// Vectors as wide as the instruction set's, by the compiler's vector extension: arithmetic needs no intrinsics.
+//
+// Compiled once per instruction set: everything is in an unnamed namespace.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace jaxchat {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kLanes = kBytes / 4;
+
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef int16_t Shorts __attribute__((vector_size(kBytes)));
+typedef uint16_t UShorts __attribute__((vector_size(kBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));  // kLanes bfloat16 or float16
+typedef int8_t Quarters __attribute__((vector_size(kBytes / 4)));  // kLanes bytes
+
+template <typename Vector>
+inline Vector Load(const void* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename Vector>
+inline void Store(void* to, Vector v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <typename To, typename From>
+inline To Bits(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline Floats Splat(float x) { return Floats{} + x; }
+
+inline Floats ToFloats(Ints v) { return __builtin_convertvector(v, Floats); }
+
+inline Floats WidenBfloat16(Halves half) { return Bits<Floats>(__builtin_convertvector(half, Ints) << 16); }
+
+inline float Sum(Floats v) {
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) v[i] += v[i + step];
+  return v[0];
+}
+
+// ---------------------------------------------------------------- kLanes vectors, transposed in place
+
+#if defined(__AVX512F__)
+// By halves, quarters and so on.
+template <int D>
+inline void Exchange(Floats* rows) {
+  struct Index {
+    alignas(64) int32_t low[16], high[16];  // lane l of the first and second row of a pair, out of both
+  };
+  static constexpr Index kIndex = [] {
+    Index index{};
+    for (int l = 0; l < 16; ++l) {
+      index.low[l] = l & D ? 16 + l - D : l;
+      index.high[l] = l & D ? 16 + l : l + D;
+    }
+    return index;
+  }();
+  const __m512i low = _mm512_load_si512(kIndex.low), high = _mm512_load_si512(kIndex.high);
+  for (int i = 0; i < 16; ++i) {
+    if (i & D) continue;
+    const auto a = reinterpret_cast<__m512>(rows[i]), b = reinterpret_cast<__m512>(rows[i + D]);
+    rows[i] = reinterpret_cast<Floats>(_mm512_permutex2var_ps(a, low, b));
+    rows[i + D] = reinterpret_cast<Floats>(_mm512_permutex2var_ps(a, high, b));
+  }
+}
+
+inline void Transpose(Floats* rows) {
+  Exchange<8>(rows);
+  Exchange<4>(rows);
+  Exchange<2>(rows);
+  Exchange<1>(rows);
+}
+#elif defined(__AVX2__)
+inline void Transpose(Floats* rows) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = reinterpret_cast<__m256>(rows[i]);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0x44);
+      a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = reinterpret_cast<Floats>(_mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    rows[i + 4] = reinterpret_cast<Floats>(_mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+#else
+inline void Transpose(Floats* rows) {
+  const Floats a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+  for (int i = 0; i < 4; ++i) rows[i] = Floats{a[i], b[i], c[i], d[i]};
+}
+#endif
+
+}  // namespace
+}  // namespace jaxchat
