@@ -56,7 +56,8 @@ inline Floats ToFloats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 inline Floats WidenBfloat16(Halves half) { return Bits<Floats>(__builtin_convertvector(half, Ints) << 16); }
 
-inline float Sum(Floats v) {
+template <typename Vector>
+inline auto Sum(Vector v) {
   for (int step = kLanes / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) v[i] += v[i + step];
   return v[0];

@@ -1,9 +1,8 @@
 // x @ w.T for quantized weights on AVX2 (Haswell, Zen and later), which has no instruction for a dot product of bytes:
 // "multiply unsigned by signed bytes, add neighbours" (maddubs) is exact in 16 bits as long as one side has 4.
 //
-// Few rows of x: reading the weights is what matters. 4-bit codes are lifted to 0 .. 15 and meet activations of 8 bits;
-// 8-bit codes meet 15 bits as 16-bit integers. Many rows: a register tile of weight rows; all codes are planes of 4
-// bits (8-bit ones two: code = 16 high + low), whose products are summed in 16 bits over 32 columns.
+// Few rows of x: reading the weights is what matters. Many rows: a register tile of weight rows. 4-bit codes are lifted
+// to 0 .. 15 and meet activations of 8 bits in 16-bit sums; 8-bit codes and activations of 15 bits are 16-bit integers.
 #include "cpu_common.h"
 
 namespace jaxchat {
@@ -13,6 +12,67 @@ constexpr int64_t kBlock = 256;            // columns that few rows take at a ti
 constexpr int64_t kSubs = kBlock / kSub;   // sub-groups in them: their scales fill a vector
 
 __m256i LoadInts(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+// ---------------------------------------------------------------- activations as integers
+
+// 32 activations as integers, eight columns a vector, with their scale and sums.
+struct SubGroup {
+  __m256i q[4];
+  int32_t total;  // of the integers
+  float scale, sum;
+};
+
+// Integers up to `steps`. `count` values are real, the others zero. NaN and infinity make the scale NaN.
+SubGroup LoadSubGroup(const float* from, int64_t count, float steps) {
+  float padded[kSub] = {};
+  if (count < kSub) {
+    if (count > 0) std::memcpy(padded, from, count * sizeof(float));
+    from = padded;
+  }
+  Floats x[4], sum{};
+  Ints top{};
+  for (int i = 0; i < 4; ++i) {
+    x[i] = Load<Floats>(from + i * kLanes);
+    sum += x[i];
+    const Ints magnitude = Bits<Ints>(x[i]) & 0x7fffffff;  // compares like the values, NaN on top
+    top = magnitude > top ? magnitude : top;
+  }
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits = std::max<int32_t>(bits, top[i]);
+  const float largest = Bits<float>(bits);
+  const bool finite = bits < 0x7f800000, nonzero = largest > 1e-30f;
+  const float inverse = finite && nonzero ? steps / largest : 0.0f;
+  SubGroup out;
+  out.scale = !finite ? std::numeric_limits<float>::quiet_NaN() : nonzero ? largest / steps : 0.0f;
+  out.sum = Sum(sum);
+  Ints total{};
+  for (int i = 0; i < 4; ++i) {
+    out.q[i] = _mm256_cvtps_epi32(reinterpret_cast<__m256>(x[i] * inverse));
+    total += Bits<Ints>(out.q[i]);
+  }
+  out.total = Sum(total);
+  return out;
+}
+
+// 32 columns of 16 bits: the even ones, then the odd ones.
+void SplitColumns(const SubGroup& x, __m256i* even, __m256i* odd) {
+  const auto pick = [](__m256i a, __m256i b, auto which) {
+    return _mm256_castps_si256(
+        _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), decltype(which)::value));
+  };
+  constexpr std::integral_constant<int, 0x88> kEven;
+  constexpr std::integral_constant<int, 0xdd> kOdd;
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  *even = _mm256_permutevar8x32_epi32(
+      _mm256_packs_epi32(pick(x.q[0], x.q[1], kEven), pick(x.q[2], x.q[3], kEven)), order);
+  *odd = _mm256_permutevar8x32_epi32(
+      _mm256_packs_epi32(pick(x.q[0], x.q[1], kOdd), pick(x.q[2], x.q[3], kOdd)), order);
+}
+
+// The even columns as bytes, then the odd ones: the order in which the nibbles of 16 bytes unpack.
+__m256i EvenOdd(__m256i even, __m256i odd) {
+  return _mm256_permute4x64_epi64(_mm256_packs_epi16(even, odd), 0b11011000);
+}
 
 // The scales (or minimums) of a row of weights, one per 32 columns, eight at a time.
 class Scales {
@@ -53,36 +113,38 @@ template <Kind kind>
 struct Block;
 template <>
 struct alignas(32) Block<Kind::kInt4> {
-  static constexpr int kVectors = 4;  // of codes
   static constexpr int kBytes = 128;
-  int8_t q[kVectors][2][32];     // [even columns, odd columns]
-  int16_t offset[kVectors][16];  // takes back the lift of the codes, of two even and two odd columns each
+  int8_t q[4][2][32];  // of each vector of codes the even and the odd columns
+  int32_t offset[kSubs];      // takes back the lift of the codes; like `scale` in the order of `Place`
   float scale[kSubs];
   float sum[kSubs];  // of the values, for affine weights
 };
 template <>
 struct alignas(32) Block<Kind::kInt8> {
-  static constexpr int kVectors = 8;
   static constexpr int kBytes = 256;
-  int16_t q[kVectors][2][16];
+  int16_t q[8][2][16];
   float scale[kSubs];
   float sum[kSubs];
 };
 
 int64_t Blocks(const Weights& w) { return (w.cols + kBlock - 1) / kBlock; }
 
+// Which lane sums up sub-group s of 4-bit codes: vector v has 2 v and 2 v + 1, one in each half.
+constexpr int64_t Place(int64_t s) { return s / 2 + s % 2 * 4; }
+
 void Prepare(const Weights& w, const float* x, Block<Kind::kInt4>* out) {
   for (int64_t b = 0; b < Blocks(w); ++b)
     for (int64_t s = 0; s < kSubs; ++s) {
       const int64_t start = b * kBlock + s * kSub;
-      const Quantized sub = Quantize(x + start, w.inputs - start, 127);
-      out[b].scale[s] = sub.scale;
+      const SubGroup sub = LoadSubGroup(x + start, w.inputs - start, 127);
+      __m256i even, odd;
+      SplitColumns(sub, &even, &odd);
+      const __m256i bytes = EvenOdd(even, odd);
+      _mm_store_si128(reinterpret_cast<__m128i*>(out[b].q[s / 2][0] + s % 2 * 16), _mm256_castsi256_si128(bytes));
+      _mm_store_si128(reinterpret_cast<__m128i*>(out[b].q[s / 2][1] + s % 2 * 16), _mm256_extracti128_si256(bytes, 1));
+      out[b].offset[Place(s)] = w.mins ? 0 : -8 * sub.total;
+      out[b].scale[Place(s)] = sub.scale;
       out[b].sum[s] = sub.sum;
-      for (int64_t c = 0; c < kSub; ++c) out[b].q[s / 2][c % 2][s % 2 * 16 + c / 2] = static_cast<int8_t>(sub.q[c]);
-      for (int64_t i = 0; i < kSub / 4; ++i) {
-        const int total = sub.q[4 * i] + sub.q[4 * i + 1] + sub.q[4 * i + 2] + sub.q[4 * i + 3];
-        out[b].offset[s / 2][s % 2 * 8 + i] = static_cast<int16_t>(w.mins ? 0 : -8 * total);
-      }
     }
 }
 
@@ -90,46 +152,52 @@ void Prepare(const Weights& w, const float* x, Block<Kind::kInt8>* out) {
   for (int64_t b = 0; b < Blocks(w); ++b)
     for (int64_t s = 0; s < kSubs; ++s) {
       const int64_t start = b * kBlock + s * kSub;
-      const Quantized sub = Quantize(x + start, w.inputs - start, 32767);
+      const SubGroup sub = LoadSubGroup(x + start, w.inputs - start, 32767);
       out[b].scale[s] = sub.scale;
       out[b].sum[s] = sub.sum;
-      for (int64_t c = 0; c < kSub; ++c) out[b].q[s][c % 2][c / 2] = sub.q[c];
+      __m256i even, odd;
+      SplitColumns(sub, &even, &odd);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out[b].q[s][0]), even);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out[b].q[s][1]), odd);
     }
 }
 
-// Adds the products of a block, or of its first `vectors`, to M sums.
+// Adds the products of a block to M sums.
 template <int M, bool kAffine>
-inline void Step(const uint8_t* codes, int vectors, __m256 scales, __m256 mins, const Block<Kind::kInt4>* x,
-                 int64_t stride, __m256* acc) {
+inline void Step(const uint8_t* codes, __m256 scales, __m256 mins, const Block<Kind::kInt4>* x, int64_t stride,
+                 __m256* acc) {
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   __m256i even[4], odd[4];
-  for (int v = 0; v < vectors; ++v) {
+  for (int v = 0; v < 4; ++v) {
     __m256i raw = LoadInts(codes + 32 * v);
     // Affine codes are unsigned as they are.
     if constexpr (!kAffine) raw = _mm256_xor_si256(raw, _mm256_set1_epi8(static_cast<char>(0x88)));
     even[v] = _mm256_and_si256(raw, nibble);
     odd[v] = _mm256_and_si256(_mm256_srli_epi16(raw, 4), nibble);
   }
+  scales = _mm256_permutevar8x32_ps(scales, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));  // as `Place`
   for (int m = 0; m < M; ++m) {
     const auto& block = x[m * stride];
-    const __m256 scale = _mm256_mul_ps(scales, _mm256_load_ps(block.scale));
-    __m256 sum = kAffine ? _mm256_mul_ps(mins, _mm256_load_ps(block.sum)) : _mm256_setzero_ps();
-    for (int v = 0; v < vectors; ++v) {
-      __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(even[v], LoadInts(block.q[v][0])),
-                                       _mm256_maddubs_epi16(odd[v], LoadInts(block.q[v][1])));
-      if constexpr (!kAffine) pairs = _mm256_add_epi16(pairs, LoadInts(block.offset[v]));
-      // Half a vector is one sub-group.
-      const __m256i half = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_set1_epi32(2 * v));
-      sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones)),
-                            _mm256_permutevar8x32_ps(scale, half), sum);
-    }
-    acc[m] = _mm256_add_ps(acc[m], sum);
+    __m256i sum[4];  // in 16 bits, which hold half of a sub-group: 16 * 15 * 127
+    for (int v = 0; v < 4; ++v)
+      sum[v] = _mm256_add_epi16(_mm256_maddubs_epi16(even[v], LoadInts(block.q[v][0])),
+                                _mm256_maddubs_epi16(odd[v], LoadInts(block.q[v][1])));
+    // Within the halves of the vectors: 8 sums of a sub-group become 4, then 2, then 1.
+    for (int v = 0; v < 4; v += 2)
+      sum[v / 2] = _mm256_add_epi16(_mm256_blend_epi32(sum[v], sum[v + 1], 0b11001100),
+                                    _mm256_alignr_epi8(sum[v + 1], sum[v], 8));
+    const __m256 a = _mm256_castsi256_ps(sum[0]), b = _mm256_castsi256_ps(sum[1]);
+    const __m256i pairs = _mm256_add_epi16(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)),
+                                           _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
+    const __m256i total = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), LoadInts(block.offset));
+    acc[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(scales, _mm256_load_ps(block.scale)), acc[m]);
+    if constexpr (kAffine) acc[m] = _mm256_fmadd_ps(mins, _mm256_load_ps(block.sum), acc[m]);
   }
 }
 
 template <int M, bool kAffine>
-inline void Step(const uint8_t* codes, int vectors, __m256 scales, __m256 mins, const Block<Kind::kInt8>* x,
-                 int64_t stride, __m256* acc) {
+inline void Step(const uint8_t* codes, __m256 scales, __m256 mins, const Block<Kind::kInt8>* x, int64_t stride,
+                 __m256* acc) {
   alignas(32) float scale[M][kSubs];
   __m256 sum[M];
   for (int m = 0; m < M; ++m) {
@@ -137,7 +205,7 @@ inline void Step(const uint8_t* codes, int vectors, __m256 scales, __m256 mins, 
     _mm256_store_ps(scale[m], _mm256_mul_ps(scales, _mm256_load_ps(block.scale)));
     sum[m] = kAffine ? _mm256_mul_ps(mins, _mm256_load_ps(block.sum)) : _mm256_setzero_ps();
   }
-  for (int v = 0; v < vectors; ++v) {
+  for (int v = 0; v < 8; ++v) {
     const __m256i raw = LoadInts(codes + 32 * v);
     const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(raw, 8), 8), odd = _mm256_srai_epi16(raw, 8);
     for (int m = 0; m < M; ++m) {
@@ -163,18 +231,16 @@ void Row(const Weights& w, const Scales& scales, const Scales& mins, const Block
   for (int m = 0; m < M; ++m) acc[m] = none;
   if (scales.plain())
     for (int64_t b = from; b < whole; ++b)
-      Step<M, kAffine>(codes + b * kBytes, Block<kind>::kVectors, scales.Narrow(row, b),
+      Step<M, kAffine>(codes + b * kBytes, scales.Narrow(row, b),
                        kAffine ? mins.Narrow(row, b) : none, x + b, stride, acc);
   else
     for (int64_t b = from; b < whole; ++b)
-      Step<M, kAffine>(codes + b * kBytes, Block<kind>::kVectors, scales.Any(row, b),
+      Step<M, kAffine>(codes + b * kBytes, scales.Any(row, b),
                        kAffine ? mins.Any(row, b) : none, x + b, stride, acc);
   if (whole < to) {
     uint8_t last[kBytes] = {};
-    const int64_t left = bytes - whole * kBytes;
-    std::memcpy(last, codes + whole * kBytes, left);
-    Step<M, kAffine>(last, (left + 31) / 32, scales.Any(row, whole), kAffine ? mins.Any(row, whole) : none, x + whole,
-                     stride, acc);
+    std::memcpy(last, codes + whole * kBytes, bytes - whole * kBytes);
+    Step<M, kAffine>(last, scales.Any(row, whole), kAffine ? mins.Any(row, whole) : none, x + whole, stride, acc);
   }
   for (int m = 0; m < M; ++m) {
     float* to_y = y + m * w.rows + row;
@@ -223,70 +289,84 @@ void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, 
 
 // ---------------------------------------------------------------- many rows of x
 
-// A tile is two vectors of weight rows wide, each lane four columns of one row: with 4 bits 16 rows, with 8 bits the
-// high and the low halves of 8 rows.
+// A tile is two vectors of eight weight rows wide. A lane has 32 bits of one row: four columns of 4-bit codes as bytes,
+// or two columns of 8-bit codes as 16-bit integers.
+constexpr int64_t kTileRows = 16;
 template <Kind kind>
-constexpr int64_t kTileRows = kind == Kind::kInt4 ? 16 : 8;
-constexpr int kSteps = kSub / 4;      // in a sub-group
-constexpr int64_t kPart = 1024;       // columns of a tile that stay in the first-level cache
+constexpr int kSteps = kind == Kind::kInt4 ? kSub / 4 : kSub / 2;  // in a sub-group
+constexpr int64_t kPart = 2048;                                     // columns of a tile
 
-// Prepared x, four rows at a time (those after the last are zero): bytes [m / 4, cols / 4, 4 rows, 4 columns] in the
-// order in which the tile has the columns, then [m / 4, cols / 32, 4 rows] of what a sub-group needs beside them.
-constexpr int64_t kRows = 4;
+// Prepared x, six rows at a time (those after the last are zero): [m / 6, steps, 6, 32 bits] in the order in which the
+// tile has the columns, then [m / 6, cols / 32, 6] of what a sub-group needs beside them. Six rows' sums, two vectors
+// of weights and two more fill the registers.
+constexpr int64_t kRows = 6;
 struct TiledX {
-  int8_t* q;
+  int32_t* q;
   float* scale;
   float* sum;       // of the values, for affine weights
-  int32_t* offset;  // takes back the lift of the codes, in 16 bits for each of the two pairs of columns in a lane
+  int32_t* offset;  // takes back the lift of 4-bit codes, in 16 bits for each of the two pairs of columns in a lane
 };
+
+int Steps(const Weights& w) { return w.kind == Kind::kInt4 ? kSteps<Kind::kInt4> : kSteps<Kind::kInt8>; }
 
 int64_t Padded(int64_t m) { return (m + kRows - 1) / kRows * kRows; }
 
-int64_t TiledBytes(const Weights& w, int64_t m) { return Padded(m) * (w.cols + w.cols / kSub * 12); }
+int64_t TiledBytes(const Weights& w, int64_t m) { return Padded(m) * (w.cols / kSub) * (Steps(w) * 4 + 12); }
 
 TiledX TiledView(const Weights& w, const void* prepared, int64_t m) {
   const int64_t count = Padded(m) * (w.cols / kSub);
-  auto* q = static_cast<int8_t*>(const_cast<void*>(prepared));
-  auto* scale = reinterpret_cast<float*>(q + Padded(m) * w.cols);
+  auto* q = static_cast<int32_t*>(const_cast<void*>(prepared));
+  auto* scale = reinterpret_cast<float*>(q + count * Steps(w));
   return {q, scale, scale + count, reinterpret_cast<int32_t*>(scale + 2 * count)};
 }
 
 void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, int64_t end, void* out) {
   const TiledX view = TiledView(w, out, m);
   const int64_t subs = w.cols / kSub;
-  const bool lifted = w.kind == Kind::kInt8 || w.mins == nullptr;
-  for (int64_t i = begin; i < Padded(end); ++i)
+  const int steps = Steps(w);
+  for (int64_t i = begin; i < (end == m ? Padded(m) : end); ++i)
     for (int64_t s = 0; s < subs; ++s) {
-      const Quantized sub = Quantize(x + i * w.inputs + s * kSub, i < m ? w.inputs - s * kSub : 0, 127);
-      const int64_t at = (i / kRows * subs + s) * kRows + i % kRows;
-      int8_t* q = view.q + (i / kRows * subs + s) * kRows * kSub + i % kRows * 4;
-      int16_t totals[2] = {};
-      for (int64_t c = 0; c < kSub; ++c) {
-        // The low nibbles of 16 bytes are the even columns, the high ones the odd.
-        const int64_t place = w.kind == Kind::kInt4 ? c % 2 * 16 + c / 2 : c;
-        q[place / 4 * 4 * kRows + place % 4] = static_cast<int8_t>(sub.q[c]);
-        totals[place / 2 % 2] += sub.q[c];
+      const float* from = x + i * w.inputs + s * kSub;
+      const SubGroup sub = LoadSubGroup(from, i < m ? w.inputs - s * kSub : 0, steps == kSub / 4 ? 127 : 32767);
+      alignas(32) int32_t q[kSub / 2];
+      int32_t offset = 0;
+      if (w.kind == Kind::kInt4) {
+        __m256i even, odd;
+        SplitColumns(sub, &even, &odd);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(q), EvenOdd(even, odd));
+        // The sums of 16-bit lanes 0, 2, 4, ... and 1, 3, 5, ..., minus eight times.
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(w.mins ? 0 : 8), LoadInts(q));
+        __m128i four = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+        four = _mm_add_epi16(four, _mm_shuffle_epi32(four, 0b01001110));
+        four = _mm_add_epi16(four, _mm_shuffle_epi32(four, 0b10110001));
+        offset = _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), four));
+      } else {
+        for (int v = 0; v < 2; ++v) {
+          const __m256i words = _mm256_packs_epi32(sub.q[2 * v], sub.q[2 * v + 1]);
+          _mm256_store_si256(reinterpret_cast<__m256i*>(q) + v, _mm256_permute4x64_epi64(words, 0b11011000));
+        }
       }
-      for (int16_t& total : totals) total = static_cast<int16_t>(lifted ? -8 * total : 0);
-      std::memcpy(view.offset + at, totals, sizeof totals);
-      view.scale[at] = sub.scale;
-      view.sum[at] = sub.sum;
+      const int64_t at = i / kRows * subs + s, lane = i % kRows;
+      for (int j = 0; j < steps; ++j) view.q[(at * steps + j) * kRows + lane] = q[j];
+      view.scale[at * kRows + lane] = sub.scale;
+      view.sum[at * kRows + lane] = sub.sum;
+      view.offset[at * kRows + lane] = offset;
     }
 }
 
-// Part of a tile: codes [sub-group][step][vector][8 rows][4 columns], scales and minimums [sub-group][rows].
+// Part of a tile: codes [sub-group][step][vector][8 rows][32 bits], scales and minimums [sub-group][16 rows].
 struct Tile {
-  uint8_t* codes;
+  __m256i* codes;
   float* scale;
   float* min;
 };
 
-int64_t TiledScratchBytes(const Weights&) { return kPart * 2 * 8 + kPart / kSub * 16 * 8; }
+int64_t TiledScratchBytes(const Weights& w) { return kPart / kSub * (Steps(w) * 64 + kTileRows * 8); }
 
-Tile TileView(void* scratch) {
-  auto* codes = static_cast<uint8_t*>(scratch);
-  auto* scale = reinterpret_cast<float*>(codes + kPart * 2 * 8);
-  return {codes, scale, scale + kPart / kSub * 16};
+Tile TileView(const Weights& w, void* scratch) {
+  auto* codes = static_cast<__m256i*>(scratch);
+  auto* scale = reinterpret_cast<float*>(codes + kPart / kSub * Steps(w) * 2);
+  return {codes, scale, scale + kPart / kSub * kTileRows};
 }
 
 // Eight by eight, of 32 bits.
@@ -297,143 +377,138 @@ inline void Transpose(__m256i* rows) {
   for (int i = 0; i < 8; ++i) rows[i] = Bits<__m256i>(floats[i]);
 }
 
-// Columns [from, to) of eight rows of weights, as vector v of the tile. (With 8 bits v is 0: they fill both.)
+// Columns [from, to) of eight rows of weights, as vector v of the tile.
 template <Kind kind>
 void PackCodes(const Weights& w, const int64_t* rows, int64_t from, int64_t to, int v, const Tile& tile) {
-  const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols;
-  const __m256i nibble = _mm256_set1_epi8(15), lift = _mm256_set1_epi8(static_cast<char>(0x88));
-  auto* out = reinterpret_cast<__m256i*>(tile.codes) + v;
-  constexpr int64_t kColumns = kind == Kind::kInt4 ? 64 : 32;  // of 32 bytes
-  for (int64_t c = from; c < to; c += kColumns) {
-    const bool half = c + kColumns > to;
+  constexpr int64_t kPerByte = kind == Kind::kInt4 ? 2 : 1, kColumns = 32 * kPerByte;  // of 32 bytes
+  const __m256i nibble = _mm256_set1_epi8(15), lift = _mm256_set1_epi8(static_cast<char>(w.mins ? 0 : 0x88));
+  const uint8_t* codes[8];
+  for (int r = 0; r < 8; ++r) codes[r] = static_cast<const uint8_t*>(w.codes) + (rows[r] * w.cols + from) / kPerByte;
+  __m256i* out = tile.codes + v;
+  for (int64_t at = 0; at < (to - from) / kPerByte; at += 32, out += kColumns / kSub * kSteps<kind> * 2) {
+    const bool half = at + 32 > (to - from) / kPerByte;
     __m256i raw[8];
-    for (int r = 0; r < 8; ++r) {
-      const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + rows[r] * bytes + c * bytes / w.cols;
-      raw[r] = half ? _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)))
-                    : LoadInts(codes);
-    }
+    for (int r = 0; r < 8; ++r)
+      raw[r] = half ? _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes[r] + at)))
+                    : LoadInts(codes[r] + at);
     Transpose(raw);
-    if constexpr (kind == Kind::kInt4) {
-      for (int i = 0; i < (half ? 4 : 8); ++i) {  // four of a sub-group, each two steps
-        const __m256i lifted = w.mins ? raw[i] : _mm256_xor_si256(raw[i], lift);
-        __m256i* to_step = out + ((c - from) / kSub + i / 4) * kSteps * 2 + i % 4 * 2;
-        to_step[0] = _mm256_and_si256(lifted, nibble);
-        to_step[8] = _mm256_and_si256(_mm256_srli_epi16(lifted, 4), nibble);
-      }
-    } else {
-      for (int i = 0; i < kSteps; ++i) {
-        __m256i* to_step = out + ((c - from) / kSub * kSteps + i) * 2;
-        // Two's complement is 16 high + low, high from -8: lifted to 0 .. 15.
-        to_step[0] = _mm256_and_si256(_mm256_srli_epi16(_mm256_xor_si256(raw[i], lift), 4), nibble);
-        to_step[1] = _mm256_and_si256(raw[i], nibble);
+    for (int i = 0; i < (half ? 4 : 8); ++i) {
+      if constexpr (kind == Kind::kInt4) {  // four of a sub-group, each two steps
+        const __m256i lifted = _mm256_xor_si256(raw[i], lift);
+        __m256i* step = out + (i / 4 * kSteps<kind> + i % 4) * 2;
+        step[0] = _mm256_and_si256(lifted, nibble);
+        step[8] = _mm256_and_si256(_mm256_srli_epi16(lifted, 4), nibble);
+      } else {  // four columns: two steps. The bytes of a step go to the upper halves of 16 bits, then down.
+        const auto widen = [&](int b) {
+          const __m128i four = _mm_setr_epi8(-1, b, -1, b + 1, -1, b + 4, -1, b + 5, -1, b + 8, -1, b + 9, -1, b + 12,
+                                             -1, b + 13);
+          return _mm256_srai_epi16(_mm256_shuffle_epi8(raw[i], _mm256_broadcastsi128_si256(four)), 8);
+        };
+        out[4 * i] = widen(0);
+        out[4 * i + 2] = widen(2);
       }
     }
   }
 }
 
-// The scales of eight rows from block `first` on, to out [sub-group][stride].
-void PackScales(const Scales& scales, const int64_t* rows, int64_t first, int64_t subs, int64_t stride, float* out) {
+// The scales of eight rows from block `first` on, to out [sub-group][16].
+void PackScales(const Scales& scales, const int64_t* rows, int64_t first, int64_t subs, float* out) {
   for (int64_t b = 0; b * kSubs < subs; ++b) {
     const bool plain = scales.plain() && (b + 1) * kSubs <= subs;
     Floats eight[8];
     for (int r = 0; r < 8; ++r)
       eight[r] = Bits<Floats>(plain ? scales.Narrow(rows[r], first + b) : scales.Any(rows[r], first + b));
     Transpose(eight);
-    for (int64_t s = b * kSubs; s < std::min(subs, (b + 1) * kSubs); ++s) Store(out + s * stride, eight[s % kSubs]);
+    for (int64_t s = b * kSubs; s < std::min(subs, (b + 1) * kSubs); ++s) Store(out + s * kTileRows, eight[s % kSubs]);
   }
 }
 
 template <Kind kind>
 void Pack(const Weights& w, const Scales& scales, const Scales& mins, int64_t begin, int64_t from, int64_t to,
           const Tile& tile) {
-  for (int v = 0; v < kTileRows<kind> / 8; ++v) {
+  for (int v = 0; v < 2; ++v) {
     int64_t rows[8];
     for (int r = 0; r < 8; ++r) rows[r] = std::min(begin + 8 * v + r, w.rows - 1);  // past the end: repeat the last
     PackCodes<kind>(w, rows, from, to, v, tile);
-    PackScales(scales, rows, from / kBlock, (to - from) / kSub, kTileRows<kind>, tile.scale + 8 * v);
-    if (w.mins) PackScales(mins, rows, from / kBlock, (to - from) / kSub, kTileRows<kind>, tile.min + 8 * v);
+    PackScales(scales, rows, from / kBlock, (to - from) / kSub, tile.scale + 8 * v);
+    if (w.mins) PackScales(mins, rows, from / kBlock, (to - from) / kSub, tile.min + 8 * v);
   }
 }
 
-inline __m256i Splat4(const void* from) {
-  int32_t four;
-  std::memcpy(&four, from, sizeof four);
-  return _mm256_set1_epi32(four);
+// sum += a * b, pairs of bytes in 16 bits or pairs of 16 bits in 32. GCC would put off the additions of unrolled steps,
+// and store what is to be added.
+template <Kind kind>
+inline void AddProducts(__m256i& sum, __m256i a, __m256i b) {
+  if constexpr (kind == Kind::kInt4)
+    __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(_mm256_maddubs_epi16(a, b)));
+  else
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(a, b)));
 }
 
-// sum += products, in 16 bits. GCC would put off the additions of unrolled steps, and store what is to be added.
-inline void Add16(__m256i& sum, __m256i products) { __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(products)); }
-
-// Columns [from, to) of four rows of x, the first a multiple of four, times a tile: added to y unless these are the
+// Columns [from, to) of kRows rows of x, the first a multiple of kRows, times a tile: added to y unless these are the
 // first columns.
 template <Kind kind, bool kAffine>
 __attribute__((noinline)) void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t first, int64_t m,
                                         int64_t from, int64_t to, float* y, int64_t begin, int64_t end) {
-  constexpr int kOuts = kTileRows<kind> / 8;
   const int64_t at = first / kRows * (w.cols / kSub) + from / kSub;  // the first sub-group
-  const auto* codes = reinterpret_cast<const __m256i*>(tile.codes);
-  const int8_t* q = x.q + at * kRows * kSub;
-  const int32_t* offset = x.offset + at * kRows;
+  const __m256i* codes = tile.codes;
+  const int32_t *q = x.q + at * kRows * kSteps<kind>, *offset = x.offset + at * kRows;
   const float *x_scale = x.scale + at * kRows, *x_sum = x.sum + at * kRows, *scales = tile.scale, *mins = tile.min;
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256 acc[kRows][kOuts];
+  __m256 acc[kRows][2];
   for (auto& row : acc)
     for (__m256& sum : row) sum = _mm256_setzero_ps();
   for (int64_t s = from / kSub; s < to / kSub; ++s) {
     __m256i sum[kRows][2];
-    for (int r = 0; r < kRows; ++r) {
-      sum[r][0] = Splat4(offset + r);
-      sum[r][1] = kind == Kind::kInt4 ? sum[r][0] : _mm256_setzero_si256();
-    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+      sum[r][0] = sum[r][1] = kind == Kind::kInt4 ? _mm256_set1_epi32(offset[r]) : _mm256_setzero_si256();
 #pragma GCC unroll 8
-    for (int j = 0; j < kSteps; ++j) {
+    for (int j = 0; j < kSteps<kind>; ++j) {
       const __m256i w0 = _mm256_load_si256(codes + 2 * j), w1 = _mm256_load_si256(codes + 2 * j + 1);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
-        const __m256i four = Splat4(q + (j * kRows + r) * 4);
-        Add16(sum[r][0], _mm256_maddubs_epi16(w0, four));
-        Add16(sum[r][1], _mm256_maddubs_epi16(w1, four));
+        const __m256i inputs = _mm256_set1_epi32(q[j * kRows + r]);
+        AddProducts<kind>(sum[r][0], w0, inputs);
+        AddProducts<kind>(sum[r][1], w1, inputs);
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const __m256 xs = _mm256_set1_ps(x_scale[r]);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int v = 0; v < kOuts; ++v) {
-        __m256i total = _mm256_madd_epi16(sum[r][v], kind == Kind::kInt4 ? ones : _mm256_set1_epi16(16));
-        if constexpr (kind == Kind::kInt8) total = _mm256_add_epi32(total, _mm256_madd_epi16(sum[r][1], ones));
-        const __m256 scale = _mm256_mul_ps(_mm256_load_ps(scales + 8 * v), xs);
+      for (int v = 0; v < 2; ++v) {
+        const __m256i total = kind == Kind::kInt4 ? _mm256_madd_epi16(sum[r][v], ones) : sum[r][v];
+        const __m256 scale = _mm256_mul_ps(_mm256_load_ps(scales + 8 * v), _mm256_set1_ps(x_scale[r]));
         acc[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, acc[r][v]);
         if constexpr (kAffine)
           acc[r][v] = _mm256_fmadd_ps(_mm256_load_ps(mins + 8 * v), _mm256_set1_ps(x_sum[r]), acc[r][v]);
       }
-    }
-    codes += 2 * kSteps;
-    q += kRows * kSub;
+    codes += 2 * kSteps<kind>;
+    q += kRows * kSteps<kind>;
     offset += kRows;
     x_scale += kRows;
     x_sum += kRows;
-    scales += kTileRows<kind>;
-    mins += kTileRows<kind>;
+    scales += kTileRows;
+    mins += kTileRows;
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-    if (first + r == m) break;
+    if (first + r >= m) break;
     float* out = y + (first + r) * w.rows + begin;
-    float results[kTileRows<kind>];
-    for (int v = 0; v < kOuts; ++v) _mm256_storeu_ps(results + 8 * v, acc[r][v]);
-    for (int64_t i = 0; i < std::min(kTileRows<kind>, end - begin); ++i)
+    float results[kTileRows];
+    for (int v = 0; v < 2; ++v) _mm256_storeu_ps(results + 8 * v, acc[r][v]);
+    for (int64_t i = 0; i < std::min(kTileRows, end - begin); ++i)
       out[i] = from > 0 ? out[i] + results[i] : results[i];
   }
 }
 
 template <Kind kind, bool kAffine>
 void TiledRows(const Weights& w, const TiledX& x, int64_t m, float* y, int64_t begin, int64_t end, void* scratch) {
-  const Tile tile = TileView(scratch);
+  const Tile tile = TileView(w, scratch);
   const Scales scales(w, w.scales), mins(w, w.mins);
   for (int64_t from = 0; from < w.cols; from += kPart) {
     const int64_t to = std::min(from + kPart, w.cols);
-    for (int64_t row = begin; row < end; row += kTileRows<kind>) {
+    for (int64_t row = begin; row < end; row += kTileRows) {
       Pack<kind>(w, scales, mins, row, from, to, tile);
       for (int64_t i = 0; i < m; i += kRows) Multiply<kind, kAffine>(w, x, tile, i, m, from, to, y, row, end);
     }
@@ -453,7 +528,7 @@ void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t 
 }  // namespace
 
 const Kernels& Avx2Kernels() {
-  static constexpr Kernels kernels = {"avx2",     FewBytes,     FewPrepare, FewRows,
+  static constexpr Kernels kernels = {"avx2",              FewBytes,     FewPrepare, FewRows,
                                       TiledBytes, TiledPrepare, Tiled,      TiledScratchBytes};
   return kernels;
 }
