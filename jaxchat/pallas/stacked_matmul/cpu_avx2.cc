@@ -55,7 +55,7 @@ SubGroup LoadSubGroup(const float* from, int64_t count, float steps) {
 }
 
 // 32 columns of 16 bits: the even ones, then the odd ones.
-void SplitColumns(const SubGroup& x, __m256i* even, __m256i* odd) {
+void SplitSubGroup(const SubGroup& x, __m256i* even, __m256i* odd) {
   const auto pick = [](__m256i a, __m256i b, auto which) {
     return _mm256_castps_si256(
         _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), decltype(which)::value));
@@ -138,7 +138,7 @@ void Prepare(const Weights& w, const float* x, Block<Kind::kInt4>* out) {
       const int64_t start = b * kBlock + s * kSub;
       const SubGroup sub = LoadSubGroup(x + start, w.inputs - start, 127);
       __m256i even, odd;
-      SplitColumns(sub, &even, &odd);
+      SplitSubGroup(sub, &even, &odd);
       const __m256i bytes = EvenOdd(even, odd);
       _mm_store_si128(reinterpret_cast<__m128i*>(out[b].q[s / 2][0] + s % 2 * 16), _mm256_castsi256_si128(bytes));
       _mm_store_si128(reinterpret_cast<__m128i*>(out[b].q[s / 2][1] + s % 2 * 16), _mm256_extracti128_si256(bytes, 1));
@@ -156,7 +156,7 @@ void Prepare(const Weights& w, const float* x, Block<Kind::kInt8>* out) {
       out[b].scale[s] = sub.scale;
       out[b].sum[s] = sub.sum;
       __m256i even, odd;
-      SplitColumns(sub, &even, &odd);
+      SplitSubGroup(sub, &even, &odd);
       _mm256_store_si256(reinterpret_cast<__m256i*>(out[b].q[s][0]), even);
       _mm256_store_si256(reinterpret_cast<__m256i*>(out[b].q[s][1]), odd);
     }
@@ -229,14 +229,14 @@ void Row(const Weights& w, const Scales& scales, const Scales& mins, const Block
   const __m256 none = _mm256_setzero_ps();
   __m256 acc[M];
   for (int m = 0; m < M; ++m) acc[m] = none;
+  const auto step = [&](int64_t b, __m256 scale, __m256 min) {
+    Prefetch<kBytes>(codes + b * kBytes);
+    Step<M, kAffine>(codes + b * kBytes, scale, min, x + b, stride, acc);
+  };
   if (scales.plain())
-    for (int64_t b = from; b < whole; ++b)
-      Step<M, kAffine>(codes + b * kBytes, scales.Narrow(row, b),
-                       kAffine ? mins.Narrow(row, b) : none, x + b, stride, acc);
+    for (int64_t b = from; b < whole; ++b) step(b, scales.Narrow(row, b), kAffine ? mins.Narrow(row, b) : none);
   else
-    for (int64_t b = from; b < whole; ++b)
-      Step<M, kAffine>(codes + b * kBytes, scales.Any(row, b),
-                       kAffine ? mins.Any(row, b) : none, x + b, stride, acc);
+    for (int64_t b = from; b < whole; ++b) step(b, scales.Any(row, b), kAffine ? mins.Any(row, b) : none);
   if (whole < to) {
     uint8_t last[kBytes] = {};
     std::memcpy(last, codes + whole * kBytes, bytes - whole * kBytes);
@@ -262,7 +262,7 @@ void Rows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t b
 int64_t FewBytes(const Weights& w, int64_t m) {
   if (w.kind == Kind::kInt4) return m * Blocks(w) * sizeof(Block<Kind::kInt4>);
   if (w.kind == Kind::kInt8) return m * Blocks(w) * sizeof(Block<Kind::kInt8>);
-  return 0;
+  return FloatBytes(w, m);
 }
 
 template <Kind kind>
@@ -273,6 +273,7 @@ void PrepareAll(const Weights& w, const float* x, int64_t m, void* out) {
 void FewPrepare(const Weights& w, const float* x, int64_t m, void* out) {
   if (w.kind == Kind::kInt4) PrepareAll<Kind::kInt4>(w, x, m, out);
   if (w.kind == Kind::kInt8) PrepareAll<Kind::kInt8>(w, x, m, out);
+  FloatPrepare(w, x, m, out);
 }
 
 template <Kind kind>
@@ -284,7 +285,7 @@ void QuantizedRows(const Weights& w, const void* prepared, int64_t m, float* y, 
 void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
   if (w.kind == Kind::kInt4) return QuantizedRows<Kind::kInt4>(w, prepared, m, y, begin, end);
   if (w.kind == Kind::kInt8) return QuantizedRows<Kind::kInt8>(w, prepared, m, y, begin, end);
-  AnyFloatRows(w, x, m, y, begin, end);
+  AnyFloatRows(w, x, prepared, m, y, begin, end);
 }
 
 // ---------------------------------------------------------------- many rows of x
@@ -332,7 +333,7 @@ void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, in
       int32_t offset = 0;
       if (w.kind == Kind::kInt4) {
         __m256i even, odd;
-        SplitColumns(sub, &even, &odd);
+        SplitSubGroup(sub, &even, &odd);
         _mm256_store_si256(reinterpret_cast<__m256i*>(q), EvenOdd(even, odd));
         // The sums of 16-bit lanes 0, 2, 4, ... and 1, 3, 5, ..., minus eight times.
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(w.mins ? 0 : 8), LoadInts(q));

@@ -35,38 +35,95 @@ inline float LoadScale(const void* scales, int64_t i, bool wide) {
   return WidenHalf(Halves{static_cast<const uint16_t*>(scales)[i]})[0];
 }
 
-// ---------------------------------------------------------------- float weights, a few rows of x
-
-template <Kind kind>
-inline Floats LoadFloats(const void* codes, int64_t i) {
-  if constexpr (kind == Kind::kF32) return Load<Floats>(static_cast<const float*>(codes) + i);
-  const Halves half = Load<Halves>(static_cast<const uint16_t*>(codes) + i);
-  if constexpr (kind == Kind::kF16) return WidenHalf(half);
-  return WidenBfloat16(half);
+// Asks for weights that are read soon. Rows follow each other: what is next lies ahead also where a row ends.
+template <int64_t kBytesRead>
+inline void Prefetch(const void* weights) {
+  constexpr int64_t kAhead = 1024;
+  for (int64_t i = 0; i < kBytesRead; i += 64) __builtin_prefetch(static_cast<const char*>(weights) + kAhead + i);
 }
 
+// ---------------------------------------------------------------- float weights, a few rows of x
+
+
+// What one step takes: columns of the weights as vectors of floats, which meet as many vectors of x.
+template <Kind kind>
+struct FloatVectors {
+  static constexpr int kCount = 1;
+  Floats values[1];
+  explicit FloatVectors(const void* from) {
+    if constexpr (kind == Kind::kF32)
+      values[0] = Load<Floats>(from);
+    else
+      values[0] = WidenHalf(Load<Halves>(from));
+  }
+};
+
+// A bfloat16 is the upper half of a float32. Of a vector of 32 bits, the lower halves are the even columns, and the
+// upper ones, the others cleared, the odd ones: `SplitEvenOdd` gives x that order.
+template <>
+struct FloatVectors<Kind::kBf16> {
+  static constexpr int kCount = 2;
+  Floats values[2];
+  explicit FloatVectors(const void* from) {
+    const Ints pairs = Load<Ints>(from);
+    values[0] = Bits<Floats>(pairs << 16);
+    values[1] = Bits<Floats>(pairs & -65536);
+  }
+};
+
+constexpr int64_t kSplitColumns = 2 * kLanes;
+
+int64_t SplitColumns(int64_t columns) { return (columns + kSplitColumns - 1) / kSplitColumns * kSplitColumns; }
+
+// [m, n] -> [m, SplitColumns(n)]: of each 2 kLanes columns the even ones, then the odd ones; zeros behind.
+void SplitEvenOdd(const float* x, int64_t m, int64_t n, float* out) {
+  const auto split = [&out](const float* from) {
+    for (int c = 0; c < kLanes; ++c) {
+      out[c] = from[2 * c];
+      out[kLanes + c] = from[2 * c + 1];
+    }
+    out += kSplitColumns;
+  };
+  for (int64_t i = 0; i < m; ++i, x += n) {
+    int64_t k = 0;
+    for (; k + kSplitColumns <= n; k += kSplitColumns) split(x + k);
+    if (k == n) continue;
+    float last[kSplitColumns] = {};
+    std::memcpy(last, x + k, (n - k) * sizeof(float));
+    split(last);
+  }
+}
+
+// M rows of x, `stride` floats apart, times one row of weights.
 template <Kind kind, int M>
-void FloatRow(const Weights& w, const float* x, int64_t row, float* y) {
+void FloatRow(const Weights& w, const float* x, int64_t stride, int64_t row, float* y) {
+  using Vectors = FloatVectors<kind>;
   constexpr int kUnroll = 4;  // independent sums: one would wait for its own last addition
   constexpr int kWidth = kind == Kind::kF32 ? 4 : 2;
+  constexpr int kStep = Vectors::kCount * kLanes;  // columns
   const int64_t n = w.inputs;
   const char* from = static_cast<const char*>(w.codes) + row * w.cols * kWidth;
   Floats acc[M][kUnroll] = {};
+  const auto add = [&](const char* weights, const float* inputs, int64_t inputs_stride, int u) {
+    const Vectors v(weights);
+    for (int m = 0; m < M; ++m)
+      for (int c = 0; c < Vectors::kCount; ++c)
+        acc[m][u] += v.values[c] * Load<Floats>(inputs + m * inputs_stride + c * kLanes);
+  };
   int64_t k = 0;
-  for (; k + kUnroll * kLanes <= n; k += kUnroll * kLanes)
-    for (int u = 0; u < kUnroll; ++u) {
-      const Floats weights = LoadFloats<kind>(from, k + u * kLanes);
-      for (int m = 0; m < M; ++m) acc[m][u] += weights * Load<Floats>(x + m * n + k + u * kLanes);
-    }
-  for (; k < n; k += kLanes) {  // the rest; zeros stand beyond the end
-    const int64_t left = std::min<int64_t>(kLanes, n - k);
-    char weights[kLanes * kWidth] = {};
+  for (; k + kUnroll * kStep <= n; k += kUnroll * kStep) {
+    Prefetch<kUnroll * kStep * kWidth>(from + k * kWidth);
+    for (int u = 0; u < kUnroll; ++u) add(from + (k + u * kStep) * kWidth, x + k + u * kStep, stride, u);
+  }
+  for (; k < n; k += kStep) {  // the rest; zeros stand beyond the end
+    const int64_t left = std::min<int64_t>(kStep, n - k);
+    char weights[kStep * kWidth] = {};
+    float inputs[M * kStep] = {};
     std::memcpy(weights, from + k * kWidth, left * kWidth);
-    for (int m = 0; m < M; ++m) {
-      float inputs[kLanes] = {};
-      std::memcpy(inputs, x + m * n + k, left * sizeof(float));
-      acc[m][0] += LoadFloats<kind>(weights, 0) * Load<Floats>(inputs);
-    }
+    // Split x has its own zeros.
+    for (int m = 0; m < M; ++m)
+      std::memcpy(inputs + m * kStep, x + m * stride + k, (kind == Kind::kBf16 ? kStep : left) * sizeof(float));
+    add(weights, inputs, kStep, 0);
   }
   for (int m = 0; m < M; ++m) y[m * w.rows + row] = Sum((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
 }
@@ -80,17 +137,27 @@ void InSteps(int64_t m, const Work& work) {
 }
 
 template <Kind kind>
-void FloatRows(const Weights& w, const float* x, int64_t m, float* y, int64_t begin, int64_t end) {
+void FloatRows(const Weights& w, const float* x, int64_t stride, int64_t m, float* y, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row)
     InSteps<2>(m, [&](auto count, int64_t i) {
-      FloatRow<kind, decltype(count)::value>(w, x + i * w.inputs, row, y + i * w.rows);
+      FloatRow<kind, decltype(count)::value>(w, x + i * stride, stride, row, y + i * w.rows);
     });
 }
 
-void AnyFloatRows(const Weights& w, const float* x, int64_t m, float* y, int64_t begin, int64_t end) {
-  if (w.kind == Kind::kF32) return FloatRows<Kind::kF32>(w, x, m, y, begin, end);
-  if (w.kind == Kind::kBf16) return FloatRows<Kind::kBf16>(w, x, m, y, begin, end);
-  if (w.kind == Kind::kF16) return FloatRows<Kind::kF16>(w, x, m, y, begin, end);
+int64_t FloatBytes(const Weights& w, int64_t m) {
+  return w.kind == Kind::kBf16 ? m * SplitColumns(w.inputs) * static_cast<int64_t>(sizeof(float)) : 0;
+}
+
+void FloatPrepare(const Weights& w, const float* x, int64_t m, void* out) {
+  if (w.kind == Kind::kBf16) SplitEvenOdd(x, m, w.inputs, static_cast<float*>(out));
+}
+
+void AnyFloatRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
+                  int64_t end) {
+  if (w.kind == Kind::kF32) return FloatRows<Kind::kF32>(w, x, w.inputs, m, y, begin, end);
+  if (w.kind == Kind::kF16) return FloatRows<Kind::kF16>(w, x, w.inputs, m, y, begin, end);
+  const auto* split = static_cast<const float*>(prepared);
+  FloatRows<Kind::kBf16>(w, split, SplitColumns(w.inputs), m, y, begin, end);
 }
 
 // ---------------------------------------------------------------- activations as integers

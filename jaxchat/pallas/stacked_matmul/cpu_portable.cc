@@ -162,12 +162,13 @@ struct Few {
 int64_t FewBytes(const Weights& w, int64_t m) {
   if (w.kind == Kind::kInt4) return m * Few<Kind::kInt4>::Blocks(w) * sizeof(Block<Kind::kInt4>);
   if (w.kind == Kind::kInt8) return m * Few<Kind::kInt8>::Blocks(w) * sizeof(Block<Kind::kInt8>);
-  return 0;
+  return FloatBytes(w, m);
 }
 
 void FewPrepare(const Weights& w, const float* x, int64_t m, void* out) {
   if (w.kind == Kind::kInt4) Few<Kind::kInt4>::Prepare(w, x, m, out);
   if (w.kind == Kind::kInt8) Few<Kind::kInt8>::Prepare(w, x, m, out);
+  FloatPrepare(w, x, m, out);
 }
 
 template <Kind kind>
@@ -182,7 +183,7 @@ void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, 
                  int64_t end) {
   if (w.kind == Kind::kInt8) return QuantizedRows<Kind::kInt8>(w, prepared, m, y, begin, end);
   if (w.kind == Kind::kInt4) return QuantizedRows<Kind::kInt4>(w, prepared, m, y, begin, end);
-  AnyFloatRows(w, x, m, y, begin, end);
+  AnyFloatRows(w, x, prepared, m, y, begin, end);
 }
 
 // ---------------------------------------------------------------- quantized weights, many rows of x
