@@ -35,7 +35,9 @@ def available() -> bool:
 
 
 def instruction_set() -> str:
-    """The instruction set the kernels use, `avx512`, `avx2` or `portable`; empty when unavailable.
+    """The instruction set the kernels use; empty when unavailable.
+
+    `avx512` (with VNNI), `avx2`, `i8mm`, `dotprod` (both ARM) or `portable`.
 
     The best the processor has, unless the environment variable JAXCHAT_CPU_ISA names another (for tests).
     """

@@ -46,7 +46,8 @@ def test_an_install_where_there_is_a_compiler_has_native_kernels():
 def test_the_best_instruction_set_of_the_processor_is_used():
     if not native.available():
         pytest.skip(native.why_not())
-    known = ("avx512", "avx2", "portable") if platform.machine() in ("x86_64", "AMD64") else ("portable",)
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    known = ("avx512", "avx2", "portable") if x86 else ("i8mm", "dotprod", "portable")
     assert native.instruction_set() in known
     show = "from jaxchat import native; print(native.instruction_set())"
     assert python(show, JAXCHAT_CPU_ISA="portable") == "portable\n"

@@ -4,8 +4,23 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace jaxchat {
 namespace {
+
+#if defined(__aarch64__) && defined(__APPLE__)
+bool Has(const char* feature) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+#endif
 
 bool Supports(Isa isa) {
 #if defined(__x86_64__)
@@ -15,6 +30,12 @@ bool Supports(Isa isa) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__) && defined(__linux__)
+  if (isa == Isa::kDotprod) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+  if (isa == Isa::kI8mm) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP && getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  if (isa == Isa::kDotprod) return Has("hw.optional.arm.FEAT_DotProd");
+  if (isa == Isa::kI8mm) return Has("hw.optional.arm.FEAT_DotProd") && Has("hw.optional.arm.FEAT_I8MM");
 #endif
   return isa == Isa::kPortable;
 }
@@ -24,6 +45,8 @@ const char* Name(Isa isa) {
     case Isa::kPortable: return "portable";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kDotprod: return "dotprod";
+    case Isa::kI8mm: return "i8mm";
     case Isa::kNone: break;
   }
   return "";
@@ -31,7 +54,7 @@ const char* Name(Isa isa) {
 
 Isa Choose() {
   const char* wanted = std::getenv("JAXCHAT_CPU_ISA");
-  for (Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
+  for (Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kI8mm, Isa::kDotprod, Isa::kPortable})
     if (Supports(isa) && (wanted == nullptr || std::strcmp(wanted, Name(isa)) == 0)) return isa;
   return Isa::kNone;
 }

@@ -18,13 +18,15 @@ const AttentionKernels* Pick() {
     case Isa::kAvx512: return &Avx512AttentionKernels();
     case Isa::kAvx2: return &Avx2AttentionKernels();
 #endif
-    case Isa::kPortable: return &PortableAttentionKernels();
+    case Isa::kPortable:
+    case Isa::kDotprod:
+    case Isa::kI8mm: return &PortableAttentionKernels();
     default: return nullptr;
   }
 }
 
 ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                          ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> slot, 
+                          ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> slot,
                           ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> window,
                           ffi::Result<ffi::Buffer<ffi::F32>> out, float softcap) {
   static const AttentionKernels* const kernels = Pick();

@@ -19,6 +19,9 @@ const Kernels* Pick() {
 #if defined(__x86_64__)
     case Isa::kAvx512: return &Avx512Kernels();
     case Isa::kAvx2: return &Avx2Kernels();
+#elif defined(__aarch64__)
+    case Isa::kDotprod: return &DotprodKernels();
+    case Isa::kI8mm: return &I8mmKernels();
 #endif
     case Isa::kPortable: return &PortableKernels();
     default: return nullptr;

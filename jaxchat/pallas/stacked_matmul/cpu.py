@@ -35,10 +35,10 @@ def stacked_matmuls(
     """`stacked_matmul` of one x with several weights, in one call: fewer waits for the slowest thread.
 
     Quantized weights meet activations that are integers too, with a scale per 32 of them. 4-bit weights: 8
-    bits, as in llama.cpp; far finer than the weights. 8-bit weights: 15 bits, but 8 bits in prefill from
-    `FEW_TOKENS` on, which is bound by arithmetic; there bfloat16 weights meet bfloat16 activations, if the
-    processor multiplies those. The choice depends on T (x is [B, T, I]) and not on B: a sequence's tokens do
-    not depend on its neighbours.
+    bits or more, as in llama.cpp; far finer than the weights. 8-bit weights: 15 bits; in prefill from
+    `FEW_TOKENS` on, which is bound by arithmetic, 8 bits or more: what the processor multiplies best. There
+    bfloat16 weights meet bfloat16 activations, if the processor multiplies those. The choice depends on T
+    (x is [B, T, I]) and not on B: a sequence's tokens do not depend on its neighbours.
     """
     few = x.ndim <= 2 or x.shape[-2] < FEW_TOKENS
     calls: dict[bool, list[int]] = {}  # few or many -> numbers of the weights

@@ -13,52 +13,12 @@ constexpr int64_t kSubs = kBlock / kSub;   // sub-groups in them: their scales f
 
 __m256i LoadInts(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
-// ---------------------------------------------------------------- activations as integers
-
-// 32 activations as integers, eight columns a vector, with their scale and sums.
-struct SubGroup {
-  __m256i q[4];
-  int32_t total;  // of the integers
-  float scale, sum;
-};
-
-// Integers up to `steps`. `count` values are real, the others zero. NaN and infinity make the scale NaN.
-SubGroup LoadSubGroup(const float* from, int64_t count, float steps) {
-  float padded[kSub] = {};
-  if (count < kSub) {
-    if (count > 0) std::memcpy(padded, from, count * sizeof(float));
-    from = padded;
-  }
-  Floats x[4], sum{};
-  Ints top{};
-  for (int i = 0; i < 4; ++i) {
-    x[i] = Load<Floats>(from + i * kLanes);
-    sum += x[i];
-    const Ints magnitude = Bits<Ints>(x[i]) & 0x7fffffff;  // compares like the values, NaN on top
-    top = magnitude > top ? magnitude : top;
-  }
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits = std::max<int32_t>(bits, top[i]);
-  const float largest = Bits<float>(bits);
-  const bool finite = bits < 0x7f800000, nonzero = largest > 1e-30f;
-  const float inverse = finite && nonzero ? steps / largest : 0.0f;
-  SubGroup out;
-  out.scale = !finite ? std::numeric_limits<float>::quiet_NaN() : nonzero ? largest / steps : 0.0f;
-  out.sum = Sum(sum);
-  Ints total{};
-  for (int i = 0; i < 4; ++i) {
-    out.q[i] = _mm256_cvtps_epi32(reinterpret_cast<__m256>(x[i] * inverse));
-    total += Bits<Ints>(out.q[i]);
-  }
-  out.total = Sum(total);
-  return out;
-}
+// ---------------------------------------------------------------- the order of columns
 
 // 32 columns of 16 bits: the even ones, then the odd ones.
-void SplitSubGroup(const SubGroup& x, __m256i* even, __m256i* odd) {
-  const auto pick = [](__m256i a, __m256i b, auto which) {
-    return _mm256_castps_si256(
-        _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), decltype(which)::value));
+void SplitInts(const Quantized& x, __m256i* even, __m256i* odd) {
+  const auto pick = [](Ints a, Ints b, auto which) {
+    return Bits<__m256i>(_mm256_shuffle_ps(Bits<__m256>(a), Bits<__m256>(b), decltype(which)::value));
   };
   constexpr std::integral_constant<int, 0x88> kEven;
   constexpr std::integral_constant<int, 0xdd> kOdd;
@@ -136,9 +96,9 @@ void Prepare(const Weights& w, const float* x, Block<Kind::kInt4>* out) {
   for (int64_t b = 0; b < Blocks(w); ++b)
     for (int64_t s = 0; s < kSubs; ++s) {
       const int64_t start = b * kBlock + s * kSub;
-      const SubGroup sub = LoadSubGroup(x + start, w.inputs - start, 127);
+      const Quantized sub = Quantize(x + start, w.inputs - start, 127);
       __m256i even, odd;
-      SplitSubGroup(sub, &even, &odd);
+      SplitInts(sub, &even, &odd);
       const __m256i bytes = EvenOdd(even, odd);
       _mm_store_si128(reinterpret_cast<__m128i*>(out[b].q[s / 2][0] + s % 2 * 16), _mm256_castsi256_si128(bytes));
       _mm_store_si128(reinterpret_cast<__m128i*>(out[b].q[s / 2][1] + s % 2 * 16), _mm256_extracti128_si256(bytes, 1));
@@ -152,11 +112,11 @@ void Prepare(const Weights& w, const float* x, Block<Kind::kInt8>* out) {
   for (int64_t b = 0; b < Blocks(w); ++b)
     for (int64_t s = 0; s < kSubs; ++s) {
       const int64_t start = b * kBlock + s * kSub;
-      const SubGroup sub = LoadSubGroup(x + start, w.inputs - start, 32767);
+      const Quantized sub = Quantize(x + start, w.inputs - start, 32767);
       out[b].scale[s] = sub.scale;
       out[b].sum[s] = sub.sum;
       __m256i even, odd;
-      SplitSubGroup(sub, &even, &odd);
+      SplitInts(sub, &even, &odd);
       _mm256_store_si256(reinterpret_cast<__m256i*>(out[b].q[s][0]), even);
       _mm256_store_si256(reinterpret_cast<__m256i*>(out[b].q[s][1]), odd);
     }
@@ -328,12 +288,12 @@ void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, in
   for (int64_t i = begin; i < (end == m ? Padded(m) : end); ++i)
     for (int64_t s = 0; s < subs; ++s) {
       const float* from = x + i * w.inputs + s * kSub;
-      const SubGroup sub = LoadSubGroup(from, i < m ? w.inputs - s * kSub : 0, steps == kSub / 4 ? 127 : 32767);
+      const Quantized sub = Quantize(from, i < m ? w.inputs - s * kSub : 0, steps == kSub / 4 ? 127 : 32767);
       alignas(32) int32_t q[kSub / 2];
       int32_t offset = 0;
       if (w.kind == Kind::kInt4) {
         __m256i even, odd;
-        SplitSubGroup(sub, &even, &odd);
+        SplitInts(sub, &even, &odd);
         _mm256_store_si256(reinterpret_cast<__m256i*>(q), EvenOdd(even, odd));
         // The sums of 16-bit lanes 0, 2, 4, ... and 1, 3, 5, ..., minus eight times.
         const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(w.mins ? 0 : 8), LoadInts(q));
@@ -343,7 +303,7 @@ void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, in
         offset = _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), four));
       } else {
         for (int v = 0; v < 2; ++v) {
-          const __m256i words = _mm256_packs_epi32(sub.q[2 * v], sub.q[2 * v + 1]);
+          const __m256i words = _mm256_packs_epi32(Bits<__m256i>(sub.q[2 * v]), Bits<__m256i>(sub.q[2 * v + 1]));
           _mm256_store_si256(reinterpret_cast<__m256i*>(q) + v, _mm256_permute4x64_epi64(words, 0b11011000));
         }
       }

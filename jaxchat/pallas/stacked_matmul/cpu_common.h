@@ -44,7 +44,6 @@ inline void Prefetch(const void* weights) {
 
 // ---------------------------------------------------------------- float weights, a few rows of x
 
-
 // What one step takes: columns of the weights as vectors of floats, which meet as many vectors of x.
 template <Kind kind>
 struct FloatVectors {
@@ -164,37 +163,46 @@ void AnyFloatRows(const Weights& w, const float* x, const void* prepared, int64_
 
 constexpr int64_t kSub = 32;  // columns of x that share a scale, whatever the weights' group
 
+// 32 activations as integers, with their scale and sums.
 struct Quantized {
-  int16_t q[kSub];
+  Ints q[kSub / kLanes];
+  int32_t total;  // of the integers
   float scale;
   float sum;  // of the values, for affine weights
+
+  int32_t At(int64_t column) const { return q[column / kLanes][column % kLanes]; }
 };
 
-// 32 values as integers up to `steps`; `count` of them are real, the others zero. NaN and infinity make the scale NaN.
+// Integers up to `steps`. `count` values are real, the others zero. NaN and infinity make the scale NaN.
 inline Quantized Quantize(const float* from, int64_t count, float steps) {
-  float values[kSub] = {};
-  if (count > 0) std::memcpy(values, from, std::min(count, kSub) * sizeof(float));
-  Quantized out;
-  Ints top{};
+  float padded[kSub] = {};
+  if (count < kSub) {
+    if (count > 0) std::memcpy(padded, from, count * sizeof(float));
+    from = padded;
+  }
+  Ints top{}, total{};
   Floats sum{};
   for (int64_t i = 0; i < kSub; i += kLanes) {
     // Magnitudes compare like their bits, which puts NaN on top.
-    const Ints magnitude = Load<Ints>(values + i) & 0x7fffffff;
+    const Ints magnitude = Load<Ints>(from + i) & 0x7fffffff;
     top = magnitude > top ? magnitude : top;
-    sum += Load<Floats>(values + i);
+    sum += Load<Floats>(from + i);
   }
   int32_t bits = 0;
   for (int i = 0; i < kLanes; ++i) bits = std::max<int32_t>(bits, top[i]);
   const float largest = Bits<float>(bits);
   const bool finite = bits < 0x7f800000, nonzero = largest > 1e-30f;
+  const float inverse = finite && nonzero ? steps / largest : 0.0f;
+  Quantized out;
+  for (int64_t i = 0; i < kSub / kLanes; ++i) {
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits; NaN leaves some, and its scale is NaN.
+    const Floats shifted = Load<Floats>(from + i * kLanes) * inverse + 12582912.0f;
+    out.q[i] = (Bits<Ints>(shifted) & 0x7fffff) - 0x400000;
+    total += out.q[i];
+  }
+  out.total = Sum(total);
   out.scale = !finite ? std::numeric_limits<float>::quiet_NaN() : nonzero ? largest / steps : 0.0f;
   out.sum = Sum(sum);
-  const float inverse = finite && nonzero ? steps / largest : 0.0f;
-  for (int64_t i = 0; i < kSub; ++i) {
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits; NaN leaves some, and its scale is NaN.
-    constexpr float kMagic = 12582912.0f;
-    out.q[i] = static_cast<int16_t>(Bits<int32_t>(values[i] * inverse + kMagic));
-  }
   return out;
 }
 

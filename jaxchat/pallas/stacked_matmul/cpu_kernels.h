@@ -1,5 +1,5 @@
 // Weights as they lie in the layer stack, and the row kernels over them. Each instruction set exports one
-// table, from cpu_avx512.cc or from cpu_portable.cc compiled for it; cpu.cc picks a table at run time.
+// table; cpu.cc picks one at run time.
 #pragma once
 #include <cstdint>
 
@@ -42,6 +42,9 @@ const Kernels& PortableKernels();
 #if defined(__x86_64__)
 const Kernels& Avx2Kernels();
 const Kernels& Avx512Kernels();
+#elif defined(__aarch64__)
+const Kernels& DotprodKernels();
+const Kernels& I8mmKernels();
 #endif
 
 }  // namespace jaxchat

@@ -1,5 +1,5 @@
-// x @ w.T for quantized and float weights on processors without AVX-512 VNNI: this source is compiled once per
-// instruction set (x86-64 baseline, AVX2 with FMA, NEON, anything else GCC and Clang know).
+// x @ w.T for quantized and float weights on processors that no other source is for: the x86-64 baseline, NEON without
+// dot products, anything else GCC and Clang know.
 //
 // Quantized weights: activations become 16-bit integers, one scale per 32 columns, and meet the codes as 16-bit
 // integers. "Multiply, add neighbours" (pmaddwd) on those is exact, and every SIMD instruction set has it.
@@ -11,9 +11,7 @@ namespace {
 
 // a[2i] * b[2i] + a[2i + 1] * b[2i + 1] in lane i.
 inline Ints MultiplyPairs(Shorts a, Shorts b) {
-#if defined(__AVX2__)
-  return Bits<Ints>(_mm256_madd_epi16(Bits<__m256i>(a), Bits<__m256i>(b)));
-#elif defined(__x86_64__)
+#if defined(__x86_64__)
   return Bits<Ints>(_mm_madd_epi16(Bits<__m128i>(a), Bits<__m128i>(b)));
 #elif defined(__ARM_NEON) && defined(__aarch64__)
   const int16x8_t x = Bits<int16x8_t>(a), y = Bits<int16x8_t>(b);
@@ -99,7 +97,7 @@ struct Few {
           sum[s * kLanes / S::kSubs] = sub.sum;
           for (int64_t c = 0; c < kSub; ++c) {
             const int64_t in_block = s * kSub + c, in_vector = in_block % S::kColumns;
-            q[in_block / S::kColumns * S::kPlanes + in_vector % S::kPlanes][in_vector / S::kPlanes] = sub.q[c];
+            q[in_block / S::kColumns * S::kPlanes + in_vector % S::kPlanes][in_vector / S::kPlanes] = static_cast<int16_t>(sub.At(c));
           }
         }
         std::memcpy(block->q, q, sizeof q);
@@ -215,7 +213,8 @@ void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, in
   for (int64_t i = begin; i < end; ++i)
     for (int64_t s = 0; s < subs; ++s) {
       const Quantized sub = Quantize(x + i * w.inputs + s * kSub, w.inputs - s * kSub, 32767);
-      std::memcpy(view.q + i * w.cols + s * kSub, sub.q, sizeof sub.q);
+      int16_t* q = view.q + i * w.cols + s * kSub;
+      for (int64_t c = 0; c < kSub; ++c) q[c] = static_cast<int16_t>(sub.At(c));
       view.scale[i * subs + s] = sub.scale;
       view.sum[i * subs + s] = sub.sum;
     }

@@ -1,0 +1,422 @@
+// x @ w.T for quantized weights on ARM processors with dot products of bytes (Armv8.2 DotProd: Cortex-A76, Neoverse N1,
+// Apple M1 and later). Compiled once more for those that multiply 2x8 by 8x2 matrices of bytes (I8MM: Neoverse V1,
+// Apple M2 and later), where many rows of x are multiplied that way.
+//
+// Few rows of x: 4-bit weights meet activations of 8 bits; 8-bit weights 15 bits, split into two signed bytes,
+// q = 128 h + l. Many rows: a register tile of eight weight rows, and 8 bits.
+#if defined(__aarch64__)
+#include "cpu_common.h"
+
+namespace jaxchat {
+namespace {
+
+constexpr int64_t kBlock = 128;           // columns that few rows take at a time
+constexpr int64_t kSubs = kBlock / kSub;  // sub-groups in them: their scales fill a vector
+
+int8x16_t LoadBytes(const void* from) { return vld1q_s8(static_cast<const int8_t*>(from)); }
+
+// The scales (or minimums) of a row of weights, one per 32 columns, four at a time; zero beyond the last.
+class Scales {
+ public:
+  Scales(const Weights& w, const void* values)
+      : values_(values), wide_(w.wide_scales), plain_(w.group == kSub && !w.wide_scales), subs_(w.cols / kSub),
+        per_row_(w.cols / w.group), per_group_(w.group / kSub) {}
+
+  float32x4_t Four(int64_t row, int64_t block) const {
+    if (plain_ && (block + 1) * kSubs <= subs_)
+      return vcvt_f32_f16(vreinterpret_f16_u16(
+          vld1_u16(static_cast<const uint16_t*>(values_) + row * per_row_ + block * kSubs)));
+    float four[kSubs];
+    for (int64_t i = 0; i < kSubs; ++i) four[i] = block * kSubs + i < subs_ ? At(row, block * kSubs + i) : 0.0f;
+    return vld1q_f32(four);
+  }
+
+  float At(int64_t row, int64_t sub) const { return LoadScale(values_, row * per_row_ + sub / per_group_, wide_); }
+
+ private:
+  const void* values_;
+  bool wide_, plain_;
+  int64_t subs_, per_row_, per_group_;
+};
+
+// 4-bit codes of 32 columns as bytes: the even columns, then the odd ones.
+template <bool kAffine>
+inline int8x16x2_t Unpack(int8x16_t raw) {
+  if constexpr (kAffine) {
+    const uint8x16_t codes = vreinterpretq_u8_s8(raw);
+    return {{vreinterpretq_s8_u8(vandq_u8(codes, vdupq_n_u8(15))), vreinterpretq_s8_u8(vshrq_n_u8(codes, 4))}};
+  }
+  return {{vshrq_n_s8(vshlq_n_s8(raw, 4), 4), vshrq_n_s8(raw, 4)}};
+}
+
+// The place of a column among the 32 of a sub-group, in the order in which its codes are unpacked.
+constexpr int64_t Place(Kind kind, int64_t column) {
+  return kind == Kind::kInt4 ? column % 2 * 16 + column / 2 : column;
+}
+
+// ---------------------------------------------------------------- a few rows of x
+
+// One block of one row of x.
+template <Kind kind>
+struct Block {
+  static constexpr int kParts = kind == Kind::kInt4 ? 1 : 2;  // bytes of an activation: 8-bit weights: high, low
+  int8_t q[kSubs][kParts][kSub];                              // in the order of `Place`
+  float scale[kSubs];
+  float sum[kSubs];  // of the values, for affine weights
+};
+
+int64_t Blocks(const Weights& w) { return (w.cols + kBlock - 1) / kBlock; }
+
+template <Kind kind>
+void Prepare(const Weights& w, const float* x, Block<kind>* out) {
+  constexpr bool kSplit = Block<kind>::kParts == 2;
+  for (int64_t b = 0; b < Blocks(w); ++b)
+    for (int64_t s = 0; s < kSubs; ++s) {
+      const int64_t start = b * kBlock + s * kSub;
+      const Quantized sub = Quantize(x + start, w.inputs - start, kSplit ? 16256 : 127);
+      out[b].scale[s] = sub.scale;
+      out[b].sum[s] = sub.sum;
+      for (int64_t c = 0; c < kSub; ++c) {
+        const int32_t q = sub.At(c), high = (q + 64) >> 7;
+        out[b].q[s][0][Place(kind, c)] = static_cast<int8_t>(kSplit ? high : q);
+        if constexpr (kSplit) out[b].q[s][1][Place(kind, c)] = static_cast<int8_t>(q - (high << 7));
+      }
+    }
+}
+
+// The products of a sub-group, in four sums.
+template <bool kAffine>
+inline int32x4_t Products(int8x16x2_t w, const int8_t (&q)[1][kSub]) {
+  return vdotq_s32(vdotq_s32(vdupq_n_s32(0), w.val[0], LoadBytes(q[0])), w.val[1], LoadBytes(q[0] + 16));
+}
+
+template <bool kAffine>
+inline int32x4_t Products(int8x16x2_t w, const int8_t (&q)[2][kSub]) {
+  const int32x4_t zero = vdupq_n_s32(0);
+  const int32x4_t high = vdotq_s32(vdotq_s32(zero, w.val[0], LoadBytes(q[0])), w.val[1], LoadBytes(q[0] + 16));
+  return vdotq_s32(vdotq_s32(vshlq_n_s32(high, 7), w.val[0], LoadBytes(q[1])), w.val[1], LoadBytes(q[1] + 16));
+}
+
+// Adds the products of a block to M sums.
+template <Kind kind, int M, bool kAffine>
+inline void Step(const uint8_t* codes, float32x4_t scales, float32x4_t mins, const Block<kind>* x, int64_t stride,
+                 float32x4_t* acc) {
+  int8x16x2_t w[kSubs];
+  for (int s = 0; s < kSubs; ++s) {
+    if constexpr (kind == Kind::kInt4)
+      w[s] = Unpack<kAffine>(LoadBytes(codes + s * 16));
+    else
+      w[s] = {{LoadBytes(codes + s * 32), LoadBytes(codes + s * 32 + 16)}};
+  }
+  for (int m = 0; m < M; ++m) {
+    const Block<kind>& block = x[m * stride];
+    int32x4_t sum[kSubs];
+    for (int s = 0; s < kSubs; ++s) sum[s] = Products<kAffine>(w[s], block.q[s]);
+    const int32x4_t total = vpaddq_s32(vpaddq_s32(sum[0], sum[1]), vpaddq_s32(sum[2], sum[3]));  // a lane a sub-group
+    acc[m] = vfmaq_f32(acc[m], vcvtq_f32_s32(total), vmulq_f32(scales, vld1q_f32(block.scale)));
+    if constexpr (kAffine) acc[m] = vfmaq_f32(acc[m], mins, vld1q_f32(block.sum));
+  }
+}
+
+// Blocks [from, to) of M rows of x times one row of the weights.
+template <Kind kind, int M, bool kAffine>
+void Row(const Weights& w, const Scales& scales, const Scales& mins, const Block<kind>* x, int64_t row, int64_t from,
+         int64_t to, float* y) {
+  constexpr int64_t kBytes = kind == Kind::kInt4 ? kBlock / 2 : kBlock;
+  const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols, stride = Blocks(w);
+  const auto* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
+  float32x4_t acc[M];
+  for (int m = 0; m < M; ++m) acc[m] = vdupq_n_f32(0);
+  for (int64_t b = from; b < to; ++b) {
+    const uint8_t* at = codes + b * kBytes;
+    uint8_t last[kBytes] = {};
+    if ((b + 1) * kBytes > bytes)
+      at = static_cast<const uint8_t*>(std::memcpy(last, at, bytes - b * kBytes));
+    else
+      Prefetch<kBytes>(at);
+    const float32x4_t min = kAffine ? mins.Four(row, b) : vdupq_n_f32(0);
+    Step<kind, M, kAffine>(at, scales.Four(row, b), min, x + b, stride, acc);
+  }
+  for (int m = 0; m < M; ++m) {
+    float* out = y + m * w.rows + row;
+    *out = vaddvq_f32(acc[m]) + (from > 0 ? *out : 0.0f);
+  }
+}
+
+template <Kind kind, bool kAffine>
+void Rows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const Block<kind>*>(prepared);
+  const Scales scales(w, w.scales), mins(w, w.mins);
+  ForRowsInBlocks<4>(m, begin, end, Blocks(w), sizeof(Block<kind>),
+                     [&](auto count, int64_t i, int64_t row, int64_t from, int64_t to) {
+                       Row<kind, decltype(count)::value, kAffine>(w, scales, mins, x + i * Blocks(w), row, from, to,
+                                                                  y + i * w.rows);
+                     });
+}
+
+int64_t FewBytes(const Weights& w, int64_t m) {
+  if (w.kind == Kind::kInt4) return m * Blocks(w) * sizeof(Block<Kind::kInt4>);
+  if (w.kind == Kind::kInt8) return m * Blocks(w) * sizeof(Block<Kind::kInt8>);
+  return FloatBytes(w, m);
+}
+
+template <Kind kind>
+void PrepareAll(const Weights& w, const float* x, int64_t m, void* out) {
+  for (int64_t i = 0; i < m; ++i) Prepare(w, x + i * w.inputs, static_cast<Block<kind>*>(out) + i * Blocks(w));
+}
+
+void FewPrepare(const Weights& w, const float* x, int64_t m, void* out) {
+  if (w.kind == Kind::kInt4) PrepareAll<Kind::kInt4>(w, x, m, out);
+  if (w.kind == Kind::kInt8) PrepareAll<Kind::kInt8>(w, x, m, out);
+  FloatPrepare(w, x, m, out);
+}
+
+template <Kind kind>
+void QuantizedRows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
+  const auto rows = w.mins ? Rows<kind, true> : Rows<kind, false>;
+  rows(w, prepared, m, y, begin, end);
+}
+
+void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
+  if (w.kind == Kind::kInt4) return QuantizedRows<Kind::kInt4>(w, prepared, m, y, begin, end);
+  if (w.kind == Kind::kInt8) return QuantizedRows<Kind::kInt8>(w, prepared, m, y, begin, end);
+  AnyFloatRows(w, x, prepared, m, y, begin, end);
+}
+
+// ---------------------------------------------------------------- many rows of x
+
+constexpr int64_t kTileRows = 8;  // weight rows in a register tile
+constexpr int64_t kPart = 2048;   // columns of a tile: 16 KB, which stay in the first-level cache
+constexpr int64_t kRows = 4;      // of x in a register tile
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+// A vector is eight columns of two rows, of x as of the weights; their product is two by two sums.
+constexpr int64_t kPerVector = 2;
+#else
+// A vector is four columns of four weight rows, or of x sixteen columns of one row: lane by lane they meet the weights.
+constexpr int64_t kPerVector = 4;
+#endif
+constexpr int64_t kWidth = 16 / kPerVector;            // columns in a vector of weights
+constexpr int64_t kSteps = kSub / kWidth;              // in a sub-group
+constexpr int64_t kVectors = kTileRows / kPerVector;   // side by side
+
+// Prepared x, kRows rows at a time (those after the last are zero): bytes [m / kRows, cols / 32, 128], then scale and
+// sum [m / kRows, cols / 32, kRows].
+struct TiledX {
+  int8_t* q;
+  float* scale;
+  float* sum;
+};
+
+int64_t Padded(int64_t m) { return (m + kRows - 1) / kRows * kRows; }
+
+int64_t TiledBytes(const Weights& w, int64_t m) { return Padded(m) * (w.cols + w.cols / kSub * 8); }
+
+TiledX TiledView(const Weights& w, const void* prepared, int64_t m) {
+  auto* q = static_cast<int8_t*>(const_cast<void*>(prepared));
+  auto* scale = reinterpret_cast<float*>(q + Padded(m) * w.cols);
+  return {q, scale, scale + Padded(m) * (w.cols / kSub)};
+}
+
+// Where the byte of a row and a place lies among the 128 of a sub-group.
+constexpr int64_t PlaceInTile(int64_t row, int64_t place) {
+  if (kPerVector == 4) return row * kSub + place;
+  return (place / 8 * 2 + row / 2) * 16 + row % 2 * 8 + place % 8;
+}
+
+void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, int64_t end, void* out) {
+  const TiledX view = TiledView(w, out, m);
+  const int64_t subs = w.cols / kSub;
+  for (int64_t i = begin; i < (end == m ? Padded(m) : end); ++i)
+    for (int64_t s = 0; s < subs; ++s) {
+      const Quantized sub = Quantize(x + i * w.inputs + s * kSub, i < m ? w.inputs - s * kSub : 0, 127);
+      const int64_t at = i / kRows * subs + s, row = i % kRows;
+      for (int64_t c = 0; c < kSub; ++c)
+        view.q[at * kRows * kSub + PlaceInTile(row, Place(w.kind, c))] = static_cast<int8_t>(sub.At(c));
+      view.scale[at * kRows + row] = sub.scale;
+      view.sum[at * kRows + row] = sub.sum;
+    }
+}
+
+// Part of a tile: codes [sub-group][step][vector], scales and minimums [sub-group][8 rows].
+struct Tile {
+  int8x16_t* codes;
+  float* scale;
+  float* min;
+};
+
+int64_t TiledScratchBytes(const Weights&) { return kTileRows * (kPart + kPart / kSub * 8); }
+
+Tile TileView(void* scratch) {
+  auto* codes = static_cast<int8x16_t*>(scratch);
+  auto* scale = reinterpret_cast<float*>(codes + kTileRows * kPart / 16);
+  return {codes, scale, scale + kTileRows * (kPart / kSub)};
+}
+
+inline int8x16_t Interleave64(int8x16_t a, int8x16_t b, bool upper) {
+  const int64x2_t x = vreinterpretq_s64_s8(a), y = vreinterpretq_s64_s8(b);
+  return vreinterpretq_s8_s64(upper ? vtrn2q_s64(x, y) : vtrn1q_s64(x, y));
+}
+
+// Sixteen columns of eight rows to the tile's vectors, out[step][vector].
+inline void PackVectors(const int8x16_t* rows, int8x16_t* out) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  for (int v = 0; v < kVectors; ++v)
+    for (int j = 0; j < 2; ++j) out[j * kVectors + v] = Interleave64(rows[2 * v], rows[2 * v + 1], j);
+#else
+  for (int v = 0; v < kVectors; ++v) {
+    int8x16_t even[2], odd[2];  // columns 0 to 3 and 8 to 11, 4 to 7 and 12 to 15 of two rows
+    for (int i = 0; i < 2; ++i) {
+      const int32x4_t a = vreinterpretq_s32_s8(rows[4 * v + 2 * i]), b = vreinterpretq_s32_s8(rows[4 * v + 2 * i + 1]);
+      even[i] = vreinterpretq_s8_s32(vtrn1q_s32(a, b));
+      odd[i] = vreinterpretq_s8_s32(vtrn2q_s32(a, b));
+    }
+    for (int j = 0; j < 2; ++j) {
+      out[2 * j * kVectors + v] = Interleave64(even[0], even[1], j);
+      out[(2 * j + 1) * kVectors + v] = Interleave64(odd[0], odd[1], j);
+    }
+  }
+#endif
+}
+
+template <Kind kind, bool kAffine>
+void Pack(const Weights& w, const Scales& scales, const Scales& mins, int64_t begin, int64_t from, int64_t to,
+          const Tile& tile) {
+  const int64_t bytes = kind == Kind::kInt4 ? 16 : 32;  // of a sub-group
+  const uint8_t* codes[kTileRows];
+  int64_t rows[kTileRows];
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    rows[r] = std::min(begin + r, w.rows - 1);  // past the end: repeat the last
+    codes[r] = static_cast<const uint8_t*>(w.codes) + (rows[r] * w.cols + from) / kSub * bytes;
+  }
+  for (int64_t s = 0; s < (to - from) / kSub; ++s) {
+    int8x16_t half[2][kTileRows];
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const int8x16_t raw = LoadBytes(codes[r] + s * bytes);
+      if constexpr (kind == Kind::kInt4) {
+        const int8x16x2_t both = Unpack<kAffine>(raw);
+        half[0][r] = both.val[0];
+        half[1][r] = both.val[1];
+      } else {
+        half[0][r] = raw;
+        half[1][r] = LoadBytes(codes[r] + s * bytes + 16);
+      }
+      tile.scale[s * kTileRows + r] = scales.At(rows[r], from / kSub + s);
+      if constexpr (kAffine) tile.min[s * kTileRows + r] = mins.At(rows[r], from / kSub + s);
+    }
+    for (int i = 0; i < 2; ++i) PackVectors(half[i], tile.codes + (s * kSteps + i * kSteps / 2) * kVectors);
+  }
+}
+
+// The products of a sub-group of kRows rows of x and a tile.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+using Sums = int32x4_t[kRows / 2][kVectors];  // of two rows of x and two of the weights
+
+inline void AddProducts(const int8x16_t* w, const int8_t* x, Sums& sums) {
+  for (int j = 0; j < kSteps; ++j)
+    for (int m = 0; m < kRows / 2; ++m) {
+      const int8x16_t inputs = LoadBytes(x + (j * 2 + m) * 16);
+      for (int v = 0; v < kVectors; ++v) sums[m][v] = vmmlaq_s32(sums[m][v], inputs, w[j * kVectors + v]);
+    }
+}
+
+// The eight weight rows' sums of row m of x, as two vectors.
+inline int32x4_t RowOf(const Sums& sums, int m, int v) {
+  const int64x2_t a = vreinterpretq_s64_s32(sums[m / 2][2 * v]), b = vreinterpretq_s64_s32(sums[m / 2][2 * v + 1]);
+  return vreinterpretq_s32_s64(m % 2 ? vtrn2q_s64(a, b) : vtrn1q_s64(a, b));
+}
+#else
+using Sums = int32x4_t[kRows][kVectors];  // of one row of x and four of the weights
+
+template <int kLane>
+inline void AddLane(const int8x16_t* w, const int8x16_t* x, Sums& sums) {
+  for (int m = 0; m < kRows; ++m)
+    for (int v = 0; v < kVectors; ++v) sums[m][v] = vdotq_laneq_s32(sums[m][v], w[kLane * kVectors + v], x[m], kLane);
+}
+
+inline void AddProducts(const int8x16_t* w, const int8_t* x, Sums& sums) {
+  for (int half = 0; half < 2; ++half, w += 4 * kVectors) {
+    int8x16_t inputs[kRows];
+    for (int m = 0; m < kRows; ++m) inputs[m] = LoadBytes(x + m * kSub + half * 16);
+    AddLane<0>(w, inputs, sums);
+    AddLane<1>(w, inputs, sums);
+    AddLane<2>(w, inputs, sums);
+    AddLane<3>(w, inputs, sums);
+  }
+}
+
+inline int32x4_t RowOf(const Sums& sums, int m, int v) { return sums[m][v]; }
+#endif
+
+// Columns [from, to) of kRows rows of x, the first a multiple of kRows, times a tile: added to y unless these are the
+// first columns.
+template <bool kAffine>
+void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t first, int64_t m, int64_t from, int64_t to,
+              float* y, int64_t begin, int64_t end) {
+  float32x4_t acc[kRows][2];
+  for (auto& row : acc) row[0] = row[1] = vdupq_n_f32(0);
+  for (int64_t s = 0; s < (to - from) / kSub; ++s) {
+    const int64_t at = first / kRows * (w.cols / kSub) + from / kSub + s;
+    Sums sums = {};
+    AddProducts(tile.codes + s * kSteps * kVectors, x.q + at * kRows * kSub, sums);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < 2; ++v) {
+        const float32x4_t scale = vmulq_n_f32(vld1q_f32(tile.scale + s * kTileRows + 4 * v), x.scale[at * kRows + r]);
+        acc[r][v] = vfmaq_f32(acc[r][v], vcvtq_f32_s32(RowOf(sums, r, v)), scale);
+        if constexpr (kAffine)
+          acc[r][v] = vfmaq_n_f32(acc[r][v], vld1q_f32(tile.min + s * kTileRows + 4 * v), x.sum[at * kRows + r]);
+      }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    if (first + r >= m) break;
+    float* out = y + (first + r) * w.rows + begin;
+    float results[kTileRows];
+    for (int v = 0; v < 2; ++v) vst1q_f32(results + 4 * v, acc[r][v]);
+    for (int64_t i = 0; i < std::min(kTileRows, end - begin); ++i)
+      out[i] = from > 0 ? out[i] + results[i] : results[i];
+  }
+}
+
+template <Kind kind, bool kAffine>
+void TiledRows(const Weights& w, const TiledX& x, int64_t m, float* y, int64_t begin, int64_t end, void* scratch) {
+  const Tile tile = TileView(scratch);
+  const Scales scales(w, w.scales), mins(w, w.mins);
+  for (int64_t from = 0; from < w.cols; from += kPart) {
+    const int64_t to = std::min(from + kPart, w.cols);
+    for (int64_t row = begin; row < end; row += kTileRows) {
+      Pack<kind, kAffine>(w, scales, mins, row, from, to, tile);
+      for (int64_t i = 0; i < m; i += kRows) Multiply<kAffine>(w, x, tile, i, m, from, to, y, row, end);
+    }
+  }
+}
+
+void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end, void* scratch) {
+  const TiledX x = TiledView(w, prepared, m);
+  if (w.kind == Kind::kInt4) {
+    const auto rows = w.mins ? TiledRows<Kind::kInt4, true> : TiledRows<Kind::kInt4, false>;
+    return rows(w, x, m, y, begin, end, scratch);
+  }
+  const auto rows = w.mins ? TiledRows<Kind::kInt8, true> : TiledRows<Kind::kInt8, false>;
+  rows(w, x, m, y, begin, end, scratch);
+}
+
+constexpr Kernels Table(const char* name) {
+  return {name, FewBytes, FewPrepare, FewRows, TiledBytes, TiledPrepare, Tiled, TiledScratchBytes};
+}
+
+}  // namespace
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+const Kernels& I8mmKernels() {
+  static constexpr Kernels kernels = Table("i8mm");
+  return kernels;
+}
+#else
+const Kernels& DotprodKernels() {
+  static constexpr Kernels kernels = Table("dotprod");
+  return kernels;
+}
+#endif
+
+}  // namespace jaxchat
+#endif
