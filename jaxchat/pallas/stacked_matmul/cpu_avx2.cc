@@ -34,37 +34,18 @@ __m256i EvenOdd(__m256i even, __m256i odd) {
   return _mm256_permute4x64_epi64(_mm256_packs_epi16(even, odd), 0b11011000);
 }
 
-// The scales (or minimums) of a row of weights, one per 32 columns, eight at a time.
-class Scales {
- public:
-  Scales(const Weights& w, const void* values)
-      : values_(values), wide_(w.wide_scales), plain_(w.group == kSub && !w.wide_scales), subs_(w.cols / kSub),
-        per_row_(w.cols / w.group), per_group_(w.group / kSub) {}
+// The scales (or minimums) of a block: where they are plain and the block is whole, and anywhere, zero beyond the last.
+inline __m256 PlainScales(const Groups& groups, int64_t row, int64_t block) {
+  const void* from = groups.Plain(row, block * kSubs);
+  return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+}
 
-  // Whether `Narrow` serves.
-  bool plain() const { return plain_; }
-
-  __m256 Narrow(int64_t row, int64_t block) const {
-    const auto* from = static_cast<const __m128i*>(static_cast<const void*>(
-        static_cast<const uint16_t*>(values_) + row * per_row_ + block * kSubs));
-    return _mm256_cvtph_ps(_mm_loadu_si128(from));
-  }
-
-  // Any group, type and number of columns; zero beyond the last.
-  __m256 Any(int64_t row, int64_t block) const {
-    alignas(32) float eight[kSubs];
-    for (int64_t i = 0; i < kSubs; ++i) {
-      const int64_t sub = block * kSubs + i;
-      eight[i] = sub < subs_ ? LoadScale(values_, row * per_row_ + sub / per_group_, wide_) : 0.0f;
-    }
-    return _mm256_load_ps(eight);
-  }
-
- private:
-  const void* values_;
-  bool wide_, plain_;
-  int64_t subs_, per_row_, per_group_;
-};
+inline __m256 AnyScales(const Weights& w, const Groups& groups, int64_t row, int64_t block) {
+  Floats eight{};
+  for (int64_t i = 0; i < std::min(kSubs, w.cols / kSub - block * kSubs); ++i)
+    eight[i] = groups.At(row, block * kSubs + i);
+  return Bits<__m256>(eight);
+}
 
 // ---------------------------------------------------------------- a few rows of x
 
@@ -87,13 +68,11 @@ struct alignas(32) Block<Kind::kInt8> {
   float sum[kSubs];
 };
 
-int64_t Blocks(const Weights& w) { return (w.cols + kBlock - 1) / kBlock; }
-
 // Which lane sums up sub-group s of 4-bit codes: vector v has 2 v and 2 v + 1, one in each half.
 constexpr int64_t Place(int64_t s) { return s / 2 + s % 2 * 4; }
 
-void Prepare(const Weights& w, const float* x, Block<Kind::kInt4>* out) {
-  for (int64_t b = 0; b < Blocks(w); ++b)
+void PrepareRow(const Weights& w, const float* x, int64_t blocks, Block<Kind::kInt4>* out) {
+  for (int64_t b = 0; b < blocks; ++b)
     for (int64_t s = 0; s < kSubs; ++s) {
       const int64_t start = b * kBlock + s * kSub;
       const Quantized sub = Quantize(x + start, w.inputs - start, 127);
@@ -108,8 +87,8 @@ void Prepare(const Weights& w, const float* x, Block<Kind::kInt4>* out) {
     }
 }
 
-void Prepare(const Weights& w, const float* x, Block<Kind::kInt8>* out) {
-  for (int64_t b = 0; b < Blocks(w); ++b)
+void PrepareRow(const Weights& w, const float* x, int64_t blocks, Block<Kind::kInt8>* out) {
+  for (int64_t b = 0; b < blocks; ++b)
     for (int64_t s = 0; s < kSubs; ++s) {
       const int64_t start = b * kBlock + s * kSub;
       const Quantized sub = Quantize(x + start, w.inputs - start, 32767);
@@ -178,75 +157,45 @@ inline void Step(const uint8_t* codes, __m256 scales, __m256 mins, const Block<K
   for (int m = 0; m < M; ++m) acc[m] = _mm256_add_ps(acc[m], sum[m]);
 }
 
-// Blocks [from, to) of M rows of x times one row of the weights.
-template <Kind kind, int M, bool kAffine>
-void Row(const Weights& w, const Scales& scales, const Scales& mins, const Block<kind>* x, int64_t row, int64_t from,
-         int64_t to, float* y) {
-  constexpr int64_t kBytes = Block<kind>::kBytes;
-  const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols, stride = Blocks(w);
-  const auto* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
-  const int64_t whole = std::min(bytes / kBytes, to);
-  const __m256 none = _mm256_setzero_ps();
-  __m256 acc[M];
-  for (int m = 0; m < M; ++m) acc[m] = none;
-  const auto step = [&](int64_t b, __m256 scale, __m256 min) {
-    Prefetch<kBytes>(codes + b * kBytes);
-    Step<M, kAffine>(codes + b * kBytes, scale, min, x + b, stride, acc);
-  };
-  if (scales.plain())
-    for (int64_t b = from; b < whole; ++b) step(b, scales.Narrow(row, b), kAffine ? mins.Narrow(row, b) : none);
-  else
-    for (int64_t b = from; b < whole; ++b) step(b, scales.Any(row, b), kAffine ? mins.Any(row, b) : none);
-  if (whole < to) {
-    uint8_t last[kBytes] = {};
-    std::memcpy(last, codes + whole * kBytes, bytes - whole * kBytes);
-    Step<M, kAffine>(last, scales.Any(row, whole), kAffine ? mins.Any(row, whole) : none, x + whole, stride, acc);
-  }
-  for (int m = 0; m < M; ++m) {
-    float* to_y = y + m * w.rows + row;
-    *to_y = Sum(Bits<Floats>(acc[m])) + (from > 0 ? *to_y : 0.0f);
-  }
-}
-
-template <Kind kind, bool kAffine>
-void Rows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const Block<kind>*>(prepared);
-  const Scales scales(w, w.scales), mins(w, w.mins);
-  ForRowsInBlocks<4>(m, begin, end, Blocks(w), sizeof(Block<kind>),
-                     [&](auto count, int64_t i, int64_t row, int64_t from, int64_t to) {
-                       Row<kind, decltype(count)::value, kAffine>(w, scales, mins, x + i * Blocks(w), row, from, to,
-                                                                  y + i * w.rows);
-                     });
-}
-
-int64_t FewBytes(const Weights& w, int64_t m) {
-  if (w.kind == Kind::kInt4) return m * Blocks(w) * sizeof(Block<Kind::kInt4>);
-  if (w.kind == Kind::kInt8) return m * Blocks(w) * sizeof(Block<Kind::kInt8>);
-  return FloatBytes(w, m);
-}
-
 template <Kind kind>
-void PrepareAll(const Weights& w, const float* x, int64_t m, void* out) {
-  for (int64_t i = 0; i < m; ++i) Prepare(w, x + i * w.inputs, static_cast<Block<kind>*>(out) + i * Blocks(w));
-}
+struct Few {
+  using Block = jaxchat::Block<kind>;
 
-void FewPrepare(const Weights& w, const float* x, int64_t m, void* out) {
-  if (w.kind == Kind::kInt4) PrepareAll<Kind::kInt4>(w, x, m, out);
-  if (w.kind == Kind::kInt8) PrepareAll<Kind::kInt8>(w, x, m, out);
-  FloatPrepare(w, x, m, out);
-}
+  static int64_t Blocks(const Weights& w) { return (w.cols + kBlock - 1) / kBlock; }
 
-template <Kind kind>
-void QuantizedRows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
-  const auto rows = w.mins ? Rows<kind, true> : Rows<kind, false>;
-  rows(w, prepared, m, y, begin, end);
-}
+  static void Prepare(const Weights& w, const float* x, Block* out) { PrepareRow(w, x, Blocks(w), out); }
 
-void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
-  if (w.kind == Kind::kInt4) return QuantizedRows<Kind::kInt4>(w, prepared, m, y, begin, end);
-  if (w.kind == Kind::kInt8) return QuantizedRows<Kind::kInt8>(w, prepared, m, y, begin, end);
-  AnyFloatRows(w, x, prepared, m, y, begin, end);
-}
+  template <int M, bool kAffine>
+  static void Row(const Weights& w, const Groups& scales, const Groups& mins, const Block* x, int64_t row,
+                  int64_t from, int64_t to, float* y) {
+    constexpr int64_t kBytes = Block::kBytes;
+    const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols, stride = Blocks(w);
+    const auto* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
+    const int64_t whole = std::min(bytes / kBytes, to);
+    const __m256 none = _mm256_setzero_ps();
+    __m256 acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = none;
+    const auto step = [&](int64_t b, const uint8_t* at, __m256 scale, __m256 min) {
+      Step<M, kAffine>(at, scale, min, x + b, stride, acc);
+    };
+    const auto any = [&](int64_t b, const uint8_t* at) {
+      step(b, at, AnyScales(w, scales, row, b), kAffine ? AnyScales(w, mins, row, b) : none);
+    };
+    int64_t b = from;
+    if (scales.plain())
+      for (; b < whole; ++b) {
+        Prefetch<kBytes>(codes + b * kBytes);
+        step(b, codes + b * kBytes, PlainScales(scales, row, b), kAffine ? PlainScales(mins, row, b) : none);
+      }
+    for (; b < whole; ++b) any(b, codes + b * kBytes);
+    if (whole < to) {
+      uint8_t last[kBytes] = {};
+      std::memcpy(last, codes + whole * kBytes, bytes - whole * kBytes);
+      any(whole, last);
+    }
+    for (int m = 0; m < M; ++m) Put(Sum(Bits<Floats>(acc[m])), from, y + m * w.rows + row);
+  }
+};
 
 // ---------------------------------------------------------------- many rows of x
 
@@ -373,26 +322,26 @@ void PackCodes(const Weights& w, const int64_t* rows, int64_t from, int64_t to, 
 }
 
 // The scales of eight rows from block `first` on, to out [sub-group][16].
-void PackScales(const Scales& scales, const int64_t* rows, int64_t first, int64_t subs, float* out) {
+void PackScales(const Weights& w, const Groups& scales, const int64_t* rows, int64_t first, int64_t subs, float* out) {
   for (int64_t b = 0; b * kSubs < subs; ++b) {
     const bool plain = scales.plain() && (b + 1) * kSubs <= subs;
     Floats eight[8];
     for (int r = 0; r < 8; ++r)
-      eight[r] = Bits<Floats>(plain ? scales.Narrow(rows[r], first + b) : scales.Any(rows[r], first + b));
+      eight[r] = Bits<Floats>(plain ? PlainScales(scales, rows[r], first + b) : AnyScales(w, scales, rows[r], first + b));
     Transpose(eight);
     for (int64_t s = b * kSubs; s < std::min(subs, (b + 1) * kSubs); ++s) Store(out + s * kTileRows, eight[s % kSubs]);
   }
 }
 
 template <Kind kind>
-void Pack(const Weights& w, const Scales& scales, const Scales& mins, int64_t begin, int64_t from, int64_t to,
+void Pack(const Weights& w, const Groups& scales, const Groups& mins, int64_t begin, int64_t from, int64_t to,
           const Tile& tile) {
   for (int v = 0; v < 2; ++v) {
     int64_t rows[8];
     for (int r = 0; r < 8; ++r) rows[r] = std::min(begin + 8 * v + r, w.rows - 1);  // past the end: repeat the last
     PackCodes<kind>(w, rows, from, to, v, tile);
-    PackScales(scales, rows, from / kBlock, (to - from) / kSub, tile.scale + 8 * v);
-    if (w.mins) PackScales(mins, rows, from / kBlock, (to - from) / kSub, tile.min + 8 * v);
+    PackScales(w, scales, rows, from / kBlock, (to - from) / kSub, tile.scale + 8 * v);
+    if (w.mins) PackScales(w, mins, rows, from / kBlock, (to - from) / kSub, tile.min + 8 * v);
   }
 }
 
@@ -466,7 +415,7 @@ __attribute__((noinline)) void Multiply(const Weights& w, const TiledX& x, const
 template <Kind kind, bool kAffine>
 void TiledRows(const Weights& w, const TiledX& x, int64_t m, float* y, int64_t begin, int64_t end, void* scratch) {
   const Tile tile = TileView(w, scratch);
-  const Scales scales(w, w.scales), mins(w, w.mins);
+  const Groups scales(w, w.scales), mins(w, w.mins);
   for (int64_t from = 0; from < w.cols; from += kPart) {
     const int64_t to = std::min(from + kPart, w.cols);
     for (int64_t row = begin; row < end; row += kTileRows) {
@@ -489,8 +438,8 @@ void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t 
 }  // namespace
 
 const Kernels& Avx2Kernels() {
-  static constexpr Kernels kernels = {"avx2",              FewBytes,     FewPrepare, FewRows,
-                                      TiledBytes, TiledPrepare, Tiled,      TiledScratchBytes};
+  static constexpr Kernels kernels = {"avx2", FewRows<Few>::Bytes, FewRows<Few>::Prepare, FewRows<Few>::Rows,
+                                      TiledBytes, TiledPrepare, Tiled, TiledScratchBytes};
   return kernels;
 }
 

@@ -206,5 +206,84 @@ inline Quantized Quantize(const float* from, int64_t count, float steps) {
   return out;
 }
 
+// ---------------------------------------------------------------- quantized weights, a few rows of x
+
+// The scales (or minimums) of a row of weights, one per 32 columns.
+class Groups {
+ public:
+  Groups(const Weights& w, const void* values)
+      : values_(values), wide_(w.wide_scales), per_row_(w.cols / w.group), shift_(0) {
+    // Groups are 32, 64 or 128 columns, or the row.
+    while (w.cols > w.group ? (kSub << shift_) < w.group : (w.cols / kSub) >> shift_ > 0) ++shift_;
+  }
+  // Whether there is a float16 for each 32 columns.
+  bool plain() const { return shift_ == 0 && !wide_; }
+  const uint16_t* Plain(int64_t row, int64_t sub) const {
+    return static_cast<const uint16_t*>(values_) + row * per_row_ + sub;
+  }
+  float At(int64_t row, int64_t sub) const { return LoadScale(values_, row * per_row_ + (sub >> shift_), wide_); }
+
+ private:
+  const void* values_;
+  bool wide_;
+  int64_t per_row_;
+  int shift_;
+};
+
+// A sum over blocks from `from` on: added to what the blocks before came to.
+inline void Put(float sum, int64_t from, float* y) { *y = from > 0 ? *y + sum : sum; }
+
+// What a table has for a few rows of x. Few<kind> says how it multiplies quantized weights:
+//   Block: some columns of a row of x, in the order in which the codes meet them; Blocks(w): how many a row has.
+//   Prepare(w, x, blocks): makes those of one row.
+//   Row<M, kAffine>(w, scales, mins, x, row, from, to, y): blocks [from, to) of M rows of x times a row of weights.
+template <template <Kind> class Few>
+struct FewRows {
+  static int64_t Bytes(const Weights& w, int64_t m) {
+    if (w.kind == Kind::kInt4) return m * Few<Kind::kInt4>::Blocks(w) * sizeof(typename Few<Kind::kInt4>::Block);
+    if (w.kind == Kind::kInt8) return m * Few<Kind::kInt8>::Blocks(w) * sizeof(typename Few<Kind::kInt8>::Block);
+    return FloatBytes(w, m);
+  }
+
+  static void Prepare(const Weights& w, const float* x, int64_t m, void* out) {
+    if (w.kind == Kind::kInt4) return PrepareAll<Few<Kind::kInt4>>(w, x, m, out);
+    if (w.kind == Kind::kInt8) return PrepareAll<Few<Kind::kInt8>>(w, x, m, out);
+    FloatPrepare(w, x, m, out);
+  }
+
+  static void Rows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
+                   int64_t end) {
+    if (w.kind == Kind::kInt4) return Quantized<Few<Kind::kInt4>>(w, prepared, m, y, begin, end);
+    if (w.kind == Kind::kInt8) return Quantized<Few<Kind::kInt8>>(w, prepared, m, y, begin, end);
+    AnyFloatRows(w, x, prepared, m, y, begin, end);
+  }
+
+ private:
+  template <typename Kernel>
+  static void PrepareAll(const Weights& w, const float* x, int64_t m, void* out) {
+    auto* blocks = static_cast<typename Kernel::Block*>(out);
+    for (int64_t i = 0; i < m; ++i) Kernel::Prepare(w, x + i * w.inputs, blocks + i * Kernel::Blocks(w));
+  }
+
+  template <typename Kernel>
+  static void Quantized(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
+    const auto rows = w.mins ? QuantizedRows<Kernel, true> : QuantizedRows<Kernel, false>;
+    rows(w, prepared, m, y, begin, end);
+  }
+
+  template <typename Kernel, bool kAffine>
+  static void QuantizedRows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
+    using Block = typename Kernel::Block;
+    const auto* x = static_cast<const Block*>(prepared);
+    const int64_t blocks = Kernel::Blocks(w);
+    const Groups scales(w, w.scales), mins(w, w.mins);
+    ForRowsInBlocks<4>(m, begin, end, blocks, sizeof(Block),
+                       [&](auto count, int64_t i, int64_t row, int64_t from, int64_t to) {
+                         Kernel::template Row<decltype(count)::value, kAffine>(w, scales, mins, x + i * blocks, row, from,
+                                                                               to, y + i * w.rows);
+                       });
+  }
+};
+
 }  // namespace
 }  // namespace jaxchat

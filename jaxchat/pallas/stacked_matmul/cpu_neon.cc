@@ -15,29 +15,15 @@ constexpr int64_t kSubs = kBlock / kSub;  // sub-groups in them: their scales fi
 
 int8x16_t LoadBytes(const void* from) { return vld1q_s8(static_cast<const int8_t*>(from)); }
 
-// The scales (or minimums) of a row of weights, one per 32 columns, four at a time; zero beyond the last.
-class Scales {
- public:
-  Scales(const Weights& w, const void* values)
-      : values_(values), wide_(w.wide_scales), plain_(w.group == kSub && !w.wide_scales), subs_(w.cols / kSub),
-        per_row_(w.cols / w.group), per_group_(w.group / kSub) {}
-
-  float32x4_t Four(int64_t row, int64_t block) const {
-    if (plain_ && (block + 1) * kSubs <= subs_)
-      return vcvt_f32_f16(vreinterpret_f16_u16(
-          vld1_u16(static_cast<const uint16_t*>(values_) + row * per_row_ + block * kSubs)));
-    float four[kSubs];
-    for (int64_t i = 0; i < kSubs; ++i) four[i] = block * kSubs + i < subs_ ? At(row, block * kSubs + i) : 0.0f;
-    return vld1q_f32(four);
-  }
-
-  float At(int64_t row, int64_t sub) const { return LoadScale(values_, row * per_row_ + sub / per_group_, wide_); }
-
- private:
-  const void* values_;
-  bool wide_, plain_;
-  int64_t subs_, per_row_, per_group_;
-};
+// The scales (or minimums) of a block; zero beyond the last.
+inline float32x4_t FourScales(const Weights& w, const Groups& groups, int64_t row, int64_t block) {
+  const int64_t left = w.cols / kSub - block * kSubs;
+  if (groups.plain() && left >= kSubs)
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(groups.Plain(row, block * kSubs))));
+  Floats four{};
+  for (int64_t i = 0; i < std::min(kSubs, left); ++i) four[i] = groups.At(row, block * kSubs + i);
+  return Bits<float32x4_t>(four);
+}
 
 // 4-bit codes of 32 columns as bytes: the even columns, then the odd ones.
 template <bool kAffine>
@@ -64,25 +50,6 @@ struct Block {
   float scale[kSubs];
   float sum[kSubs];  // of the values, for affine weights
 };
-
-int64_t Blocks(const Weights& w) { return (w.cols + kBlock - 1) / kBlock; }
-
-template <Kind kind>
-void Prepare(const Weights& w, const float* x, Block<kind>* out) {
-  constexpr bool kSplit = Block<kind>::kParts == 2;
-  for (int64_t b = 0; b < Blocks(w); ++b)
-    for (int64_t s = 0; s < kSubs; ++s) {
-      const int64_t start = b * kBlock + s * kSub;
-      const Quantized sub = Quantize(x + start, w.inputs - start, kSplit ? 16256 : 127);
-      out[b].scale[s] = sub.scale;
-      out[b].sum[s] = sub.sum;
-      for (int64_t c = 0; c < kSub; ++c) {
-        const int32_t q = sub.At(c), high = (q + 64) >> 7;
-        out[b].q[s][0][Place(kind, c)] = static_cast<int8_t>(kSplit ? high : q);
-        if constexpr (kSplit) out[b].q[s][1][Place(kind, c)] = static_cast<int8_t>(q - (high << 7));
-      }
-    }
-}
 
 // The products of a sub-group, in four sums.
 template <bool kAffine>
@@ -118,70 +85,49 @@ inline void Step(const uint8_t* codes, float32x4_t scales, float32x4_t mins, con
   }
 }
 
-// Blocks [from, to) of M rows of x times one row of the weights.
-template <Kind kind, int M, bool kAffine>
-void Row(const Weights& w, const Scales& scales, const Scales& mins, const Block<kind>* x, int64_t row, int64_t from,
-         int64_t to, float* y) {
-  constexpr int64_t kBytes = kind == Kind::kInt4 ? kBlock / 2 : kBlock;
-  const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols, stride = Blocks(w);
-  const auto* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
-  float32x4_t acc[M];
-  for (int m = 0; m < M; ++m) acc[m] = vdupq_n_f32(0);
-  for (int64_t b = from; b < to; ++b) {
-    const uint8_t* at = codes + b * kBytes;
-    uint8_t last[kBytes] = {};
-    if ((b + 1) * kBytes > bytes)
-      at = static_cast<const uint8_t*>(std::memcpy(last, at, bytes - b * kBytes));
-    else
-      Prefetch<kBytes>(at);
-    const float32x4_t min = kAffine ? mins.Four(row, b) : vdupq_n_f32(0);
-    Step<kind, M, kAffine>(at, scales.Four(row, b), min, x + b, stride, acc);
-  }
-  for (int m = 0; m < M; ++m) {
-    float* out = y + m * w.rows + row;
-    *out = vaddvq_f32(acc[m]) + (from > 0 ? *out : 0.0f);
-  }
-}
-
-template <Kind kind, bool kAffine>
-void Rows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const Block<kind>*>(prepared);
-  const Scales scales(w, w.scales), mins(w, w.mins);
-  ForRowsInBlocks<4>(m, begin, end, Blocks(w), sizeof(Block<kind>),
-                     [&](auto count, int64_t i, int64_t row, int64_t from, int64_t to) {
-                       Row<kind, decltype(count)::value, kAffine>(w, scales, mins, x + i * Blocks(w), row, from, to,
-                                                                  y + i * w.rows);
-                     });
-}
-
-int64_t FewBytes(const Weights& w, int64_t m) {
-  if (w.kind == Kind::kInt4) return m * Blocks(w) * sizeof(Block<Kind::kInt4>);
-  if (w.kind == Kind::kInt8) return m * Blocks(w) * sizeof(Block<Kind::kInt8>);
-  return FloatBytes(w, m);
-}
-
 template <Kind kind>
-void PrepareAll(const Weights& w, const float* x, int64_t m, void* out) {
-  for (int64_t i = 0; i < m; ++i) Prepare(w, x + i * w.inputs, static_cast<Block<kind>*>(out) + i * Blocks(w));
-}
+struct Few {
+  using Block = jaxchat::Block<kind>;
 
-void FewPrepare(const Weights& w, const float* x, int64_t m, void* out) {
-  if (w.kind == Kind::kInt4) PrepareAll<Kind::kInt4>(w, x, m, out);
-  if (w.kind == Kind::kInt8) PrepareAll<Kind::kInt8>(w, x, m, out);
-  FloatPrepare(w, x, m, out);
-}
+  static int64_t Blocks(const Weights& w) { return (w.cols + kBlock - 1) / kBlock; }
 
-template <Kind kind>
-void QuantizedRows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
-  const auto rows = w.mins ? Rows<kind, true> : Rows<kind, false>;
-  rows(w, prepared, m, y, begin, end);
-}
+  static void Prepare(const Weights& w, const float* x, Block* out) {
+    constexpr bool kSplit = Block::kParts == 2;
+    for (int64_t b = 0; b < Blocks(w); ++b)
+      for (int64_t s = 0; s < kSubs; ++s) {
+        const int64_t start = b * kBlock + s * kSub;
+        const Quantized sub = Quantize(x + start, w.inputs - start, kSplit ? 16256 : 127);
+        out[b].scale[s] = sub.scale;
+        out[b].sum[s] = sub.sum;
+        for (int64_t c = 0; c < kSub; ++c) {
+          const int32_t q = sub.At(c), high = (q + 64) >> 7;
+          out[b].q[s][0][Place(kind, c)] = static_cast<int8_t>(kSplit ? high : q);
+          if constexpr (kSplit) out[b].q[s][1][Place(kind, c)] = static_cast<int8_t>(q - (high << 7));
+        }
+      }
+  }
 
-void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
-  if (w.kind == Kind::kInt4) return QuantizedRows<Kind::kInt4>(w, prepared, m, y, begin, end);
-  if (w.kind == Kind::kInt8) return QuantizedRows<Kind::kInt8>(w, prepared, m, y, begin, end);
-  AnyFloatRows(w, x, prepared, m, y, begin, end);
-}
+  template <int M, bool kAffine>
+  static void Row(const Weights& w, const Groups& scales, const Groups& mins, const Block* x, int64_t row,
+                  int64_t from, int64_t to, float* y) {
+    constexpr int64_t kBytes = kind == Kind::kInt4 ? kBlock / 2 : kBlock;
+    const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols;
+    const auto* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
+    float32x4_t acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = vdupq_n_f32(0);
+    for (int64_t b = from; b < to; ++b) {
+      const uint8_t* at = codes + b * kBytes;
+      uint8_t last[kBytes] = {};
+      if ((b + 1) * kBytes > bytes)
+        at = static_cast<const uint8_t*>(std::memcpy(last, at, bytes - b * kBytes));
+      else
+        Prefetch<kBytes>(at);
+      const float32x4_t min = kAffine ? FourScales(w, mins, row, b) : vdupq_n_f32(0);
+      Step<kind, M, kAffine>(at, FourScales(w, scales, row, b), min, x + b, Blocks(w), acc);
+    }
+    for (int m = 0; m < M; ++m) Put(vaddvq_f32(acc[m]), from, y + m * w.rows + row);
+  }
+};
 
 // ---------------------------------------------------------------- many rows of x
 
@@ -280,7 +226,7 @@ inline void PackVectors(const int8x16_t* rows, int8x16_t* out) {
 }
 
 template <Kind kind, bool kAffine>
-void Pack(const Weights& w, const Scales& scales, const Scales& mins, int64_t begin, int64_t from, int64_t to,
+void Pack(const Weights& w, const Groups& scales, const Groups& mins, int64_t begin, int64_t from, int64_t to,
           const Tile& tile) {
   const int64_t bytes = kind == Kind::kInt4 ? 16 : 32;  // of a sub-group
   const uint8_t* codes[kTileRows];
@@ -380,7 +326,7 @@ void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t first
 template <Kind kind, bool kAffine>
 void TiledRows(const Weights& w, const TiledX& x, int64_t m, float* y, int64_t begin, int64_t end, void* scratch) {
   const Tile tile = TileView(scratch);
-  const Scales scales(w, w.scales), mins(w, w.mins);
+  const Groups scales(w, w.scales), mins(w, w.mins);
   for (int64_t from = 0; from < w.cols; from += kPart) {
     const int64_t to = std::min(from + kPart, w.cols);
     for (int64_t row = begin; row < end; row += kTileRows) {
@@ -401,7 +347,7 @@ void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t 
 }
 
 constexpr Kernels Table(const char* name) {
-  return {name, FewBytes, FewPrepare, FewRows, TiledBytes, TiledPrepare, Tiled, TiledScratchBytes};
+  return {name, FewRows<Few>::Bytes, FewRows<Few>::Prepare, FewRows<Few>::Rows, TiledBytes, TiledPrepare, Tiled, TiledScratchBytes};
 }
 
 }  // namespace

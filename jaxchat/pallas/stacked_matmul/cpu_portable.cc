@@ -23,23 +23,6 @@ inline Ints MultiplyPairs(Shorts a, Shorts b) {
 #endif
 }
 
-// The scales (or minimums) of a row of weights, one per 32 columns.
-class Groups {
- public:
-  Groups(const Weights& w, const void* values)
-      : values_(values), wide_(w.wide_scales), per_row_(w.cols / w.group), shift_(0) {
-    // Groups are 32, 64 or 128 columns, or the row.
-    while (w.cols > w.group ? (kSub << shift_) < w.group : (w.cols / kSub) >> shift_ > 0) ++shift_;
-  }
-  float At(int64_t row, int64_t sub) const { return LoadScale(values_, row * per_row_ + (sub >> shift_), wide_); }
-
- private:
-  const void* values_;
-  bool wide_;
-  int64_t per_row_;
-  int shift_;
-};
-
 // ---------------------------------------------------------------- quantized weights, a few rows of x
 
 // Columns are taken in blocks. One vector of codes is several planes of 16-bit integers: plane p has the codes at
@@ -81,41 +64,41 @@ inline Floats Spread(const float* values) {
 template <Kind kind>
 struct Few {
   using S = Shape<kind>;
+  using Block = jaxchat::Block<kind>;
   static int64_t Blocks(const Weights& w) { return (w.cols + S::kBlock - 1) / S::kBlock; }
 
-  static void Prepare(const Weights& w, const float* x, int64_t m, void* out) {
-    auto* block = static_cast<Block<kind>*>(out);
-    for (int64_t i = 0; i < m; ++i, x += w.inputs)
-      for (int64_t b = 0; b < Blocks(w); ++b, ++block) {
-        float scales[S::kSubs];
-        alignas(kBytes) int16_t q[S::kVectors * S::kPlanes][kBytes / 2];
-        Floats sum{};
-        for (int s = 0; s < S::kSubs; ++s) {
-          const int64_t start = b * S::kBlock + s * kSub;
-          const Quantized sub = Quantize(x + start, w.inputs - start, 32767);
-          scales[s] = sub.scale;
-          sum[s * kLanes / S::kSubs] = sub.sum;
-          for (int64_t c = 0; c < kSub; ++c) {
-            const int64_t in_block = s * kSub + c, in_vector = in_block % S::kColumns;
-            q[in_block / S::kColumns * S::kPlanes + in_vector % S::kPlanes][in_vector / S::kPlanes] = static_cast<int16_t>(sub.At(c));
-          }
+  static void Prepare(const Weights& w, const float* x, Block* out) {
+    for (int64_t b = 0; b < Blocks(w); ++b, ++out) {
+      float scales[S::kSubs];
+      alignas(kBytes) int16_t q[S::kVectors * S::kPlanes][kBytes / 2];
+      Floats sum{};
+      for (int s = 0; s < S::kSubs; ++s) {
+        const int64_t start = b * S::kBlock + s * kSub;
+        const Quantized sub = Quantize(x + start, w.inputs - start, 32767);
+        scales[s] = sub.scale;
+        sum[s * kLanes / S::kSubs] = sub.sum;
+        for (int64_t c = 0; c < kSub; ++c) {
+          const int64_t in_block = s * kSub + c, in_vector = in_block % S::kColumns;
+          const int64_t plane = in_block / S::kColumns * S::kPlanes + in_vector % S::kPlanes;
+          q[plane][in_vector / S::kPlanes] = static_cast<int16_t>(sub.At(c));
         }
-        std::memcpy(block->q, q, sizeof q);
-        block->scale = Spread<kind>(scales);
-        block->sum = sum;
       }
+      std::memcpy(out->q, q, sizeof q);
+      out->scale = Spread<kind>(scales);
+      out->sum = sum;
+    }
   }
 
   template <int M, bool kAffine>
-  static void Row(const Weights& w, const Groups& scales, const Groups& mins, const Block<kind>* x, int64_t row,
-                  float* y) {
+  static void Row(const Weights& w, const Groups& scales, const Groups& mins, const Block* x, int64_t row,
+                  int64_t from_block, int64_t to, float* y) {
     const int64_t blocks = Blocks(w), subs = w.cols / kSub;
     const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols;
     constexpr int kBlockBytes = S::kVectors * kBytes;
     constexpr bool kSigned = !(kAffine && kind == Kind::kInt4);  // affine 4-bit codes are 0 .. 15
     const auto* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
     Floats acc[M] = {};
-    for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t b = from_block; b < to; ++b) {
       const uint8_t* from = codes + b * kBlockBytes;
       uint8_t last[kBlockBytes];
       if ((b + 1) * kBlockBytes > bytes) {
@@ -143,46 +126,9 @@ struct Few {
         if constexpr (kAffine) acc[m] += Spread<kind>(min) * x[m * blocks + b].sum;
       }
     }
-    for (int m = 0; m < M; ++m) y[m * w.rows + row] = Sum(acc[m]);
-  }
-
-  template <bool kAffine>
-  static void Rows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
-    const auto* x = static_cast<const Block<kind>*>(prepared);
-    const Groups scales(w, w.scales), mins(w, w.mins);
-    for (int64_t row = begin; row < end; ++row)
-      InSteps<4>(m, [&](auto count, int64_t i) {
-        Row<decltype(count)::value, kAffine>(w, scales, mins, x + i * Blocks(w), row, y + i * w.rows);
-      });
+    for (int m = 0; m < M; ++m) Put(Sum(acc[m]), from_block, y + m * w.rows + row);
   }
 };
-
-int64_t FewBytes(const Weights& w, int64_t m) {
-  if (w.kind == Kind::kInt4) return m * Few<Kind::kInt4>::Blocks(w) * sizeof(Block<Kind::kInt4>);
-  if (w.kind == Kind::kInt8) return m * Few<Kind::kInt8>::Blocks(w) * sizeof(Block<Kind::kInt8>);
-  return FloatBytes(w, m);
-}
-
-void FewPrepare(const Weights& w, const float* x, int64_t m, void* out) {
-  if (w.kind == Kind::kInt4) Few<Kind::kInt4>::Prepare(w, x, m, out);
-  if (w.kind == Kind::kInt8) Few<Kind::kInt8>::Prepare(w, x, m, out);
-  FloatPrepare(w, x, m, out);
-}
-
-template <Kind kind>
-void QuantizedRows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
-  if (w.mins)
-    Few<kind>::template Rows<true>(w, prepared, m, y, begin, end);
-  else
-    Few<kind>::template Rows<false>(w, prepared, m, y, begin, end);
-}
-
-void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
-                 int64_t end) {
-  if (w.kind == Kind::kInt8) return QuantizedRows<Kind::kInt8>(w, prepared, m, y, begin, end);
-  if (w.kind == Kind::kInt4) return QuantizedRows<Kind::kInt4>(w, prepared, m, y, begin, end);
-  AnyFloatRows(w, x, prepared, m, y, begin, end);
-}
 
 // ---------------------------------------------------------------- quantized weights, many rows of x
 
@@ -316,7 +262,7 @@ void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t 
 }  // namespace
 
 const Kernels& PortableKernels() {
-  static constexpr Kernels kernels = {"portable", FewBytes,     FewPrepare, FewRows,
+  static constexpr Kernels kernels = {"portable", FewRows<Few>::Bytes, FewRows<Few>::Prepare, FewRows<Few>::Rows,
                                       TiledBytes, TiledPrepare, Tiled,      TiledScratchBytes};
   return kernels;
 }
