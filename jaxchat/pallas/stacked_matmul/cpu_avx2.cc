@@ -327,7 +327,8 @@ void PackScales(const Weights& w, const Groups& scales, const int64_t* rows, int
     const bool plain = scales.plain() && (b + 1) * kSubs <= subs;
     Floats eight[8];
     for (int r = 0; r < 8; ++r)
-      eight[r] = Bits<Floats>(plain ? PlainScales(scales, rows[r], first + b) : AnyScales(w, scales, rows[r], first + b));
+      eight[r] =
+          Bits<Floats>(plain ? PlainScales(scales, rows[r], first + b) : AnyScales(w, scales, rows[r], first + b));
     Transpose(eight);
     for (int64_t s = b * kSubs; s < std::min(subs, (b + 1) * kSubs); ++s) Store(out + s * kTileRows, eight[s % kSubs]);
   }
@@ -407,8 +408,7 @@ __attribute__((noinline)) void Multiply(const Weights& w, const TiledX& x, const
     float* out = y + (first + r) * w.rows + begin;
     float results[kTileRows];
     for (int v = 0; v < 2; ++v) _mm256_storeu_ps(results + 8 * v, acc[r][v]);
-    for (int64_t i = 0; i < std::min(kTileRows, end - begin); ++i)
-      out[i] = from > 0 ? out[i] + results[i] : results[i];
+    for (int64_t i = 0; i < std::min(kTileRows, end - begin); ++i) Put(results[i], from, out + i);
   }
 }
 

@@ -230,7 +230,7 @@ class Groups {
   int shift_;
 };
 
-// A sum over blocks from `from` on: added to what the blocks before came to.
+// A sum over columns from `from` on: added to what those before came to.
 inline void Put(float sum, int64_t from, float* y) { *y = from > 0 ? *y + sum : sum; }
 
 // What a table has for a few rows of x. Few<kind> says how it multiplies quantized weights:
@@ -277,11 +277,11 @@ struct FewRows {
     const auto* x = static_cast<const Block*>(prepared);
     const int64_t blocks = Kernel::Blocks(w);
     const Groups scales(w, w.scales), mins(w, w.mins);
-    ForRowsInBlocks<4>(m, begin, end, blocks, sizeof(Block),
-                       [&](auto count, int64_t i, int64_t row, int64_t from, int64_t to) {
-                         Kernel::template Row<decltype(count)::value, kAffine>(w, scales, mins, x + i * blocks, row, from,
-                                                                               to, y + i * w.rows);
-                       });
+    const auto visit = [&](auto count, int64_t i, int64_t row, int64_t from, int64_t to) {
+      constexpr int kCount = decltype(count)::value;
+      Kernel::template Row<kCount, kAffine>(w, scales, mins, x + i * blocks, row, from, to, y + i * w.rows);
+    };
+    ForRowsInBlocks<4>(m, begin, end, blocks, sizeof(Block), visit);
   }
 };
 

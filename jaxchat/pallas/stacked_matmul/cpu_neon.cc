@@ -318,8 +318,7 @@ void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t first
     float* out = y + (first + r) * w.rows + begin;
     float results[kTileRows];
     for (int v = 0; v < 2; ++v) vst1q_f32(results + 4 * v, acc[r][v]);
-    for (int64_t i = 0; i < std::min(kTileRows, end - begin); ++i)
-      out[i] = from > 0 ? out[i] + results[i] : results[i];
+    for (int64_t i = 0; i < std::min(kTileRows, end - begin); ++i) Put(results[i], from, out + i);
   }
 }
 
@@ -347,7 +346,8 @@ void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t 
 }
 
 constexpr Kernels Table(const char* name) {
-  return {name, FewRows<Few>::Bytes, FewRows<Few>::Prepare, FewRows<Few>::Rows, TiledBytes, TiledPrepare, Tiled, TiledScratchBytes};
+  return {name,       FewRows<Few>::Bytes, FewRows<Few>::Prepare, FewRows<Few>::Rows,
+          TiledBytes, TiledPrepare,        Tiled,                 TiledScratchBytes};
 }
 
 }  // namespace
