@@ -8,8 +8,8 @@
 namespace jaxchat {
 namespace {
 
-constexpr int64_t kBlock = 256;            // columns that few rows take at a time
-constexpr int64_t kSubs = kBlock / kSub;   // sub-groups in them: their scales fill a vector
+constexpr int64_t kBlock = 256;           // columns that few rows take at a time
+constexpr int64_t kSubs = kBlock / kSub;  // sub-groups in them: their scales fill a vector
 
 __m256i LoadInts(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
@@ -55,8 +55,8 @@ struct Block;
 template <>
 struct alignas(32) Block<Kind::kInt4> {
   static constexpr int kBytes = 128;
-  int8_t q[4][2][32];  // of each vector of codes the even and the odd columns
-  int32_t offset[kSubs];      // takes back the lift of the codes; like `scale` in the order of `Place`
+  int8_t q[4][2][32];     // of each vector of codes the even and the odd columns
+  int32_t offset[kSubs];  // takes back the lift of the codes; like `scale` in the order of `Place`
   float scale[kSubs];
   float sum[kSubs];  // of the values, for affine weights
 };
@@ -204,7 +204,7 @@ struct Few {
 constexpr int64_t kTileRows = 16;
 template <Kind kind>
 constexpr int kSteps = kind == Kind::kInt4 ? kSub / 4 : kSub / 2;  // in a sub-group
-constexpr int64_t kPart = 2048;                                     // columns of a tile
+constexpr int64_t kPart = 2048;                                    // columns of a tile
 
 // Prepared x, six rows at a time (those after the last are zero): [m / 6, steps, 6, 32 bits] in the order in which the
 // tile has the columns, then [m / 6, cols / 32, 6] of what a sub-group needs beside them. Six rows' sums, two vectors
