@@ -8,6 +8,7 @@ import jax
 import pytest
 from tiny import write_tiny_hf
 
+from jaxchat import native
 from jaxchat.checkpoint import load_params
 
 # Shells start background jobs with SIGINT ignored, children inherit that, and the tests of Ctrl-C need it.
@@ -71,3 +72,13 @@ def tiny_model(tiny_directory):
         return loaded[directory, load_dtype]
 
     return load
+
+
+@pytest.fixture(params=["avx2", "dotprod", "portable"])
+def other_instruction_set(request):
+    """A variant of the native kernels that this processor runs when asked for, and not by itself."""
+    others = {"avx512": ("avx2", "portable"), "avx2": ("portable",)}
+    others |= {"i8mm": ("dotprod", "portable"), "dotprod": ("portable",)}
+    if request.param not in others.get(native.instruction_set(), ()):
+        pytest.skip(f"{request.param} does not run here, or is what the other tests use")
+    return request.param

@@ -278,15 +278,9 @@ def test_the_number_of_threads_does_not_change_a_bit():
     assert done.stdout.strip() == digest(), done.stderr
 
 
-@pytest.mark.parametrize("isa", ["avx2", "dotprod", "portable"])
-def test_every_instruction_set_passes(isa):
+def test_every_instruction_set_passes(other_instruction_set):
     """This file's tests of native kernels, once more with another variant of them."""
-    if not native.available():
-        pytest.skip(native.why_not())
-    others = {"avx512": ("avx2", "portable"), "i8mm": ("dotprod", "portable")}
-    if isa not in others.get(native.instruction_set(), ("portable",)) or native.instruction_set() == isa:
-        pytest.skip(f"the other tests of this file use {isa}, or this machine cannot")
-    done = run_python("-m", "pytest", "-x", __file__, "-k", "native", JAXCHAT_CPU_ISA=isa)
+    done = run_python("-m", "pytest", "-x", __file__, "-k", "native", JAXCHAT_CPU_ISA=other_instruction_set)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
