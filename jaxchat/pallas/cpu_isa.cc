@@ -23,6 +23,9 @@ bool Has(const char* feature) {
 #endif
 
 bool Supports(Isa isa) {
+#if defined(JAXCHAT_NO_I8MM)  // the compiler knew no such instructions
+  if (isa == Isa::kI8mm) return false;
+#endif
 #if defined(__x86_64__)
   if (isa == Isa::kAvx2)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

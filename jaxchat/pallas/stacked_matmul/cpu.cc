@@ -21,7 +21,9 @@ const Kernels* Pick() {
     case Isa::kAvx2: return &Avx2Kernels();
 #elif defined(__aarch64__)
     case Isa::kDotprod: return &DotprodKernels();
+#if !defined(JAXCHAT_NO_I8MM)
     case Isa::kI8mm: return &I8mmKernels();
+#endif
 #endif
     case Isa::kPortable: return &PortableKernels();
     default: return nullptr;
