@@ -23,9 +23,6 @@ bool Has(const char* feature) {
 #endif
 
 bool Supports(Isa isa) {
-#if defined(JAXCHAT_NO_I8MM)  // the compiler knew no such instructions
-  if (isa == Isa::kI8mm) return false;
-#endif
 #if defined(__x86_64__)
   if (isa == Isa::kAvx2)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -35,10 +32,14 @@ bool Supports(Isa isa) {
            __builtin_cpu_supports("avx512vnni");
 #elif defined(__aarch64__) && defined(__linux__)
   if (isa == Isa::kDotprod) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#if defined(HWCAP2_I8MM) && !defined(JAXCHAT_NO_I8MM)  // older headers and compilers do not know it
   if (isa == Isa::kI8mm) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP && getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+#endif
 #elif defined(__aarch64__) && defined(__APPLE__)
   if (isa == Isa::kDotprod) return Has("hw.optional.arm.FEAT_DotProd");
+#if !defined(JAXCHAT_NO_I8MM)
   if (isa == Isa::kI8mm) return Has("hw.optional.arm.FEAT_DotProd") && Has("hw.optional.arm.FEAT_I8MM");
+#endif
 #endif
   return isa == Isa::kPortable;
 }
