@@ -56,6 +56,17 @@ inline Floats ToFloats(Ints v) { return __builtin_convertvector(v, Floats); }
 
 inline Floats WidenBfloat16(Halves half) { return Bits<Floats>(__builtin_convertvector(half, Ints) << 16); }
 
+// kLanes of them. GCC has no single instruction for the general form.
+inline Ints WidenBytes(const int8_t* from) {
+#if defined(__AVX512F__)
+  return Bits<Ints>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return Bits<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(Load<Quarters>(from), Ints);
+#endif
+}
+
 template <typename Vector>
 inline auto Sum(Vector v) {
   for (int step = kLanes / 2; step > 0; step /= 2)

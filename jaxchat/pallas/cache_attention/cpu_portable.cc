@@ -1,12 +1,14 @@
 // Grouped-query attention of new tokens over the KV cache, with an online softmax over blocks of keys.
 //
-// Compiled once per instruction set. A tile holds every query head of one key/value head for a few tokens,
-// so that a block of keys, turned to [H, keys] once, serves all of them.
+// Compiled once per instruction set. A tile holds every query head of one key/value head for a few tokens. Many tokens:
+// a block of keys, turned to [H, keys] once, serves all of them. A decode step has few rows, and its keys and values
+// come from memory: keys are read as they lie, and the next block is asked for while this one is worked on.
 #include "cpu_kernels.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "../cpu_vectors.h"
@@ -27,7 +29,7 @@ constexpr float kMasked = -1e30f;   // finite: a block without a visible key giv
 
 inline Floats LoadFloats(const float* p) { return Load<Floats>(p); }
 inline Floats LoadFloats(const uint16_t* p) { return WidenBfloat16(Load<Halves>(p)); }
-inline Floats LoadFloats(const int8_t* p) { return __builtin_convertvector(Load<Quarters>(p), Floats); }
+inline Floats LoadFloats(const int8_t* p) { return ToFloats(WidenBytes(p)); }
 inline float Widen(float x) { return x; }
 inline float Widen(int8_t x) { return x; }
 inline float Widen(uint16_t x) {
@@ -139,6 +141,31 @@ void WidenRows(const T* v, int64_t h, int64_t keys, int64_t padded, float* out) 
   }
 }
 
+// Asks for memory that is read later, evenly over a number of steps of other work: a processor waits for no more than
+// some twenty lines at once.
+class Ahead {
+ public:
+  Ahead(const void* from, int64_t bytes, int64_t steps)
+      : at_(static_cast<const char*>(from)), stride_(bytes / std::max<int64_t>(1, steps)) {}
+  // `bytes_read`, of other memory, is what the step takes.
+  template <int bytes_read>
+  void Step() {
+    for (int i = 0; i < bytes_read; i += 64) __builtin_prefetch(at_ + i, 0, 2);  // to the second level
+    at_ += stride_;
+  }
+
+ private:
+  const char* at_;
+  int64_t stride_;
+};
+
+// For many rows, which find most of the cache where the rows before left it.
+struct Nothing {
+  Nothing(const void*, int64_t, int64_t) {}
+  template <int bytes_read>
+  void Step() {}
+};
+
 // scores[rows, 64] = q[rows, H] @ kt[H, 64]
 template <int R>
 void Scores(const float* q, int64_t stride, const float* kt, int64_t h, float* scores) {
@@ -155,14 +182,54 @@ void Scores(const float* q, int64_t stride, const float* kt, int64_t h, float* s
   }
 }
 
+// So many keys at a time meet R rows: their sums fill kLanes vectors, or nearly.
+template <int R>
+constexpr int kAtOnce = kLanes / R;
+
+// scores[rows, keys] = q[rows, H] @ k[keys, H].T
+template <int R, typename T>
+void Dots(const float* q, int64_t stride, const T* k, int64_t h, int64_t keys, float* scores, Ahead* state) {
+  constexpr int C = kAtOnce<R>;
+  Ahead next = *state;
+  for (int64_t j = 0; j < keys; j += C) {
+    const T* rows[C];
+    for (int c = 0; c < C; ++c) rows[c] = k + std::min(j + c, keys - 1) * h;  // beyond the end: the last again
+    Floats acc[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= h; i += kLanes) {
+      next.Step<C * kBytes>();
+      Floats x[R];
+      for (int r = 0; r < R; ++r) x[r] = Load<Floats>(q + r * stride + i);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        const Floats key = LoadFloats(rows[c] + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r * C + c] += x[r] * key;
+      }
+    }
+    Transpose(acc);
+    Floats sums = acc[0];
+    for (int l = 1; l < kLanes; ++l) sums += acc[l];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C && j + c < kKeys; ++c) {
+        float sum = sums[r * C + c];
+        for (int64_t rest = i; rest < h; ++rest) sum += q[r * stride + rest] * Widen(rows[c][rest]);
+        scores[r * kKeys + j + c] = sum;
+      }
+  }
+  *state = next;
+}
+
 // out[rows, W vectors of columns] = decay * out + p[rows, keys] @ v[keys, ...]
-template <int R, int W>
+template <int R, int W, typename Next>
 void Mix(const float* p, const float* decay, const float* v, int64_t v_stride, int64_t keys, float* out,
-         int64_t stride) {
+         int64_t stride, Next* state) {
+  Next next = *state;
   Floats acc[R][W];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < W; ++c) acc[r][c] = Load<Floats>(out + r * stride + c * kLanes) * decay[r];
   for (int64_t j = 0; j < keys; ++j) {
+    next.template Step<W * kBytes>();
     Floats row[W];
     for (int c = 0; c < W; ++c) row[c] = Load<Floats>(v + j * v_stride + c * kLanes);
     for (int r = 0; r < R; ++r)
@@ -170,15 +237,18 @@ void Mix(const float* p, const float* decay, const float* v, int64_t v_stride, i
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < W; ++c) Store(out + r * stride + c * kLanes, acc[r][c]);
+  *state = next;
 }
 
-template <int R>
+// W vectors at a time, then one.
+template <int R, typename Next>
 void MixAll(const float* p, const float* decay, const float* v, int64_t v_stride, int64_t keys, float* out,
-            int64_t padded) {
+            int64_t padded, Next* next) {
+  constexpr int W = R == 1 ? 2 * kWide : kWide;
   int64_t c = 0;
-  for (; c + kWide * kLanes <= padded; c += kWide * kLanes)
-    Mix<R, kWide>(p, decay, v + c, v_stride, keys, out + c, padded);
-  for (; c < padded; c += kLanes) Mix<R, 1>(p, decay, v + c, v_stride, keys, out + c, padded);
+  for (; c + W * kLanes <= padded; c += W * kLanes)
+    Mix<R, W>(p, decay, v + c, v_stride, keys, out + c, padded, next);
+  for (; c < padded; c += kLanes) Mix<R, 1>(p, decay, v + c, v_stride, keys, out + c, padded, next);
 }
 
 struct Row {
@@ -215,7 +285,7 @@ float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, co
   return decay;
 }
 
-template <typename T>
+template <typename T, bool kDecode>
 void Run(const Attention& a, int64_t task, float* partial) {
   const Tile tile = Locate(a, task);
   const int64_t h = a.head_dim, padded = RoundUp(h, kLanes), rows = (tile.t1 - tile.t0) * tile.group;
@@ -240,9 +310,15 @@ void Run(const Attention& a, int64_t task, float* partial) {
   std::fill(out, out + rows * padded, 0.0f);
   // A float32 cache whose rows fill whole vectors is read in place.
   const bool direct = sizeof(T) == sizeof(float) && padded == h;
+  using Next = std::conditional_t<kDecode, Ahead, Nothing>;
+  const int64_t visits = (rows + 3) / 4;  // to a block
   for (int64_t j = tile.begin; j < tile.end; j += kKeys) {
     const int64_t keys = std::min(kKeys, tile.end - j);
-    TransposeKeys(k + j * h, h, keys, kt);
+    const int64_t after = j + keys, bytes = std::min(kKeys, tile.end - after) * h * static_cast<int64_t>(sizeof(T));
+    // Steps as if all visits were by four rows: fewer rows ask for more in a step.
+    Next next_keys(k + after * h, bytes, visits * kKeys / kAtOnce<4> * (h / kLanes));
+    Next next_values(v + after * h, bytes, visits * keys * padded / (kWide * kLanes));
+    if (!kDecode) TransposeKeys(k + j * h, h, keys, kt);
     const float* block = reinterpret_cast<const float*>(v + j * h);
     if (!direct) {
       WidenRows(v + j * h, h, keys, padded, values);
@@ -255,36 +331,36 @@ void Run(const Attention& a, int64_t task, float* partial) {
       std::memcpy(scales, a.k_scale + at, keys * sizeof(float));
       std::memcpy(scales + kKeys, a.v_scale + at, keys * sizeof(float));
     }
-    for (int64_t r = 0; r < rows;) {
-      // Rows before the first token that sees this block have nothing to do.
-      const int64_t left = rows - r;
+    const auto visit = [&](auto count, int64_t r) {
+      constexpr int R = decltype(count)::value;
       const int64_t length = a.lengths[tile.b];
-      const int64_t count = left >= 4 ? 4 : 1;
       int64_t first, last, reach = 0;
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < R; ++i) {
         Visible(a, length + tile.t0 + (r + i) / tile.group, &first, &last);
         if (first < j + keys) reach = std::max(reach, std::min(last - j, keys));
       }
-      if (reach <= 0) {
-        r += count;
-        continue;
-      }
-      if (count == 4)
-        Scores<4>(q + r * h, h, kt, h, scores);
+      // Rows before the first token that sees this block have nothing to do.
+      if (reach <= 0) return;
+      if constexpr (kDecode)
+        Dots<R>(q + r * h, h, k + j * h, h, keys, scores, &next_keys);
       else
-        Scores<1>(q + r * h, h, kt, h, scores);
-      float decay[4];
-      for (int64_t i = 0; i < count; ++i) {
+        Scores<R>(q + r * h, h, kt, h, scores);
+      float decay[R];
+      for (int64_t i = 0; i < R; ++i) {
         Visible(a, length + tile.t0 + (r + i) / tile.group, &first, &last);
         decay[i] = Softmax(a, scores + i * kKeys, first - j, std::min(last - j, keys), scaled ? scales : nullptr,
                            scaled ? scales + kKeys : nullptr, &states[r + i]);
       }
       // Only keys some row sees are read: rows of the cache beyond them may hold anything.
-      if (count == 4)
-        MixAll<4>(scores, decay, block, padded, reach, out + r * padded, padded);
-      else
-        MixAll<1>(scores, decay, block, padded, reach, out + r * padded, padded);
-      r += count;
+      MixAll<R>(scores, decay, block, padded, reach, out + r * padded, padded, &next_values);
+    };
+    for (int64_t r = 0; r < rows; r += 4) {
+      switch (std::min<int64_t>(4, rows - r)) {
+        case 4: visit(std::integral_constant<int, 4>(), r); break;
+        case 3: visit(std::integral_constant<int, 3>(), r); break;
+        case 2: visit(std::integral_constant<int, 2>(), r); break;
+        case 1: visit(std::integral_constant<int, 1>(), r); break;
+      }
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -313,11 +389,17 @@ int64_t PartialFloats(const Attention& a) {
   return splits > 1 ? a.batch * a.heads * splits * (a.head_dim + 2) : 0;
 }
 
+template <typename T>
+void RunStored(const Attention& a, int64_t task, float* partial) {
+  if (a.tokens == 1) return Run<T, true>(a, task, partial);
+  Run<T, false>(a, task, partial);
+}
+
 void RunAny(const Attention& a, int64_t task, float* partial) {
   switch (a.stored) {
-    case Stored::kFloat32: return Run<float>(a, task, partial);
-    case Stored::kBfloat16: return Run<uint16_t>(a, task, partial);
-    case Stored::kInt8: return Run<int8_t>(a, task, partial);
+    case Stored::kFloat32: return RunStored<float>(a, task, partial);
+    case Stored::kBfloat16: return RunStored<uint16_t>(a, task, partial);
+    case Stored::kInt8: return RunStored<int8_t>(a, task, partial);
   }
 }
 
