@@ -55,7 +55,8 @@ struct Block;
 template <>
 struct alignas(32) Block<Kind::kInt4> {
   static constexpr int kBytes = 128;
-  int8_t q[4][2][32];     // of each vector of codes the even and the odd columns
+  static constexpr int kMost = 8;
+  int32_t q[4][2][kSubs];  // of each vector of codes the even and the odd columns, four together
   int32_t offset[kSubs];  // takes back the lift of the codes; like `scale` in the order of `Place`
   float scale[kSubs];
   float sum[kSubs];  // of the values, for affine weights
@@ -63,6 +64,7 @@ struct alignas(32) Block<Kind::kInt4> {
 template <>
 struct alignas(32) Block<Kind::kInt8> {
   static constexpr int kBytes = 256;
+  static constexpr int kMost = 4;
   int16_t q[8][2][16];
   float scale[kSubs];
   float sum[kSubs];
@@ -71,23 +73,29 @@ struct alignas(32) Block<Kind::kInt8> {
 // Which lane sums up sub-group s of 4-bit codes: vector v has 2 v and 2 v + 1, one in each half.
 constexpr int64_t Place(int64_t s) { return s / 2 + s % 2 * 4; }
 
-void PrepareRow(const Weights& w, const float* x, int64_t blocks, Block<Kind::kInt4>* out) {
+// Whether 4-bit codes are dealt: of every sub-group four bytes to each vector, so that the sums of the vectors add up
+// lane by lane. Done once for all rows of x; folding the sums of vectors as they are is done for each.
+constexpr bool Dealt(int64_t rows) { return rows > 4; }
+
+void PrepareRow(const Weights& w, const float* x, int64_t blocks, int64_t rows, Block<Kind::kInt4>* out) {
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t s = 0; s < kSubs; ++s) {
       const int64_t start = b * kBlock + s * kSub;
       const Quantized sub = Quantize(x + start, w.inputs - start, 127);
       __m256i even, odd;
       SplitInts(sub, &even, &odd);
-      const __m256i bytes = EvenOdd(even, odd);
-      _mm_store_si128(reinterpret_cast<__m128i*>(out[b].q[s / 2][0] + s % 2 * 16), _mm256_castsi256_si128(bytes));
-      _mm_store_si128(reinterpret_cast<__m128i*>(out[b].q[s / 2][1] + s % 2 * 16), _mm256_extracti128_si256(bytes, 1));
+      const Ints fours = Bits<Ints>(EvenOdd(even, odd));
+      for (int i = 0; i < 8; ++i) {
+        const int64_t at = i % 4, odd = i / 4;
+        (Dealt(rows) ? out[b].q[at][odd][Place(s)] : out[b].q[s / 2][odd][s % 2 * 4 + at]) = fours[i];
+      }
       out[b].offset[Place(s)] = w.mins ? 0 : -8 * sub.total;
       out[b].scale[Place(s)] = sub.scale;
       out[b].sum[s] = sub.sum;
     }
 }
 
-void PrepareRow(const Weights& w, const float* x, int64_t blocks, Block<Kind::kInt8>* out) {
+void PrepareRow(const Weights& w, const float* x, int64_t blocks, int64_t, Block<Kind::kInt8>* out) {
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t s = 0; s < kSubs; ++s) {
       const int64_t start = b * kBlock + s * kSub;
@@ -101,33 +109,51 @@ void PrepareRow(const Weights& w, const float* x, int64_t blocks, Block<Kind::kI
     }
 }
 
+inline void Deal(const uint8_t* codes, __m256i* out) {
+  __m256i raw[4];
+  for (int v = 0; v < 4; ++v) raw[v] = LoadInts(codes + 32 * v);
+  const __m256i a = _mm256_unpacklo_epi32(raw[0], raw[1]), b = _mm256_unpackhi_epi32(raw[0], raw[1]);
+  const __m256i c = _mm256_unpacklo_epi32(raw[2], raw[3]), d = _mm256_unpackhi_epi32(raw[2], raw[3]);
+  out[0] = _mm256_unpacklo_epi64(a, c);
+  out[1] = _mm256_unpackhi_epi64(a, c);
+  out[2] = _mm256_unpacklo_epi64(b, d);
+  out[3] = _mm256_unpackhi_epi64(b, d);
+}
+
 // Adds the products of a block to M sums.
 template <int M, bool kAffine>
 inline void Step(const uint8_t* codes, __m256 scales, __m256 mins, const Block<Kind::kInt4>* x, int64_t stride,
                  __m256* acc) {
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  __m256i even[4], odd[4];
+  __m256i dealt[4], even[4], odd[4];
+  if constexpr (Dealt(M)) Deal(codes, dealt);
   for (int v = 0; v < 4; ++v) {
-    __m256i raw = LoadInts(codes + 32 * v);
+    __m256i raw = Dealt(M) ? dealt[v] : LoadInts(codes + 32 * v);
     // Affine codes are unsigned as they are.
     if constexpr (!kAffine) raw = _mm256_xor_si256(raw, _mm256_set1_epi8(static_cast<char>(0x88)));
     even[v] = _mm256_and_si256(raw, nibble);
     odd[v] = _mm256_and_si256(_mm256_srli_epi16(raw, 4), nibble);
   }
   scales = _mm256_permutevar8x32_ps(scales, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));  // as `Place`
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     const auto& block = x[m * stride];
     __m256i sum[4];  // in 16 bits, which hold half of a sub-group: 16 * 15 * 127
     for (int v = 0; v < 4; ++v)
       sum[v] = _mm256_add_epi16(_mm256_maddubs_epi16(even[v], LoadInts(block.q[v][0])),
                                 _mm256_maddubs_epi16(odd[v], LoadInts(block.q[v][1])));
-    // Within the halves of the vectors: 8 sums of a sub-group become 4, then 2, then 1.
-    for (int v = 0; v < 4; v += 2)
-      sum[v / 2] = _mm256_add_epi16(_mm256_blend_epi32(sum[v], sum[v + 1], 0b11001100),
-                                    _mm256_alignr_epi8(sum[v + 1], sum[v], 8));
-    const __m256 a = _mm256_castsi256_ps(sum[0]), b = _mm256_castsi256_ps(sum[1]);
-    const __m256i pairs = _mm256_add_epi16(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)),
-                                           _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
+    __m256i pairs;  // of 16-bit sums of a sub-group
+    if constexpr (Dealt(M)) {
+      pairs = _mm256_add_epi16(_mm256_add_epi16(sum[0], sum[1]), _mm256_add_epi16(sum[2], sum[3]));
+    } else {
+      // Within the halves of the vectors: 8 sums of a sub-group become 4, then 2.
+      for (int v = 0; v < 4; v += 2)
+        sum[v / 2] = _mm256_add_epi16(_mm256_blend_epi32(sum[v], sum[v + 1], 0b11001100),
+                                      _mm256_alignr_epi8(sum[v + 1], sum[v], 8));
+      const __m256 a = _mm256_castsi256_ps(sum[0]), b = _mm256_castsi256_ps(sum[1]);
+      pairs = _mm256_add_epi16(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)),
+                               _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
+    }
     const __m256i total = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), LoadInts(block.offset));
     acc[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(scales, _mm256_load_ps(block.scale)), acc[m]);
     if constexpr (kAffine) acc[m] = _mm256_fmadd_ps(mins, _mm256_load_ps(block.sum), acc[m]);
@@ -160,10 +186,13 @@ inline void Step(const uint8_t* codes, __m256 scales, __m256 mins, const Block<K
 template <Kind kind>
 struct Few {
   using Block = jaxchat::Block<kind>;
+  static constexpr int kMost = Block::kMost;
 
   static int64_t Blocks(const Weights& w) { return (w.cols + kBlock - 1) / kBlock; }
 
-  static void Prepare(const Weights& w, const float* x, Block* out) { PrepareRow(w, x, Blocks(w), out); }
+  static void Prepare(const Weights& w, const float* x, int64_t rows, Block* out) {
+    PrepareRow(w, x, Blocks(w), rows, out);
+  }
 
   template <int M, bool kAffine>
   static void Row(const Weights& w, const Groups& scales, const Groups& mins, const Block* x, int64_t row,

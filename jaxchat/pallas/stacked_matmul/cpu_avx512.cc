@@ -4,67 +4,17 @@
 // columns. Few rows of x: reading the weights is all that matters, and they are read once, in order. 4-bit weights
 // meet activations of 8 bits, whose error is far below the weights' own; 8-bit weights meet 15 bits, split into two
 // signed bytes, q = 128 h + l. Many rows of x: a register tile of 32 weight rows, and 8 bits.
-#if defined(__x86_64__)
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-
-#include "cpu_blocks.h"
-#include "cpu_kernels.h"
+#include "cpu_common.h"
 
 namespace jaxchat {
 namespace {
 
-constexpr int64_t kSub = 32;  // activations are scaled per 32 columns, whatever the weights' group
+// ---------------------------------------------------------------- the order of columns
 
-int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-float LoadScale(const void* p, int64_t i, bool wide) {
-  return wide ? static_cast<const float*>(p)[i]
-              : _cvtsh_ss(static_cast<const uint16_t*>(p)[i]);
-}
-
-// ---------------------------------------------------------------- activations as integers
-
-// 32 activations as integers of at most `levels`, with their scale and sums.
-struct SubGroup {
-  __m512i q[2];
-  float scale, sum;
-  int32_t total;
-};
-
-SubGroup LoadSubGroup(const float* from, int64_t left, float levels) {
-  const __mmask16 m0 = left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-  const __mmask16 m1 = left >= 32 ? 0xffff : left > 16 ? (1u << (left - 16)) - 1 : 0;
-  const __m512 a = _mm512_maskz_loadu_ps(m0, from), b = _mm512_maskz_loadu_ps(m1, from + 16);
-  const __m512 size = _mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b));
-  // x - x is 0 unless x is NaN or infinite; those come out as NaN, through the scale.
-  const __m512 zero = _mm512_add_ps(_mm512_sub_ps(a, a), _mm512_sub_ps(b, b));
-  const bool finite = _mm512_cmp_ps_mask(zero, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff;
-  SubGroup out;
-  out.scale = finite ? _mm512_reduce_max_ps(size) / levels : NAN;
-  out.sum = _mm512_reduce_add_ps(_mm512_add_ps(a, b));
-  const __m512 inverse = _mm512_set1_ps(out.scale > 0 ? 1 / out.scale : 0);
-  const __mmask16 keep = finite ? 0xffff : 0;
-  out.q[0] = _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(a, inverse));
-  out.q[1] = _mm512_maskz_cvtps_epi32(keep, _mm512_mul_ps(b, inverse));
-  out.total = _mm512_reduce_add_epi32(_mm512_add_epi32(out.q[0], out.q[1]));
-  return out;
-}
-
-__m256i Narrow(__m512i a, __m512i b) {
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtsepi32_epi8(a)), _mm512_cvtsepi32_epi8(b), 1);
-}
-
-// q = 128 high + low, both signed bytes.
-void SplitBytes(__m512i a, __m512i b, __m256i* high, __m256i* low) {
-  const __m512i half = _mm512_set1_epi32(64);
-  const __m512i ha = _mm512_srai_epi32(_mm512_add_epi32(a, half), 7);
-  const __m512i hb = _mm512_srai_epi32(_mm512_add_epi32(b, half), 7);
-  *high = Narrow(ha, hb);
-  *low = Narrow(_mm512_sub_epi32(a, _mm512_slli_epi32(ha, 7)), _mm512_sub_epi32(b, _mm512_slli_epi32(hb, 7)));
+// 32 columns as signed bytes.
+__m256i Narrow(const Ints* q) {
+  const __m128i low = _mm512_cvtepi32_epi8(Bits<__m512i>(q[0])), high = _mm512_cvtepi32_epi8(Bits<__m512i>(q[1]));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
 }
 
 // 32 columns as the nibbles of packed codes unpack: the even ones first.
@@ -74,237 +24,167 @@ __m256i EvenOdd(__m256i bytes) {
   return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, split), 0b11011000);
 }
 
-// ---------------------------------------------------------------- float weights, a few rows of x
-
-template <Kind kind>
-__m512 LoadFloat(const void* codes, int64_t i, __mmask16 mask) {
-  if constexpr (kind == Kind::kF32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(codes) + i);
-  __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(codes) + i);
-  if constexpr (kind == Kind::kF16) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-template <Kind kind, int M>
-void FloatRow(const Weights& w, const float* x, int64_t row, float* y) {
-  const int64_t base = row * w.cols, n = w.inputs;
-  __m512 acc[M][2];
-  for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
-  int64_t k = 0;
-  for (; k + 32 <= n; k += 32) {
-    __m512 w0 = LoadFloat<kind>(w.codes, base + k, 0xffff), w1 = LoadFloat<kind>(w.codes, base + k + 16, 0xffff);
-    for (int m = 0; m < M; ++m) {
-      acc[m][0] = _mm512_fmadd_ps(w0, _mm512_loadu_ps(x + m * n + k), acc[m][0]);
-      acc[m][1] = _mm512_fmadd_ps(w1, _mm512_loadu_ps(x + m * n + k + 16), acc[m][1]);
-    }
-  }
-  for (; k < n; k += 16) {
-    __mmask16 mask = n - k >= 16 ? 0xffff : (1u << (n - k)) - 1;
-    __m512 w0 = LoadFloat<kind>(w.codes, base + k, mask);
-    for (int m = 0; m < M; ++m)
-      acc[m][0] = _mm512_fmadd_ps(w0, _mm512_maskz_loadu_ps(mask, x + m * n + k), acc[m][0]);
-  }
-  for (int m = 0; m < M; ++m) y[m * w.rows + row] = _mm512_reduce_add_ps(_mm512_add_ps(acc[m][0], acc[m][1]));
-}
-
-template <Kind kind>
-void FloatRows(const Weights& w, const float* x, int64_t m, float* y, int64_t begin, int64_t end) {
-  ForRowsInBlocks<4>(m, begin, end, 1, 1, [&](auto count, int64_t i, int64_t row, int64_t, int64_t) {
-    FloatRow<kind, decltype(count)::value>(w, x + i * w.inputs, row, y + i * w.rows);
-  });
-}
-
 // ---------------------------------------------------------------- quantized weights, a few rows of x
 
-// Columns one 64-byte load of codes covers, and how many of the 16 integer sums belong to one sub-group.
-template <Kind kind>
-constexpr int64_t kBlock = kind == Kind::kInt4 ? 128 : 64;
+// A block is four vectors of codes, 16 units of 16 bytes: a sub-group of 4-bit codes or half of one of 8-bit codes.
+// Each unit has a lane of 32 bits to itself, so that a sum over all four vectors keeps the sub-groups apart.
+constexpr int64_t kBytesInBlock = 256;
+constexpr int64_t kUnits = 16;
+
+constexpr int64_t Lane(int64_t unit) { return unit % 4 * 4 + unit / 4; }  // and the unit of a lane
 
 // One block of columns of one row of x, in the order in which the codes meet it.
 template <Kind kind>
-struct Block;
-template <>
-struct alignas(64) Block<Kind::kInt4> {
-  int8_t q[2][64];     // [even columns, odd columns]
-  float scale[16];     // of each integer sum
-  int32_t offset[16];  // takes back the +8 of the codes
+struct alignas(64) Block {
+  static constexpr int64_t kColumns = kind == Kind::kInt4 ? 512 : 256;
+  static constexpr int64_t kSubs = kColumns / kSub;
+  static constexpr int64_t kSpread = kUnits / kSubs;  // lanes of a sub-group
+  int32_t q[4][2][kUnits];  // a lane's next four bytes of codes meet: even and odd columns, or low and high bytes
+  float scale[kUnits];
+  float sum[kUnits];       // of the values, for affine weights; in one lane of a sub-group, like `offset`
+  int32_t offset[kUnits];  // takes back the lift of the codes
 };
-template <>
-struct alignas(64) Block<Kind::kInt8> {
-  int8_t q[2][64];  // [high, low]
-  float scale[16];
-  int32_t offset[16];
-};
+
+// Four vectors of codes: of each unit the first four bytes to the first vector, and so on.
+inline void Deal(__m512i* raw) {
+  const __m512i a = _mm512_unpacklo_epi32(raw[0], raw[1]), b = _mm512_unpackhi_epi32(raw[0], raw[1]);
+  const __m512i c = _mm512_unpacklo_epi32(raw[2], raw[3]), d = _mm512_unpackhi_epi32(raw[2], raw[3]);
+  raw[0] = _mm512_unpacklo_epi64(a, c);
+  raw[1] = _mm512_unpackhi_epi64(a, c);
+  raw[2] = _mm512_unpacklo_epi64(b, d);
+  raw[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// Adds the products of a block to M sums.
+template <Kind kind, int M, bool kAffine>
+inline void Step(__m512i* raw, __m512 scales, __m512 mins, const Block<kind>* x, int64_t stride, __m512* acc) {
+  constexpr bool kNibbles = kind == Kind::kInt4;
+  const __m512i nibble = _mm512_set1_epi8(15), lift = _mm512_set1_epi8(static_cast<char>(kNibbles ? 0x88 : 0x80));
+  __m512i codes[4][2];
+  Deal(raw);
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    // Affine 4-bit codes are unsigned as they are.
+    const __m512i lifted = kNibbles && kAffine ? raw[v] : _mm512_xor_si512(raw[v], lift);
+    codes[v][0] = kNibbles ? _mm512_and_si512(lifted, nibble) : lifted;
+    codes[v][1] = kNibbles ? _mm512_and_si512(_mm512_srli_epi16(lifted, 4), nibble) : lifted;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    const Block<kind>& block = x[m * stride];
+    __m512i sum[2] = {_mm512_load_si512(block.offset), _mm512_setzero_si512()};
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) sum[i] = _mm512_dpbusd_epi32(sum[i], codes[v][i], _mm512_load_si512(block.q[v][i]));
+    const __m512i total = _mm512_add_epi32(sum[0], kNibbles ? sum[1] : _mm512_slli_epi32(sum[1], 7));
+    acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_mul_ps(scales, _mm512_load_ps(block.scale)), acc[m]);
+    if constexpr (kAffine) acc[m] = _mm512_fmadd_ps(mins, _mm512_load_ps(block.sum), acc[m]);
+  }
+}
 
 template <Kind kind>
 struct Few {
-  static constexpr int64_t kSubs = kBlock<kind> / kSub;
-  static int64_t Blocks(const Weights& w) { return RoundUp(w.cols, kBlock<kind>) / kBlock<kind>; }
+  using Block = jaxchat::Block<kind>;
+  static constexpr int kMost = 8;
 
-  static void Prepare(const Weights& w, const float* x, Block<kind>* out, float* sums) {
-    constexpr int64_t lanes = 16 / kSubs;
-    for (int64_t b = 0; b < Blocks(w); ++b) {
-      Block<kind>& block = out[b];
-      for (int64_t s = 0; s < kSubs; ++s) {
-        const int64_t start = b * kBlock<kind> + s * kSub;
-        const SubGroup x32 = LoadSubGroup(x + start, w.inputs - start, kind == Kind::kInt4 ? 127.0f : 16256.0f);
-        if constexpr (kind == Kind::kInt4) {
-          const __m256i bytes = EvenOdd(Narrow(x32.q[0], x32.q[1]));
-          _mm_store_si128(reinterpret_cast<__m128i*>(block.q[0] + s * 16), _mm256_castsi256_si128(bytes));
-          _mm_store_si128(reinterpret_cast<__m128i*>(block.q[1] + s * 16), _mm256_extracti128_si256(bytes, 1));
-        } else {
-          __m256i high, low;
-          SplitBytes(x32.q[0], x32.q[1], &high, &low);
-          _mm256_store_si256(reinterpret_cast<__m256i*>(block.q[0] + s * kSub), high);
-          _mm256_store_si256(reinterpret_cast<__m256i*>(block.q[1] + s * kSub), low);
-        }
-        for (int64_t i = 0; i < lanes; ++i) {
-          block.scale[s * lanes + i] = x32.scale;
-          block.offset[s * lanes + i] = i ? 0 : -(kind == Kind::kInt4 ? 8 : 128) * x32.total;
-        }
-        if (start < w.cols) sums[start / kSub] = x32.sum;
-      }
-    }
+  static int64_t Blocks(const Weights& w) { return (w.cols + Block::kColumns - 1) / Block::kColumns; }
+
+  static void Prepare(const Weights& w, const float* x, int64_t, Block* out) {
+    for (int64_t b = 0; b < Blocks(w); ++b)
+      for (int64_t s = 0; s < Block::kSubs; ++s) PrepareSub(w, x, b * Block::kColumns + s * kSub, s, out + b);
   }
 
-  // The scales of a block's sums: lane i has that of its sub-group. `first` is the row's first scale.
-  template <bool kWhole>
-  static __m512 NarrowScales(const uint16_t* from, int64_t left) {
-    __m128i h;
-    if constexpr (kWhole && kind == Kind::kInt4)
-      h = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    else if constexpr (kWhole)
-      h = _mm_loadu_si32(from);
-    else
-      h = _mm_maskz_loadu_epi16((1u << std::min(left, kSubs)) - 1, from);
-    const __m512i spread = kind == Kind::kInt4 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
-                                               : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    return _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(_mm_cvtph_ps(h)));
-  }
-
-  static __m512 AnyScales(const Weights& w, int64_t first, int64_t b) {
-    alignas(64) float lanes[16];
-    for (int64_t i = 0; i < 16; ++i) {
-      const int64_t column = b * kBlock<kind> + i / (16 / kSubs) * kSub;
-      lanes[i] = column < w.cols ? LoadScale(w.scales, first + column / w.group, w.wide_scales) : 0.0f;
-    }
-    return _mm512_load_ps(lanes);
-  }
-
-  // Adds one block's products to M sums.
-  template <int M>
-  static inline void Step(__m512i raw, __m512 scales, bool lifted, const Block<kind>* x, int64_t stride, int64_t b,
-                          __m512* acc) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    // Affine 4-bit codes are unsigned as they are; the others become so, and the offsets take it back.
-    if (kind == Kind::kInt8 || lifted)
-      raw = _mm512_xor_si512(raw, _mm512_set1_epi8(static_cast<char>(kind == Kind::kInt4 ? 0x88 : 0x80)));
-    const __m512i even = _mm512_and_si512(raw, nibble);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(raw, 4), nibble);
-    for (int m = 0; m < M; ++m) {
-      const Block<kind>& xb = x[m * stride + b];
-      const __m512i q0 = _mm512_load_si512(xb.q[0]), q1 = _mm512_load_si512(xb.q[1]);
-      __m512i sum = kind == Kind::kInt8 || lifted ? _mm512_load_si512(xb.offset) : _mm512_setzero_si512();
-      if constexpr (kind == Kind::kInt4) {
-        sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, even, q0), odd, q1);
-      } else {
-        const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), raw, q0);
-        sum = _mm512_add_epi32(_mm512_slli_epi32(high, 7), _mm512_dpbusd_epi32(sum, raw, q1));
-      }
-      const __m512 scale = _mm512_mul_ps(scales, _mm512_load_ps(xb.scale));
-      acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, acc[m]);
-    }
-  }
-
-  template <int M>
-  static void Row(const Weights& w, const Block<kind>* x, int64_t stride, const float* sums, int64_t sum_stride,
-                  int64_t row, int64_t from, int64_t to, float* y) {
-    const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols, per_row = w.cols / w.group;
-    const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
-    const int64_t whole = std::min(bytes / 64, to), first = row * per_row;
-    // The same columns of a row some 4 kB ahead: the next to be read, also where the columns are cut into parts.
-    const int64_t ahead = std::max<int64_t>(2, 4096 / bytes) * bytes;
-    const bool lifted = !w.mins;
-    const auto* narrow = static_cast<const uint16_t*>(w.scales) + first;
+  template <int M, bool kAffine>
+  static void Row(const Weights& w, const Groups& scales, const Groups& mins, const Block* x, int64_t row,
+                  int64_t from, int64_t to, float* y) {
+    const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols, stride = Blocks(w);
+    const auto* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
+    const int64_t whole = std::min(bytes / kBytesInBlock, to);
+    const __m512 none = _mm512_setzero_ps();
+    __m512i raw[4];
     __m512 acc[M];
-    for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_ps();
-    if (w.group == kSub && !w.wide_scales) {
-      for (int64_t b = from; b < whole; ++b) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes + b * 64 + ahead), _MM_HINT_T0);
-        Step<M>(_mm512_loadu_si512(codes + b * 64), NarrowScales<true>(narrow + b * kSubs, 0), lifted, x, stride, b, acc);
-      }
-    } else {
-      for (int64_t b = from; b < whole; ++b)
-        Step<M>(_mm512_loadu_si512(codes + b * 64), AnyScales(w, first, b), lifted, x, stride, b, acc);
-    }
-    if (whole < to) {
-      const __m512i raw = _mm512_maskz_loadu_epi8((1ull << (bytes % 64)) - 1, codes + whole * 64);
-      const bool fast = w.group == kSub && !w.wide_scales;
-      const __m512 scales = fast ? NarrowScales<false>(narrow + whole * kSubs, per_row - whole * kSubs)
-                                 : AnyScales(w, first, whole);
-      Step<M>(raw, scales, lifted, x, stride, whole, acc);
-    }
-    for (int m = 0; m < M; ++m) {
-      float total = _mm512_reduce_add_ps(acc[m]);
-      if (from > 0)
-        total += y[m * w.rows + row];
-      else if (w.mins)
-        total += Minimums(w, sums + m * sum_stride, row);
-      y[m * w.rows + row] = total;
-    }
-  }
-
-  static float Minimums(const Weights& w, const float* sums, int64_t row) {
-    const int64_t per_row = w.cols / w.group;
-    float total = 0;
-    for (int64_t s = 0; s < w.cols / kSub; ++s)
-      total += LoadScale(w.mins, row * per_row + s * kSub / w.group, w.wide_scales) * sums[s];
-    return total;
-  }
-
-  static void Rows(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end) {
-    const int64_t stride = Blocks(w), sum_stride = w.cols / kSub;
-    const auto* x = static_cast<const Block<kind>*>(prepared);
-    const auto* sums = reinterpret_cast<const float*>(x + m * stride);
-    constexpr int kMost = kind == Kind::kInt4 ? 8 : 4;  // what the registers hold
-    const auto visit = [&](auto count, int64_t i, int64_t row, int64_t from, int64_t to) {
-      Row<decltype(count)::value>(w, x + i * stride, stride, sums + i * sum_stride, sum_stride, row, from, to,
-                                  y + i * w.rows);
+    for (int m = 0; m < M; ++m) acc[m] = none;
+    const auto load = [&](int64_t b) {
+      for (int v = 0; v < 4; ++v) raw[v] = _mm512_loadu_si512(codes + b * kBytesInBlock + v * 64);
     };
-    ForRowsInBlocks<kMost>(m, begin, end, stride, sizeof(Block<kind>), visit);
+    int64_t b = from;
+    if (scales.plain())
+      for (; b < whole; ++b) {
+        Prefetch<kBytesInBlock>(codes + b * kBytesInBlock);
+        load(b);
+        Step<kind, M, kAffine>(raw, Plain(scales, row, b), kAffine ? Plain(mins, row, b) : none, x + b, stride, acc);
+      }
+    for (; b < to; ++b) {
+      const int64_t left = bytes - b * kBytesInBlock;
+      if (left >= kBytesInBlock)
+        load(b);
+      else
+        for (int v = 0; v < 4; ++v)
+          raw[v] = _mm512_maskz_loadu_epi8(Mask(left - v * 64), codes + b * kBytesInBlock + v * 64);
+      const int64_t subs = std::min(Block::kSubs, w.cols / kSub - b * Block::kSubs);
+      const __m512 scale = scales.plain() ? PlainPart(scales, row, b, subs) : Any(scales, row, b, subs);
+      const __m512 min = !kAffine         ? none
+                         : mins.plain() ? PlainPart(mins, row, b, subs)
+                                        : Any(mins, row, b, subs);
+      Step<kind, M, kAffine>(raw, scale, min, x + b, stride, acc);
+    }
+    for (int m = 0; m < M; ++m) Put(_mm512_reduce_add_ps(acc[m]), from, y + m * w.rows + row);
+  }
+
+ private:
+  static __mmask64 Mask(int64_t bytes) { return bytes >= 64 ? ~0ull : bytes > 0 ? (1ull << bytes) - 1 : 0; }
+
+  static void PrepareSub(const Weights& w, const float* x, int64_t start, int64_t s, Block* block) {
+    const Quantized sub = Quantize(x + start, w.inputs - start, kind == Kind::kInt4 ? 127 : 16256);
+    alignas(32) int32_t fours[2][8];
+    if constexpr (kind == Kind::kInt4) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(fours), EvenOdd(Narrow(sub.q)));
+    } else {  // q = 128 high + low
+      const Ints high[2] = {(sub.q[0] + 64) >> 7, (sub.q[1] + 64) >> 7};
+      const Ints low[2] = {sub.q[0] - (high[0] << 7), sub.q[1] - (high[1] << 7)};
+      _mm256_store_si256(reinterpret_cast<__m256i*>(fours[0]), Narrow(low));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(fours[1]), Narrow(high));
+    }
+    for (int64_t i = 0; i < Block::kSpread; ++i) {
+      const int64_t lane = Lane(s * Block::kSpread + i);
+      for (int v = 0; v < 4; ++v)
+        for (int part = 0; part < 2; ++part)
+          block->q[v][part][lane] = kind == Kind::kInt4 ? fours[0][4 * part + v] : fours[part][4 * i + v];
+      block->scale[lane] = sub.scale;
+      block->sum[lane] = i ? 0 : sub.sum;
+      block->offset[lane] = i ? 0 : kind == Kind::kInt8 ? -128 * sub.total : w.mins ? 0 : -8 * sub.total;
+    }
+  }
+
+  // float16 of a block's sub-groups, each to its lanes.
+  static __m512 Spread(__m256i halves) {
+    alignas(64) static constexpr auto kFrom = [] {
+      struct { int32_t lane[kUnits]; } from{};
+      for (int64_t i = 0; i < kUnits; ++i) from.lane[i] = Lane(i) / Block::kSpread;
+      return from;
+    }();
+    return _mm512_permutexvar_ps(_mm512_load_si512(kFrom.lane), _mm512_cvtph_ps(halves));
+  }
+
+  static __m512 Plain(const Groups& groups, int64_t row, int64_t b) {
+    const auto* from = reinterpret_cast<const __m256i*>(groups.Plain(row, b * Block::kSubs));
+    if constexpr (kind == Kind::kInt4) return Spread(_mm256_loadu_si256(from));
+    return Spread(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+
+  static __m512 PlainPart(const Groups& groups, int64_t row, int64_t b, int64_t subs) {
+    return Spread(_mm256_maskz_loadu_epi16((1u << subs) - 1, groups.Plain(row, b * Block::kSubs)));
+  }
+
+  static __m512 Any(const Groups& groups, int64_t row, int64_t b, int64_t subs) {
+    Floats lanes{};
+    for (int64_t s = 0; s < subs; ++s)
+      for (int64_t i = 0; i < Block::kSpread; ++i)
+        lanes[Lane(s * Block::kSpread + i)] = groups.At(row, b * Block::kSubs + s);
+    return Bits<__m512>(lanes);
   }
 };
-
-int64_t FewBytes(const Weights& w, int64_t m) {
-  const int64_t sums = w.cols / kSub * static_cast<int64_t>(sizeof(float));
-  if (w.kind == Kind::kInt4) return m * (Few<Kind::kInt4>::Blocks(w) * sizeof(Block<Kind::kInt4>) + sums);
-  if (w.kind == Kind::kInt8) return m * (Few<Kind::kInt8>::Blocks(w) * sizeof(Block<Kind::kInt8>) + sums);
-  return 0;
-}
-
-template <Kind kind>
-void PrepareAll(const Weights& w, const float* x, int64_t m, void* out) {
-  const int64_t stride = Few<kind>::Blocks(w);
-  auto* blocks = static_cast<Block<kind>*>(out);
-  auto* sums = reinterpret_cast<float*>(blocks + m * stride);
-  for (int64_t i = 0; i < m; ++i)
-    Few<kind>::Prepare(w, x + i * w.inputs, blocks + i * stride, sums + i * (w.cols / kSub));
-}
-
-void FewPrepare(const Weights& w, const float* x, int64_t m, void* out) {
-  if (w.kind == Kind::kInt4) PrepareAll<Kind::kInt4>(w, x, m, out);
-  if (w.kind == Kind::kInt8) PrepareAll<Kind::kInt8>(w, x, m, out);
-}
-
-void FewRows(const Weights& w, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
-                 int64_t end) {
-  switch (w.kind) {
-    case Kind::kF32: return FloatRows<Kind::kF32>(w, x, m, y, begin, end);
-    case Kind::kBf16: return FloatRows<Kind::kBf16>(w, x, m, y, begin, end);
-    case Kind::kF16: return FloatRows<Kind::kF16>(w, x, m, y, begin, end);
-    case Kind::kInt8: return Few<Kind::kInt8>::Rows(w, prepared, m, y, begin, end);
-    case Kind::kInt4: return Few<Kind::kInt4>::Rows(w, prepared, m, y, begin, end);
-  }
-}
 
 // ---------------------------------------------------------------- quantized weights, many rows of x
 
@@ -337,8 +217,8 @@ void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, in
   const int32_t lift = w.kind == Kind::kInt4 ? (w.mins ? 0 : 8) : 128;
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t s = 0; s < subs; ++s) {
-      const SubGroup x32 = LoadSubGroup(x + i * w.inputs + s * kSub, w.inputs - s * kSub, 127.0f);
-      __m256i bytes = Narrow(x32.q[0], x32.q[1]);
+      const Quantized x32 = Quantize(x + i * w.inputs + s * kSub, w.inputs - s * kSub, 127);
+      __m256i bytes = Narrow(x32.q);
       if (w.kind == Kind::kInt4) bytes = EvenOdd(bytes);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(const_cast<int8_t*>(view.q) + i * w.cols + s * kSub), bytes);
       const_cast<float*>(view.scale)[i * subs + s] = x32.scale;
@@ -563,10 +443,9 @@ void AnyTiled(const Weights& w, const void* prepared, int64_t m, float* y, int64
 }  // namespace
 
 const Kernels& Avx512Kernels() {
-  static const Kernels kernels = {"avx512-vnni", FewBytes,        FewPrepare, FewRows,
-                                  AnyTiledBytes, AnyTiledPrepare, AnyTiled,   AnyTiledScratchBytes};
+  static const Kernels kernels = {"avx512-vnni", FewRows<Few>::Bytes, FewRows<Few>::Prepare, FewRows<Few>::Rows,
+                                  AnyTiledBytes, AnyTiledPrepare,     AnyTiled,              AnyTiledScratchBytes};
   return kernels;
 }
 
 }  // namespace jaxchat
-#endif

@@ -1,4 +1,4 @@
-// What the kernels for processors without AVX-512 share: float weights, activations as integers.
+// What the kernels of all instruction sets share: float weights, activations as integers.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -16,7 +16,9 @@ namespace {
 // float16 bits -> float32. In integers except for subnormals, whose offset trick also works where the thread
 // flushes float32 subnormals to zero.
 inline Floats WidenHalf(Halves half) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return Bits<Floats>(_mm512_cvtph_ps(Bits<__m256i>(half)));
+#elif defined(__AVX2__)
   return Bits<Floats>(_mm256_cvtph_ps(Bits<__m128i>(half)));
 #elif defined(__ARM_NEON) && defined(__aarch64__)
   return Bits<Floats>(vcvt_f32_f16(Bits<float16x4_t>(half)));
@@ -38,7 +40,7 @@ inline float LoadScale(const void* scales, int64_t i, bool wide) {
 // Asks for weights that are read soon. Rows follow each other: what is next lies ahead also where a row ends.
 template <int64_t kBytesRead>
 inline void Prefetch(const void* weights) {
-  constexpr int64_t kAhead = 1024;
+  constexpr int64_t kAhead = kBytes == 64 ? 4096 : 1024;
   for (int64_t i = 0; i < kBytesRead; i += 64) __builtin_prefetch(static_cast<const char*>(weights) + kAhead + i);
 }
 
@@ -234,8 +236,9 @@ class Groups {
 inline void Put(float sum, int64_t from, float* y) { *y = from > 0 ? *y + sum : sum; }
 
 // What a table has for a few rows of x. Few<kind> says how it multiplies quantized weights:
+//   kMost: rows of x that a row of weights meets at a time.
 //   Block: some columns of a row of x, in the order in which the codes meet them; Blocks(w): how many a row has.
-//   Prepare(w, x, blocks): makes those of one row.
+//   Prepare(w, x, rows, blocks): makes those of one row of x, of so many that meet the weights together.
 //   Row<M, kAffine>(w, scales, mins, x, row, from, to, y): blocks [from, to) of M rows of x times a row of weights.
 template <template <Kind> class Few>
 struct FewRows {
@@ -262,7 +265,10 @@ struct FewRows {
   template <typename Kernel>
   static void PrepareAll(const Weights& w, const float* x, int64_t m, void* out) {
     auto* blocks = static_cast<typename Kernel::Block*>(out);
-    for (int64_t i = 0; i < m; ++i) Kernel::Prepare(w, x + i * w.inputs, blocks + i * Kernel::Blocks(w));
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t rows = i < m / Kernel::kMost * Kernel::kMost ? Kernel::kMost : m % Kernel::kMost;
+      Kernel::Prepare(w, x + i * w.inputs, rows, blocks + i * Kernel::Blocks(w));
+    }
   }
 
   template <typename Kernel>
@@ -281,7 +287,7 @@ struct FewRows {
       constexpr int kCount = decltype(count)::value;
       Kernel::template Row<kCount, kAffine>(w, scales, mins, x + i * blocks, row, from, to, y + i * w.rows);
     };
-    ForRowsInBlocks<4>(m, begin, end, blocks, sizeof(Block), visit);
+    ForRowsInBlocks<Kernel::kMost>(m, begin, end, blocks, sizeof(Block), visit);
   }
 };
 

@@ -88,10 +88,11 @@ inline void Step(const uint8_t* codes, float32x4_t scales, float32x4_t mins, con
 template <Kind kind>
 struct Few {
   using Block = jaxchat::Block<kind>;
+  static constexpr int kMost = 4;
 
   static int64_t Blocks(const Weights& w) { return (w.cols + kBlock - 1) / kBlock; }
 
-  static void Prepare(const Weights& w, const float* x, Block* out) {
+  static void Prepare(const Weights& w, const float* x, int64_t, Block* out) {
     constexpr bool kSplit = Block::kParts == 2;
     for (int64_t b = 0; b < Blocks(w); ++b)
       for (int64_t s = 0; s < kSubs; ++s) {

@@ -65,9 +65,10 @@ template <Kind kind>
 struct Few {
   using S = Shape<kind>;
   using Block = jaxchat::Block<kind>;
+  static constexpr int kMost = 4;
   static int64_t Blocks(const Weights& w) { return (w.cols + S::kBlock - 1) / S::kBlock; }
 
-  static void Prepare(const Weights& w, const float* x, Block* out) {
+  static void Prepare(const Weights& w, const float* x, int64_t, Block* out) {
     for (int64_t b = 0; b < Blocks(w); ++b, ++out) {
       float scales[S::kSubs];
       alignas(kBytes) int16_t q[S::kVectors * S::kPlanes][kBytes / 2];
