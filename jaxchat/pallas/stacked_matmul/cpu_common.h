@@ -139,8 +139,9 @@ void InSteps(int64_t m, const Work& work) {
 
 template <Kind kind>
 void FloatRows(const Weights& w, const float* x, int64_t stride, int64_t m, float* y, int64_t begin, int64_t end) {
+  constexpr int kMost = kBytes == 64 ? 4 : 2;  // AVX-512 has twice as many registers
   for (int64_t row = begin; row < end; ++row)
-    InSteps<2>(m, [&](auto count, int64_t i) {
+    InSteps<kMost>(m, [&](auto count, int64_t i) {
       FloatRow<kind, decltype(count)::value>(w, x + i * stride, stride, row, y + i * w.rows);
     });
 }
