@@ -141,28 +141,29 @@ void WidenRows(const T* v, int64_t h, int64_t keys, int64_t padded, float* out) 
   }
 }
 
-// Asks for memory that is read later, evenly over a number of steps of other work: a processor waits for no more than
-// some twenty lines at once.
+// Asks for the block behind this one, evenly while `visits` read this one as float32: a processor waits for no more
+// than some twenty lines at once.
 class Ahead {
  public:
-  Ahead(const void* from, int64_t bytes, int64_t steps)
-      : at_(static_cast<const char*>(from)), stride_(bytes / std::max<int64_t>(1, steps)) {}
-  // `bytes_read`, of other memory, is what the step takes.
-  template <int bytes_read>
+  template <typename T>
+  Ahead(const T* from, int64_t visits)
+      : at_(reinterpret_cast<const char*>(from)), rate_((int64_t{sizeof(T)} << 16) / (4 * visits)) {}
+  // A step reads so many bytes of float32.
+  template <int64_t bytes>
   void Step() {
-    for (int i = 0; i < bytes_read; i += 64) __builtin_prefetch(at_ + i, 0, 2);  // to the second level
-    at_ += stride_;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at_ + i, 0, 2);  // to the second level
+    at_ += bytes * rate_ >> 16;
   }
 
  private:
   const char* at_;
-  int64_t stride_;
+  int64_t rate_;  // bytes ahead for one read, times 2^16
 };
 
 // For many rows, which find most of the cache where the rows before left it.
 struct Nothing {
-  Nothing(const void*, int64_t, int64_t) {}
-  template <int bytes_read>
+  Nothing(const void*, int64_t) {}
+  template <int64_t bytes>
   void Step() {}
 };
 
@@ -314,10 +315,7 @@ void Run(const Attention& a, int64_t task, float* partial) {
   const int64_t visits = (rows + 3) / 4;  // to a block
   for (int64_t j = tile.begin; j < tile.end; j += kKeys) {
     const int64_t keys = std::min(kKeys, tile.end - j);
-    const int64_t after = j + keys, bytes = std::min(kKeys, tile.end - after) * h * static_cast<int64_t>(sizeof(T));
-    // Steps as if all visits were by four rows: fewer rows ask for more in a step.
-    Next next_keys(k + after * h, bytes, visits * kKeys / kAtOnce<4> * (h / kLanes));
-    Next next_values(v + after * h, bytes, visits * keys * padded / (kWide * kLanes));
+    Next next_keys(k + (j + keys) * h, visits), next_values(v + (j + keys) * h, visits);
     if (!kDecode) TransposeKeys(k + j * h, h, keys, kt);
     const float* block = reinterpret_cast<const float*>(v + j * h);
     if (!direct) {

@@ -86,8 +86,8 @@ void PrepareRow(const Weights& w, const float* x, int64_t blocks, int64_t rows, 
       SplitInts(sub, &even, &odd);
       const Ints fours = Bits<Ints>(EvenOdd(even, odd));
       for (int i = 0; i < 8; ++i) {
-        const int64_t at = i % 4, odd = i / 4;
-        (Dealt(rows) ? out[b].q[at][odd][Place(s)] : out[b].q[s / 2][odd][s % 2 * 4 + at]) = fours[i];
+        const int64_t at = i % 4, half = i / 4;
+        (Dealt(rows) ? out[b].q[at][half][Place(s)] : out[b].q[s / 2][half][s % 2 * 4 + at]) = fours[i];
       }
       out[b].offset[Place(s)] = w.mins ? 0 : -8 * sub.total;
       out[b].scale[Place(s)] = sub.scale;

@@ -123,11 +123,8 @@ struct Few {
         for (int v = 0; v < 4; ++v)
           raw[v] = _mm512_maskz_loadu_epi8(Mask(left - v * 64), codes + b * kBytesInBlock + v * 64);
       const int64_t subs = std::min(Block::kSubs, w.cols / kSub - b * Block::kSubs);
-      const __m512 scale = scales.plain() ? PlainPart(scales, row, b, subs) : Any(scales, row, b, subs);
-      const __m512 min = !kAffine         ? none
-                         : mins.plain() ? PlainPart(mins, row, b, subs)
-                                        : Any(mins, row, b, subs);
-      Step<kind, M, kAffine>(raw, scale, min, x + b, stride, acc);
+      const __m512 min = kAffine ? Any(mins, row, b, subs) : none;
+      Step<kind, M, kAffine>(raw, Any(scales, row, b, subs), min, x + b, stride, acc);
     }
     for (int m = 0; m < M; ++m) Put(_mm512_reduce_add_ps(acc[m]), from, y + m * w.rows + row);
   }
@@ -173,11 +170,9 @@ struct Few {
     return Spread(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
 
-  static __m512 PlainPart(const Groups& groups, int64_t row, int64_t b, int64_t subs) {
-    return Spread(_mm256_maskz_loadu_epi16((1u << subs) - 1, groups.Plain(row, b * Block::kSubs)));
-  }
-
+  // The first `subs` of a block.
   static __m512 Any(const Groups& groups, int64_t row, int64_t b, int64_t subs) {
+    if (groups.plain()) return Spread(_mm256_maskz_loadu_epi16((1u << subs) - 1, groups.Plain(row, b * Block::kSubs)));
     Floats lanes{};
     for (int64_t s = 0; s < subs; ++s)
       for (int64_t i = 0; i < Block::kSpread; ++i)
