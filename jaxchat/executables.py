@@ -96,8 +96,8 @@ def score(
     hidden, cache = model.forward(
         config, params, cache, plan, tokens, lengths, new, context, dtype=dtype, kernels=kernels
     )
-    logprobs = jax.nn.log_softmax(model.logits(config, params, hidden, dtype=dtype, kernels=kernels))
-    return jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0], cache
+    logits = model.logits(config, params, hidden, dtype=dtype, kernels=kernels)
+    return sampling.log_probability(logits, targets), cache
 
 
 def _draw(
@@ -126,8 +126,7 @@ def sample(
     """Draws among the `allowed` bool [B, V]; the tokens, and their logprobs [B] among all."""
     among = jnp.where(allowed, logits, -jnp.inf)
     tokens, _ = _draw(among, params, keys, positions, prompt_mask, counts)
-    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return tokens, sampling.log_probability(logits, tokens)
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))

@@ -5,6 +5,7 @@ mix greedy and sampled sequences. Nothing here knows a model, a cache or a token
 `B` batch · `V` vocabulary.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -149,14 +150,32 @@ def sample(
         lambda: _draw(keys, filter_logits(adjusted, params)),
         lambda: jnp.argmax(adjusted, axis=-1).astype(jnp.int32),
     )
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return tokens, log_probability(logits, tokens)
+
+
+def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The tokens' log-softmax, float32 [...], of float32 logits [..., V]; no [..., V] array is written for it."""
+    top = jnp.max(logits, axis=-1)
+    total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - top - jnp.log(total)
+
+
+_BLOCK = 256
+"""Tokens that a draw takes as one at first."""
 
 
 def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
-    # JAX's default Gumbel noise has 23 random bits, so its largest values of V = 128k are coarse and can tie.
+    """int32 [B], drawn from softmax(logits): a block of tokens by their total, then one of that block.
+
+    That needs V / 256 + 256 random numbers. One a token would take longer on a CPU than all else here.
+    """
+
     def draw(key: jax.Array, row: jax.Array) -> jax.Array:
-        return jax.random.categorical(key, row, mode="high").astype(jnp.int32)
+        blocks = jnp.pad(row, (0, -len(row) % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
+        # JAX's default Gumbel noise has 23 random bits: among many its largest values are coarse and can tie.
+        of_block, of_token = (functools.partial(jax.random.categorical, k, mode="high") for k in jax.random.split(key))
+        block = of_block(jax.nn.logsumexp(blocks, axis=-1))
+        return (block * _BLOCK + of_token(blocks[block])).astype(jnp.int32)
 
     return jax.vmap(draw)(keys, logits)
 

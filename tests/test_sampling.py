@@ -211,9 +211,10 @@ def frequencies(row, settings, draws=200_000):
     ],
     ids=str,
 )
-def test_draws_follow_the_distribution(settings):
-    draws = 200_000
-    row = np.random.default_rng(3).normal(scale=1.5, size=12)
+# Tokens are drawn by blocks of 256: part of one, three that are not full.
+@pytest.mark.parametrize(("vocab", "draws", "scale"), [(12, 200_000, 1.5), (700, 20_000, 0.7)])
+def test_draws_follow_the_distribution(settings, vocab, draws, scale):
+    row = np.random.default_rng(3).normal(scale=scale, size=vocab)
     expected = reference_distribution(row, **settings)
     observed = frequencies(row, settings, draws)
     assert observed[expected == 0].sum() == 0
