@@ -312,7 +312,7 @@ def compile_decode(session: Session) -> tuple[float, int]:
     Returns:
       Seconds it takes to trace and compile, and the bytes of temporaries the executable needs.
     """
-    engine, rows = session.engine, session._rows
+    engine, rows = session.engine, session.padded_batch
     start = time.perf_counter()
     compiled = executables.decode.lower(
         engine.config,

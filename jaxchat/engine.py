@@ -5,9 +5,8 @@ Everything that changes a conversation (next turn, rollback, another plan) only 
 the cache is brought up to date by the next prefill.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,8 @@ import numpy as np
 
 from jaxchat import executables, model, pallas
 from jaxchat.config import ModelConfig
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import UsageError
+from jaxchat.generation import Generation
 from jaxchat.layer_plan import LayerPlan, PlanArrays, Slot
 from jaxchat.lengths import common_prefix, next_power_of_two
 from jaxchat.model import KVCache, Params
@@ -30,19 +30,9 @@ PREFILL_BUCKETS = (16, 64, 256, 1024)
 MIN_CAPACITY = 1024
 """Rows a cache starts with; it doubles as a session grows, up to the session's `max_length`."""
 
-FinishReason = Literal["stop", "length", "context"]
-
 
 class ContextOverflowError(UsageError):
     """A prompt does not fit the context."""
-
-
-class Token(NamedTuple):
-    """One generated token of one sequence; `logprob` is the model's own, before temperature and penalties."""
-
-    row: int
-    id: int
-    logprob: float
 
 
 class KVRows(NamedTuple):
@@ -58,6 +48,13 @@ class KVRows(NamedTuple):
     rope_regime: np.ndarray  # int64 [], `ModelConfig.rope_regime` of the context the keys are rotated for
     k_scale: np.ndarray | None = None  # float32 [P, K, S], with int8: see `QuantizedRows`
     v_scale: np.ndarray | None = None  # float32 [P, K, S]
+
+
+class State(NamedTuple):
+    """What a step of a session starts from. To be compared by `is`, part by part."""
+
+    cache: KVCache | None
+    plan: PlanArrays
 
 
 class Engine:
@@ -170,6 +167,7 @@ class Session:
     Attributes:
       ids: per sequence, every token of its context so far, generated ones included.
       cached: per sequence, how many leading tokens of `ids` have valid keys and values.
+      padded_batch: rows of the arrays on device; those beyond the batch are padding.
     """
 
     def __init__(self, engine: Engine, plan: LayerPlan, *, batch: int = 1, max_slots: int = 0):
@@ -177,7 +175,7 @@ class Session:
         self.ids: list[list[int]] = [[] for _ in range(batch)]
         self.cached = [0] * batch
         self._regime = [0] * batch
-        self._rows = next_power_of_two(batch)
+        self.padded_batch = next_power_of_two(batch)
         self._slots = max_slots
         self._cache: KVCache | None = None
         # What the slots of the cache hold: the executed slots they were written by, of which `plan` may be
@@ -274,7 +272,7 @@ class Session:
 
         config, dtype = self.engine.config, self.engine.stored_kv_dtype
         cache = self._cache or model.init_cache(
-            config, slots=slots, batch=self._rows, capacity=0, dtype=dtype
+            config, slots=slots, batch=self.padded_batch, capacity=0, dtype=dtype
         )
         regime = np.asarray(self._regime[row])
         if isinstance(cache.k, QuantizedRows) and isinstance(cache.v, QuantizedRows):
@@ -305,7 +303,9 @@ class Session:
             return
         self._reserve(length)
         put = jax.jit(
-            executables.put_rows, donate_argnums=0, out_shardings=self.engine.cache_sharding(self._rows)
+            executables.put_rows,
+            donate_argnums=0,
+            out_shardings=self.engine.cache_sharding(self.padded_batch),
         )
         k, v = (jnp.asarray(part.view(self.engine.stored_kv_dtype)) for part in (rows.k, rows.v))
         new = KVCache(k, v)
@@ -360,17 +360,28 @@ class Session:
         """
         rows = [r for r in range(self.batch) if self.ids[r]] if rows is None else rows
         for r in rows:
-            self._follow_rope(r)
-        return self._fill(rows)
+            self.follow_rope(r)
+        return self.fill(rows)
 
-    def _follow_rope(self, row: int) -> None:
+    def keeps_rope(self, row: int, length: int) -> bool:
+        """Whether cached keys fit a context of so many tokens: LongRoPE switches its factors.
+
+        Dynamic NTK moves its base with every token. There, as in transformers, keys keep the rotation they
+        were written with until the next prefill.
+        """
+        config = self.engine.config
+        if not any(rope.kind == "longrope" for rope in config.ropes):
+            return True
+        return config.rope_regime(length) == self._regime[row]
+
+    def follow_rope(self, row: int) -> None:
         """Forgets cached keys whose rotation is not that of the whole context at its present length."""
         regime = self.engine.config.rope_regime(len(self.ids[row]))
         if regime != self._regime[row]:
             self._forget(row, 0)
             self._regime[row] = regime
 
-    def _fill(self, rows: Sequence[int]) -> jax.Array:
+    def fill(self, rows: Sequence[int]) -> jax.Array:
         """`prefill` that takes the rotation of the cached keys as given."""
         if not rows or not all(self.ids[r] for r in rows):
             raise UsageError("nothing to prefill: give at least one token")
@@ -383,18 +394,18 @@ class Session:
         self._reserve(longest)
         for r in rows:
             self.cached[r] = min(self.cached[r], len(self.ids[r]) - 1)  # the last token gives the logits
-        context = self._int_rows({r: len(self.ids[r]) for r in rows})
+        context = self.int_rows({r: len(self.ids[r]) for r in rows})
         out: jax.Array | None = None
         while any(self.cached[r] < len(self.ids[r]) for r in rows):
             kept = {r: self._kept(r) for r in rows}
             chunk = _chunk_length(max(end - self.cached[r] for r, (_, end) in kept.items()))
-            tokens = np.zeros((self._rows, chunk), np.int32)
+            tokens = np.zeros((self.padded_batch, chunk), np.int32)
             new = dict.fromkeys(rows, 0)
             for r, (_, end) in kept.items():
                 part = self.ids[r][self.cached[r] : min(self.cached[r] + chunk, end)]
                 tokens[r, : len(part)] = part
                 new[r] = len(part)
-            lengths, new_rows = self._int_rows({r: self.cached[r] for r in rows}), self._int_rows(new)
+            lengths, new_rows = self.int_rows({r: self.cached[r] for r in rows}), self.int_rows(new)
             logits, self._cache = executables.prefill(
                 self.engine.config,
                 self.engine.dtype,
@@ -406,7 +417,7 @@ class Session:
                 lengths,
                 new_rows,
                 context,
-                self._int_rows({r: slots for r, (slots, _) in kept.items()}),
+                self.int_rows({r: slots for r, (slots, _) in kept.items()}),
             )
             out = logits if out is None else jnp.where(new_rows[:, None] > 0, logits, out)
             for r in rows:
@@ -419,6 +430,40 @@ class Session:
         valid = self._valid[: int(self._plan_arrays.length), row]
         slots = int(np.count_nonzero(valid > self.cached[row]))
         return slots, int(valid[slots - 1]) if slots else len(self.ids[row])
+
+    def decode(
+        self, tokens: jax.Array | np.ndarray, lengths: dict[int, int], *sampling: Any
+    ) -> tuple[jax.Array, jax.Array, State]:
+        """Begins the step of the sequences that have `lengths` tokens in the cache; `cached` stays as it is.
+
+        Args:
+          tokens: int32 [B], what follows those tokens.
+          lengths: sequence -> its tokens.
+          *sampling: what `executables.decode` draws with.
+
+        Returns:
+          The next tokens and their log-probabilities, [B] each, and the state that the step left behind.
+        """
+        self._reserve(max(lengths.values()) + 1)
+        drawn, logprobs, self._cache = executables.decode(
+            self.engine.config,
+            self.engine.dtype,
+            self.engine.kernels,
+            self.engine.params,
+            self._cache,
+            self._plan_arrays,
+            # Wherever they come from, one executable serves.
+            jax.device_put(tokens, self.engine.placement),
+            self.int_rows(lengths),
+            self.int_rows(dict.fromkeys(lengths, 1)),
+            *sampling,
+        )
+        return drawn, logprobs, self.state
+
+    @property
+    def state(self) -> State:
+        """Other objects after every call that writes to the cache or sets the plan."""
+        return State(self._cache, self._plan_arrays)
 
     def score(self, row: int = 0) -> np.ndarray:
         """`score_rows` of one sequence."""
@@ -437,16 +482,16 @@ class Session:
                 "score it in pieces or raise --max_length"
             )
         for row in rows:
-            self._follow_rope(row)
+            self.follow_rope(row)
         self._reserve(longest)
-        context = self._int_rows({row: len(tokens) for row, tokens in ids.items()})
+        context = self.int_rows({row: len(tokens) for row, tokens in ids.items()})
         # Logits of a whole chunk are [B, T, V] float32: chunks are kept short.
-        limit = max(b for b in PREFILL_BUCKETS if b == PREFILL_BUCKETS[0] or b * self._rows <= 256)
+        limit = max(b for b in PREFILL_BUCKETS if b == PREFILL_BUCKETS[0] or b * self.padded_batch <= 256)
         done = dict.fromkeys(rows, 0)
         parts: dict[int, list[np.ndarray]] = {row: [np.zeros(0, np.float32)] for row in rows}
         while left := max((len(ids[row]) - 1 - done[row] for row in rows), default=0):
             chunk = min(_chunk_length(left), limit)
-            tokens, targets = np.zeros((2, self._rows, chunk), np.int32)
+            tokens, targets = np.zeros((2, self.padded_batch, chunk), np.int32)
             new = {row: min(chunk, len(ids[row]) - 1 - done[row]) for row in rows}
             for row, n in new.items():
                 at = done[row]
@@ -459,8 +504,8 @@ class Session:
                 self._cache,
                 self._plan_arrays,
                 tokens,
-                self._int_rows(done),
-                self._int_rows(new),
+                self.int_rows(done),
+                self.int_rows(new),
                 context,
                 targets,
             )
@@ -479,7 +524,7 @@ class Session:
         seeds: Sequence[int] | None = None,
         stop_ids: Sequence[int] = (),
         overflow: Overflow = "error",
-    ) -> "Generation":
+    ) -> Generation:
         """Continues every sequence; iterate the result for the tokens as they come.
 
         Args:
@@ -506,215 +551,40 @@ class Session:
         """Makes room for `length` rows of every slot: allocates the cache or grows it by powers of two."""
         if any(part.is_deleted() for part in jax.tree.leaves(self._cache)):
             # A call that was interrupted (Ctrl-C) after taking the cache over and before handing it back.
-            self._drop_cache()
+            self.drop_cache()
         slots, _, _, rows, *_ = self._cache.k.shape if self._cache is not None else (0,) * 5
         if length <= rows and self._slots <= slots:
             return
         capacity = max(min(max(next_power_of_two(length), MIN_CAPACITY), self.engine.max_length), rows)
         if self._cache is None:
-            self._drop_cache()
+            self.drop_cache()
             self._cache = jax.jit(
                 model.init_cache,
                 static_argnums=0,
                 static_argnames=("slots", "batch", "capacity", "dtype"),
-                out_shardings=self.engine.cache_sharding(self._rows),
+                out_shardings=self.engine.cache_sharding(self.padded_batch),
             )(
                 self.engine.config,
                 slots=self._slots,
-                batch=self._rows,
+                batch=self.padded_batch,
                 capacity=capacity,
                 dtype=self.engine.stored_kv_dtype,
             )
         else:
             self._cache = executables.grow(self._cache, self._slots, capacity)
 
-    def _drop_cache(self) -> None:
+    def drop_cache(self) -> None:
+        """Forgets all keys and values."""
         self._cache = None
         for row in range(self.batch):
             self._forget(row, 0)
 
-    def _int_rows(self, values: dict[int, int]) -> np.ndarray:
+    def int_rows(self, values: dict[int, int]) -> np.ndarray:
         """int32 [B], 0 where no value is given (padding rows among them)."""
-        out = np.zeros(self._rows, np.int32)
+        out = np.zeros(self.padded_batch, np.int32)
         for row, value in values.items():
             out[row] = value
         return out
-
-
-@dataclass
-class Generation:
-    """A running generation: an iterator of `Token`s, in step order, finished sequences left out.
-
-    Attributes:
-      finish_reasons: per sequence, None while it runs; `stop` (a stop id or `stop()`), `length`
-        (max_new_tokens) or `context` (the context is full).
-    """
-
-    session: Session
-    max_new_tokens: int | None
-    params: SamplingParams
-    seeds: list[int]
-    stop_ids: frozenset[int]
-    overflow: Overflow
-    finish_reasons: list[FinishReason | None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        session = self.session
-        self._check()
-        self.finish_reasons = [None] * session.batch
-        self._generated = [0] * session.batch
-        self._among: dict[int, np.ndarray] = {}
-        pad = session._rows - session.batch
-        self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in self.params))
-        self._keys = jax.vmap(jax.random.key)(np.asarray(self.seeds + [0] * pad, np.uint32))
-        if self.overflow == "truncate_oldest":
-            self._drop_oldest(range(session.batch))
-
-    def _check(self) -> None:
-        batch = self.session.batch
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UsageError(f"--max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if any(not ids for ids in self.session.ids):
-            raise UsageError("an empty prompt: give at least one token")
-        for name, values in (*self.params._asdict().items(), ("seeds", np.asarray(self.seeds))):
-            if values.shape != (batch,):
-                raise UsageError(
-                    f"{name}: got values of shape {values.shape}, expected one for each of {batch}"
-                )
-        if bad := [seed for seed in self.seeds if not 0 <= seed < 1 << 32]:
-            raise UsageError(f"--seed is {bad[0]}; it must be at least 0 and below {1 << 32}")
-
-    def stop(self, row: int) -> None:
-        """Ends a sequence after the token last yielded for it."""
-        self.finish_reasons[row] = self.finish_reasons[row] or "stop"
-
-    def allow(self, row: int, allowed: np.ndarray) -> None:
-        """Draws a sequence's next token, and only that one, among those with `allowed` (bool [V]) set."""
-        self._among[row] = allowed
-
-    def uncount(self, row: int) -> None:
-        """Takes a sequence's last token out of the count that `max_new_tokens` limits."""
-        self._generated[row] -= 1
-        if self.finish_reasons[row] == "length":
-            self.finish_reasons[row] = None
-
-    def __iter__(self) -> Iterator[Token]:
-        session = self.session
-        logits = session.prefill()
-        prompt_mask, counts = self._penalty_state()
-        generated = self._generated
-        tokens, logprobs = self._sampled(logits, prompt_mask, counts)
-        while True:
-            ids, values = np.asarray(tokens), np.asarray(logprobs)
-            if not np.isfinite(values[self._active()]).all():
-                session._drop_cache()  # broken values would outlive a rollback
-                raise JaxchatError(
-                    "the model's logits are not finite (NaN or infinity): the checkpoint is broken "
-                    "or the dtype too narrow; try --dtype float32"
-                )
-            counts = executables.count(counts, tokens, self._int_active())
-            for row in range(session.batch):
-                if self.finish_reasons[row]:  # before this step, or stopped by the consumer during it
-                    continue
-                token = int(ids[row])
-                session.ids[row].append(token)
-                generated[row] += 1
-                if token in self.stop_ids:
-                    self.finish_reasons[row] = "stop"
-                elif self.max_new_tokens is not None and generated[row] >= self.max_new_tokens:
-                    self.finish_reasons[row] = "length"
-                yield Token(row, token, float(values[row]))
-            if not self._make_room():
-                return
-            tokens, logprobs = self._step(prompt_mask, counts)
-
-    def _step(self, prompt_mask: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Computes the last token of every running sequence and samples the next."""
-        session, engine = self.session, self.session.engine
-        rows = self._active()
-        # Usually just the last token is new; not after a truncation, or if the consumer changed the session.
-        moved = [r for r in rows if len(session.ids[r]) - session.cached[r] != 1 or self._crosses(r)]
-        if moved or self._among:
-            for r in moved:
-                session._follow_rope(r)
-            return self._sampled(session._fill(rows), prompt_mask, counts)
-        session._reserve(max(len(session.ids[r]) for r in rows))
-        last = session._int_rows({r: session.ids[r][-1] for r in rows})
-        lengths = session._int_rows({r: session.cached[r] for r in rows})
-        tokens, logprobs, session._cache = executables.decode(
-            engine.config,
-            engine.dtype,
-            engine.kernels,
-            engine.params,
-            session._cache,
-            session._plan_arrays,
-            last,
-            lengths,
-            self._int_active(),
-            self._params,
-            self._keys,
-            prompt_mask,
-            counts,
-        )
-        for r in rows:
-            session.cached[r] += 1
-        return tokens, logprobs
-
-    def _sampled(
-        self, logits: jax.Array, prompt_mask: jax.Array, counts: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """A draw of each sequence's next token from float32 [B, V] logits, among the allowed ones."""
-        allowed = np.ones(prompt_mask.shape, bool)
-        for row, mask in self._among.items():
-            allowed[row] = mask
-        self._among.clear()
-        return executables.sample(
-            logits, self._params, self._keys, self._positions(), prompt_mask, counts, allowed
-        )
-
-    def _crosses(self, row: int) -> bool:
-        """Whether the cached keys no longer fit: LongRoPE has switched its factors.
-
-        Dynamic NTK moves its base with every token. There, as in transformers, keys keep the rotation they
-        were written with until the next prefill.
-        """
-        config = self.session.engine.config
-        if not any(rope.kind == "longrope" for rope in config.ropes):
-            return False
-        return config.rope_regime(len(self.session.ids[row])) != self.session._regime[row]
-
-    def _make_room(self) -> bool:
-        """Applies the overflow policy; false when no sequence is left running."""
-        if self.overflow == "truncate_oldest":
-            self._drop_oldest(self._active())
-        for row in self._active():
-            if len(self.session.ids[row]) >= self.session.engine.max_length:
-                self.finish_reasons[row] = "context"
-        return bool(self._active())
-
-    def _drop_oldest(self, rows: Iterable[int]) -> None:
-        """Halves the contexts that are full; half, so as not to drop again at the next token."""
-        limit = self.session.engine.max_length
-        for row in rows:
-            if len(self.session.ids[row]) >= limit:
-                self.session.truncate_oldest(row, max(1, limit // 2))
-
-    def _active(self) -> list[int]:
-        return [r for r in range(self.session.batch) if self.finish_reasons[r] is None]
-
-    def _int_active(self) -> np.ndarray:
-        return self.session._int_rows(dict.fromkeys(self._active(), 1))
-
-    def _positions(self) -> np.ndarray:
-        """The position of each sequence's next token: what its key is folded with."""
-        return self.session._int_rows({r: len(ids) for r, ids in enumerate(self.session.ids)})
-
-    def _penalty_state(self) -> tuple[jax.Array, jax.Array]:
-        vocab = self.session.engine.config.vocab_size
-        mask = np.zeros((self.session._rows, vocab), bool)
-        for row, ids in enumerate(self.session.ids):
-            mask[row, ids] = True
-        return jax.device_put((mask, np.zeros(mask.shape, np.int32)), self.session.engine.placement)
 
 
 def _chunk_length(remaining: int) -> int:

@@ -154,7 +154,7 @@ def sample(
 
 
 def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """The tokens' log-softmax, float32 [...], of float32 logits [..., V]; no [..., V] array is written for it."""
+    """The tokens' log-softmax, float32 [...], of float32 logits [..., V], without writing that of all."""
     top = jnp.max(logits, axis=-1)
     total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
     return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - top - jnp.log(total)
@@ -173,7 +173,9 @@ def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
     def draw(key: jax.Array, row: jax.Array) -> jax.Array:
         blocks = jnp.pad(row, (0, -len(row) % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
         # JAX's default Gumbel noise has 23 random bits: among many its largest values are coarse and can tie.
-        of_block, of_token = (functools.partial(jax.random.categorical, k, mode="high") for k in jax.random.split(key))
+        of_block, of_token = (
+            functools.partial(jax.random.categorical, k, mode="high") for k in jax.random.split(key)
+        )
         block = of_block(jax.nn.logsumexp(blocks, axis=-1))
         return (block * _BLOCK + of_token(blocks[block])).astype(jnp.int32)
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxchat.chat import Opening
-from jaxchat.engine import FinishReason, Generation, Session
+from jaxchat.engine import Session
 from jaxchat.errors import UsageError
+from jaxchat.generation import FinishReason, Generation
 from jaxchat.healing import SETTLED_AFTER, Healing, byte_length, settle
 from jaxchat.options import GenerateOptions
 from jaxchat.reasoning import Kind, Piece, ReasoningSplitter, ThoughtTags, overlap

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxchat import engine as engine_module
 from jaxchat import executables as executables_module
+from jaxchat import generation as generation_module
 from jaxchat import model
 from jaxchat.engine import ContextOverflowError, Engine
 from jaxchat.errors import JaxchatError, UsageError
@@ -344,6 +345,76 @@ def test_a_sequence_that_ended_cannot_fail_its_neighbour(engine):
         generation.stop(0)
         tokens += [token.id] if token.row == 1 else []
     assert tokens == expected
+
+
+# --- steps that begin before their tokens are read
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Which sequences every decode step computes."""
+    steps, decode = [], executables_module.decode
+
+    def spy(*arguments):
+        steps.append(np.flatnonzero(arguments[8]).tolist())
+        return decode(*arguments)
+
+    monkeypatch.setattr(executables_module, "decode", spy)
+    return steps
+
+
+def test_the_next_step_has_begun_when_a_token_comes(engine, begun):
+    session = new_session(engine, PROMPT)
+    after = [len(begun) for _ in session.generate(max_new_tokens=6)]
+    # Not with the first token, which is not to wait for the step's compilation, and no step for nothing.
+    assert after == [0, 2, 3, 4, 5, 5]
+
+
+def test_no_step_begins_beyond_the_context(make_engine, begun):
+    session = new_session(make_engine(max_length=12), PROMPT, PROMPT[:3])
+    generation = session.generate()
+    assert len(list(generation)) == 4 + 9
+    assert generation.finish_reasons == ["context", "context"]
+    assert begun == [[0, 1]] * 3 + [[1]] * 5
+
+
+INTERFERENCES = {
+    "rollback": lambda session, generation: session.rollback(len(session.ids[1]) - 3, 1),
+    "the last token replaced": lambda session, generation: session.set_ids([*session.ids[1][:-1], 3], 1),
+    "a token added": lambda session, generation: session.set_ids([*session.ids[1], 3], 1),
+    "another prompt": lambda session, generation: session.set_ids([9, 8, 7], 1),
+    "stop": lambda session, generation: generation.stop(1),
+    "allow": lambda session, generation: generation.allow(1, np.arange(67) % 7 == 3),
+    # At first another sequence, so that a step begins without the one whose last token is not to be its last.
+    "uncount": lambda session, generation: generation.uncount(1 if generation.finish_reasons[1] else 0),
+    "plan": lambda session, generation: session.set_plan(LayerPlan.parse("0,2,1", 3)),
+    "shorter plan": lambda session, generation: session.set_plan(LayerPlan.parse("0,1", 3)),
+    "prefill": lambda session, generation: session.prefill(),
+    "score": lambda session, generation: session.score(1),
+    "restore": lambda session, generation: session.restore(session.ids[1], session.cached_rows(1), 1),
+    "cache lost": lambda session, generation: session.drop_cache(),
+    "nothing": lambda session, generation: None,
+}
+
+
+@pytest.mark.parametrize("interfere", INTERFERENCES.values(), ids=INTERFERENCES)
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_what_the_consumer_changes_between_two_tokens_counts(engine, interfere, temperature, monkeypatch):
+    def run():
+        session = new_session(engine, PROMPT, PROMPT[:3], [5])
+        params = SamplingParams.make(3, temperature=temperature, frequency_penalty=0.5)
+        generation = session.generate(max_new_tokens=9, params=params, seeds=[1, 2, 3])
+        tokens = []
+        for token in generation:
+            tokens.append((token.row, token.id, round(token.logprob, 4)))
+            # After the second sequence's fourth token, and once more after its last.
+            if token.row == 1 and sum(row == 1 for row, *_ in tokens) in (4, 9):
+                interfere(session, generation)
+        return tokens, session.ids, generation.finish_reasons
+
+    ahead = run()
+    monkeypatch.setattr(generation_module.Generation, "_run_ahead", lambda *_: None)
+    assert ahead == run()
 
 
 # --- two in one process, and plans

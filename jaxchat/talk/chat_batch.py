@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jaxchat.chat import Conversation
 from jaxchat.chat_session import fitting
-from jaxchat.engine import FinishReason
+from jaxchat.generation import FinishReason
 from jaxchat.options import GenerateOptions
 from jaxchat.runtime import Model
 from jaxchat.streams import Batch
