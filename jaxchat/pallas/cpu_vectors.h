@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -77,9 +78,9 @@ inline auto Sum(Vector v) {
 // ---------------------------------------------------------------- kLanes vectors, transposed in place
 
 #if defined(__AVX512F__)
-// By halves, quarters and so on.
+// Lanes D apart change places between two rows that are D apart: by halves, quarters and so on.
 template <int D>
-inline void Exchange(Floats* rows) {
+inline void Exchange(Floats* first, Floats* second) {
   struct Index {
     alignas(64) int32_t low[16], high[16];  // lane l of the first and second row of a pair, out of both
   };
@@ -92,12 +93,15 @@ inline void Exchange(Floats* rows) {
     return index;
   }();
   const __m512i low = _mm512_load_si512(kIndex.low), high = _mm512_load_si512(kIndex.high);
-  for (int i = 0; i < 16; ++i) {
-    if (i & D) continue;
-    const auto a = reinterpret_cast<__m512>(rows[i]), b = reinterpret_cast<__m512>(rows[i + D]);
-    rows[i] = reinterpret_cast<Floats>(_mm512_permutex2var_ps(a, low, b));
-    rows[i + D] = reinterpret_cast<Floats>(_mm512_permutex2var_ps(a, high, b));
-  }
+  const auto a = reinterpret_cast<__m512>(*first), b = reinterpret_cast<__m512>(*second);
+  *first = reinterpret_cast<Floats>(_mm512_permutex2var_ps(a, low, b));
+  *second = reinterpret_cast<Floats>(_mm512_permutex2var_ps(a, high, b));
+}
+
+template <int D>
+inline void Exchange(Floats* rows) {
+  for (int i = 0; i < 16; ++i)
+    if (!(i & D)) Exchange<D>(rows + i, rows + i + D);
 }
 
 inline void Transpose(Floats* rows) {
@@ -128,6 +132,41 @@ inline void Transpose(Floats* rows) {
 inline void Transpose(Floats* rows) {
   const Floats a = rows[0], b = rows[1], c = rows[2], d = rows[3];
   for (int i = 0; i < 4; ++i) rows[i] = Floats{a[i], b[i], c[i], d[i]};
+}
+#endif
+
+// The sums of kLanes vectors: lane i is that of vector i. Fewer shuffles than a transposition takes.
+#if defined(__AVX512F__)
+template <int D = 8>
+inline Floats SumEach(Floats* v) {
+  for (int i = 0; i < D; ++i) {
+    Exchange<D>(v + i, v + i + D);
+    v[i] += v[i + D];
+  }
+  if constexpr (D > 1) return SumEach<D / 2>(v);
+  return v[0];
+}
+#elif defined(__AVX2__)
+inline Floats SumEach(Floats* v) {
+  const auto add = [](Floats a, Floats b, auto low, auto high) {
+    return Bits<Floats>(_mm256_shuffle_ps(Bits<__m256>(a), Bits<__m256>(b), decltype(low)::value)) +
+           Bits<Floats>(_mm256_shuffle_ps(Bits<__m256>(a), Bits<__m256>(b), decltype(high)::value));
+  };
+  const auto halves = [&](int i) {  // of four vectors, in each half
+    constexpr std::integral_constant<int, 0x44> kFront;
+    constexpr std::integral_constant<int, 0xee> kBack;
+    constexpr std::integral_constant<int, 0x88> kEven;
+    constexpr std::integral_constant<int, 0xdd> kOdd;
+    return Bits<__m256>(
+        add(add(v[i], v[i + 1], kFront, kBack), add(v[i + 2], v[i + 3], kFront, kBack), kEven, kOdd));
+  };
+  const __m256 a = halves(0), b = halves(4);
+  return Bits<Floats>(_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
+}
+#else
+inline Floats SumEach(Floats* v) {
+  Transpose(v);
+  return (v[0] + v[1]) + (v[2] + v[3]);
 }
 #endif
 

@@ -199,24 +199,23 @@ void Dots(const float* q, int64_t stride, const T* k, int64_t h, int64_t keys, f
     int64_t i = 0;
     for (; i + kLanes <= h; i += kLanes) {
       next.Step<C * kBytes>();
-      Floats x[R];
-      for (int r = 0; r < R; ++r) x[r] = Load<Floats>(q + r * stride + i);
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) {
-        const Floats key = LoadFloats(rows[c] + i);
+      Floats key[C];
+      for (int c = 0; c < C; ++c) key[c] = LoadFloats(rows[c] + i);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r * C + c] += x[r] * key;
+      for (int r = 0; r < R; ++r) {
+        const Floats x = Load<Floats>(q + r * stride + i);
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) acc[r * C + c] += x * key[c];
       }
     }
-    Transpose(acc);
-    Floats sums = acc[0];
-    for (int l = 1; l < kLanes; ++l) sums += acc[l];
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C && j + c < kKeys; ++c) {
-        float sum = sums[r * C + c];
-        for (int64_t rest = i; rest < h; ++rest) sum += q[r * stride + rest] * Widen(rows[c][rest]);
-        scores[r * kKeys + j + c] = sum;
-      }
+    Floats sums = SumEach(acc);
+    if (i < h)
+      for (int n = 0; n < R * C; ++n)
+        for (int64_t rest = i; rest < h; ++rest) sums[n] += q[n / C * stride + rest] * Widen(rows[n % C][rest]);
+    float each[kLanes];
+    Store(each, sums);
+    const int count = kKeys % C == 0 ? C : static_cast<int>(std::min<int64_t>(C, kKeys - j));
+    for (int r = 0; r < R; ++r) std::memcpy(scores + r * kKeys + j, each + r * C, count * sizeof(float));
   }
   *state = next;
 }
@@ -261,15 +260,17 @@ struct Row {
 float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, const float* k_scale,
               const float* v_scale, Row* row) {
   // Keys [first, last) of the block are visible.
+  const Ints from = Ints{} + static_cast<int32_t>(std::clamp<int64_t>(first, 0, kKeys));
+  const Ints to = Ints{} + static_cast<int32_t>(std::clamp<int64_t>(last, 0, kKeys));
+  Ints key{};
+  for (int i = 0; i < kLanes; ++i) key[i] = i;
   Floats x[kVectors];
   Floats top = Splat(kMasked);
-  for (int c = 0; c < kVectors; ++c) {
+  for (int c = 0; c < kVectors; ++c, key += kLanes) {
     x[c] = Load<Floats>(scores + c * kLanes) * a.scale;
     if (k_scale != nullptr) x[c] *= Load<Floats>(k_scale + c * kLanes);
     if (a.softcap != 0) x[c] = Softcap(x[c], a.softcap);
-    if (first > c * kLanes || last < (c + 1) * kLanes)
-      for (int64_t i = 0; i < kLanes; ++i)
-        if (c * kLanes + i < first || c * kLanes + i >= last) x[c][i] = kMasked;
+    x[c] = (key >= from) & (key < to) ? x[c] : Splat(kMasked);
     top = x[c] > top ? x[c] : top;
   }
   float best = row->top;
@@ -280,7 +281,7 @@ float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, co
     Store(scores + c * kLanes, v_scale == nullptr ? p : p * Load<Floats>(v_scale + c * kLanes));
     sum += p;
   }
-  const float decay = std::exp(row->top - best);
+  const float decay = row->top == best ? 1.0f : std::exp(row->top - best);
   row->total = row->total * decay + Sum(sum);
   row->top = best;
   return decay;
