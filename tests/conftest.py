@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tiny import write_tiny_hf
 
@@ -25,6 +26,14 @@ def compilation_cache(tmp_path_factory):
         for name, value in settings.items():
             jax.config.update(name, value)
             os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture
+def rng():
+    """Fresh inputs each time; the seed of a failure is in its output."""
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    return np.random.default_rng(seed)
 
 
 @pytest.fixture

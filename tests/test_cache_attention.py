@@ -45,14 +45,6 @@ def backend(request):
     return Backend(reference.attend, 1e30)  # they may be multiplied by 0
 
 
-@pytest.fixture
-def rng():
-    """Fresh inputs each time; the seed of a failure is in its output."""
-    seed = np.random.SeedSequence().entropy
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 def normal(rng, shape):
     return rng.standard_normal(shape, dtype=np.float32)
 

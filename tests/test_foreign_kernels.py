@@ -107,14 +107,6 @@ def record(case: Case, kind, x: np.ndarray, few: bool) -> bytes:
     return np.array([KINDS[kind], *head], np.int64).tobytes() + b"".join(a.tobytes() for a in arrays)
 
 
-@pytest.fixture
-def rng():
-    """Fresh inputs each time; the seed of a failure is in its output."""
-    seed = np.random.SeedSequence().entropy
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 @pytest.mark.parametrize("table", PRODUCTS)
 def test_products(table, rng, tmp_path):
     variant = PRODUCTS[table]

@@ -60,14 +60,6 @@ def matmul(request):
     return Implementation(run, rows, fine=rounded(16256), coarse=rounded(127), native=True)
 
 
-@pytest.fixture
-def rng():
-    """Fresh inputs each time; the seed of a failure is in its output."""
-    seed = np.random.SeedSequence().entropy
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 class Case(NamedTuple):
     """A stack of weights [L, O, I]."""
 
