@@ -315,12 +315,7 @@ def compile_decode(session: Session) -> tuple[float, int]:
     engine, rows = session.engine, session.padded_batch
     start = time.perf_counter()
     compiled = executables.decode.lower(
-        engine.config,
-        engine.dtype,
-        engine.kernels,
-        engine.params,
-        session._cache,
-        session._plan_arrays,
+        *session.operands,
         *(np.zeros(rows, np.int32) for _ in range(3)),
         SamplingParams.make(rows, temperature=0.0),
         jax.vmap(jax.random.key)(np.zeros(rows, np.uint32)),

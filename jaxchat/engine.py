@@ -407,12 +407,7 @@ class Session:
                 new[r] = len(part)
             lengths, new_rows = self.int_rows({r: self.cached[r] for r in rows}), self.int_rows(new)
             logits, self._cache = executables.prefill(
-                self.engine.config,
-                self.engine.dtype,
-                self.engine.kernels,
-                self.engine.params,
-                self._cache,
-                self._plan_arrays,
+                *self.operands,
                 tokens,
                 lengths,
                 new_rows,
@@ -446,12 +441,7 @@ class Session:
         """
         self._reserve(max(lengths.values()) + 1)
         drawn, logprobs, self._cache = executables.decode(
-            self.engine.config,
-            self.engine.dtype,
-            self.engine.kernels,
-            self.engine.params,
-            self._cache,
-            self._plan_arrays,
+            *self.operands,
             # Wherever they come from, one executable serves.
             jax.device_put(tokens, self.engine.placement),
             self.int_rows(lengths),
@@ -459,6 +449,12 @@ class Session:
             *sampling,
         )
         return drawn, logprobs, self.state
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """What all of the model's compiled steps begin with: configuration to plan, see `executables`."""
+        engine = self.engine
+        return engine.config, engine.dtype, engine.kernels, engine.params, self._cache, self._plan_arrays
 
     @property
     def state(self) -> State:
@@ -497,12 +493,7 @@ class Session:
                 at = done[row]
                 tokens[row, :n], targets[row, :n] = ids[row][at : at + n], ids[row][at + 1 : at + n + 1]
             logprobs, self._cache = executables.score(
-                self.engine.config,
-                self.engine.dtype,
-                self.engine.kernels,
-                self.engine.params,
-                self._cache,
-                self._plan_arrays,
+                *self.operands,
                 tokens,
                 self.int_rows(done),
                 self.int_rows(new),

@@ -125,8 +125,7 @@ def test_a_step_copies_no_cache(make_session, monkeypatch, kv_dtype, kernels, st
     session._slots = 64
     session._plan_arrays = session.plan.arrays(64)
     session._reserve(1)
-    own, rows = session.engine, np.zeros(2, np.int32)
-    operands = [own.config, own.dtype, own.kernels, own.params, session._cache, session._plan_arrays]
+    operands, rows = session.operands, np.zeros(2, np.int32)
     if step == "prefill":
         lowered = executables.prefill.lower(*operands, np.zeros((2, 16), np.int32), *[rows] * 4)
     else:

@@ -214,6 +214,7 @@ void Dots(const float* q, int64_t stride, const T* k, int64_t h, int64_t keys, f
         for (int64_t rest = i; rest < h; ++rest) sums[n] += q[n / C * stride + rest] * Widen(rows[n % C][rest]);
     float each[kLanes];
     Store(each, sums);
+    // A constant where it can be: copying so many bytes is no call then.
     const int count = kKeys % C == 0 ? C : static_cast<int>(std::min<int64_t>(C, kKeys - j));
     for (int r = 0; r < R; ++r) std::memcpy(scores + r * kKeys + j, each + r * C, count * sizeof(float));
   }
