@@ -36,7 +36,6 @@ from jaxchat.layer_plan import LayerPlan
 from jaxchat.model import KVCache, Params, init_cache
 from jaxchat.pallas import Kernels
 from jaxchat.pallas.backends import pallas_gpu, pallas_tpu
-from jaxchat.sampling import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,11 +218,9 @@ class Steps:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
 
     def compile_decode(self, batch: int, capacity: int) -> Any:
-        """The executable that turns one token of each sequence into the next."""
-        ints, vocab = np.zeros(batch, np.int32), self.config.vocab_size
-        keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(ints.astype(np.uint32)))
-        mask, counts = (jax.ShapeDtypeStruct((batch, vocab), dtype) for dtype in (bool, jnp.int32))
-        state = (self._plan(), ints, ints, ints, SamplingParams.make(batch), keys, mask, counts)
+        """The executable that appends one token to each sequence."""
+        ints = np.zeros(batch, np.int32)
+        state = (self._plan(), ints, ints, ints)
         return self._compile(executables.decode, self.cache(batch, capacity), state)
 
     def compile_prefill(self, batch: int, capacity: int, tokens: int) -> Any:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -29,7 +28,6 @@ from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.model import Params
 from jaxchat.quant import QuantFormat, QuantizedTensor, format_for
-from jaxchat.sampling import SamplingParams
 
 REPEATS = 5
 """Every figure is the median of so many runs."""
@@ -312,15 +310,11 @@ def compile_decode(session: Session) -> tuple[float, int]:
     Returns:
       Seconds it takes to trace and compile, and the bytes of temporaries the executable needs.
     """
-    engine, rows = session.engine, session.padded_batch
+    rows = session.padded_batch
     start = time.perf_counter()
     compiled = executables.decode.lower(
         *session.operands,
         *(np.zeros(rows, np.int32) for _ in range(3)),
-        SamplingParams.make(rows, temperature=0.0),
-        jax.vmap(jax.random.key)(np.zeros(rows, np.uint32)),
-        jnp.zeros((rows, engine.config.vocab_size), bool),
-        jnp.zeros((rows, engine.config.vocab_size), jnp.int32),
     ).compile()
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     assert memory is not None

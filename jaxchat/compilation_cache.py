@@ -30,4 +30,4 @@ def enable_compilation_cache(directory: str | None = None) -> None:
         return  # a read-only home only costs compile time
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)

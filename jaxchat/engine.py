@@ -426,29 +426,25 @@ class Session:
         slots = int(np.count_nonzero(valid > self.cached[row]))
         return slots, int(valid[slots - 1]) if slots else len(self.ids[row])
 
-    def decode(
-        self, tokens: jax.Array | np.ndarray, lengths: dict[int, int], *sampling: Any
-    ) -> tuple[jax.Array, jax.Array, State]:
+    def decode(self, tokens: jax.Array | np.ndarray, lengths: dict[int, int]) -> tuple[jax.Array, State]:
         """Begins the step of the sequences that have `lengths` tokens in the cache; `cached` stays as it is.
 
         Args:
           tokens: int32 [B], what follows those tokens.
           lengths: sequence -> its tokens.
-          *sampling: what `executables.decode` draws with.
 
         Returns:
-          The next tokens and their log-probabilities, [B] each, and the state that the step left behind.
+          float32 [B, V] logits after `tokens`, and the state that the step left behind.
         """
         self._reserve(max(lengths.values()) + 1)
-        drawn, logprobs, self._cache = executables.decode(
+        logits, self._cache = executables.decode(
             *self.operands,
             # Wherever they come from, one executable serves.
             jax.device_put(tokens, self.engine.placement),
             self.int_rows(lengths),
             self.int_rows(dict.fromkeys(lengths, 1)),
-            *sampling,
         )
-        return drawn, logprobs, self.state
+        return logits, self.state
 
     @property
     def operands(self) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """What the engine compiles: the model's steps, the draw of the next tokens, and changes of the cache's shape.
 
+The draw is no part of a step: it takes as long to compile as the rest, and once is enough for all steps.
 Configuration, dtype and kernels are static; all that changes between calls is traced. When each is run, and
 on which rows, is the engine's part. `new` int32 [B] of `tokens` are real, `lengths` [B] are cached before,
 and `context` [B] is the length of the whole sequence.
@@ -55,27 +56,13 @@ def decode(
     tokens: jax.Array,
     lengths: jax.Array,
     active: jax.Array,
-    sampling_params: SamplingParams,
-    keys: jax.Array,
-    prompt_mask: jax.Array,
-    counts: jax.Array,
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    """Appends `tokens` [B] to the `active` sequences; the next tokens, their logprobs [B], the cache."""
+) -> tuple[jax.Array, KVCache]:
+    """Appends `tokens` [B] to the `active` sequences; the float32 [B, V] logits after them, and the cache."""
     hidden, cache = model.forward(
-        config,
-        params,
-        cache,
-        plan,
-        tokens[:, None],
-        lengths,
-        active,
-        lengths + 1,
-        dtype=dtype,
-        kernels=kernels,
-    )
-    logits = model.logits(config, params, hidden[:, 0], dtype=dtype, kernels=kernels)
-    tokens, logprobs = _draw(logits, sampling_params, keys, lengths + 1, prompt_mask, counts)
-    return tokens, logprobs, cache
+        config, params, cache, plan, tokens[:, None], lengths, active, lengths + 1,
+        dtype=dtype, kernels=kernels,
+    )  # fmt: skip
+    return model.logits(config, params, hidden[:, 0], dtype=dtype, kernels=kernels), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
@@ -100,32 +87,26 @@ def score(
     return sampling.log_probability(logits, targets), cache
 
 
-def _draw(
-    logits: jax.Array,
-    params: SamplingParams,
-    keys: jax.Array,
-    positions: jax.Array,
-    prompt_mask: jax.Array,
-    counts: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    # A draw depends on the sequence's own key and position only: not on neighbours, nor on how it got here.
-    keys = jax.vmap(jax.random.fold_in)(keys, positions)
-    return sampling.sample(keys, logits, params, prompt_mask, counts)
-
-
 @jax.jit
 def sample(
     logits: jax.Array,
     params: SamplingParams,
-    keys: jax.Array,
+    seeds: jax.Array,
     positions: jax.Array,
     prompt_mask: jax.Array,
     counts: jax.Array,
     allowed: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws among the `allowed` bool [B, V]; the tokens, and their logprobs [B] among all."""
+    """Draws among the `allowed` bool [B, V]; the tokens, and their logprobs [B] among all.
+
+    A draw depends on the sequence's own seed (uint32 [B]) and position only: not on neighbours, nor on how it
+    got here.
+    """
+    keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
+        seeds, positions
+    )
     among = jnp.where(allowed, logits, -jnp.inf)
-    tokens, _ = _draw(among, params, keys, positions, prompt_mask, counts)
+    tokens, _ = sampling.sample(keys, among, params, prompt_mask, counts)
     return tokens, sampling.log_probability(logits, tokens)
 
 

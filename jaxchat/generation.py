@@ -64,8 +64,10 @@ class Generation:
         self._among: dict[int, np.ndarray] = {}
         self._restricted = False  # whether the token drawn last was one of those
         pad = session.padded_batch - session.batch
-        self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in self.params))
-        self._keys = jax.vmap(jax.random.key)(np.asarray(self.seeds + [0] * pad, np.uint32))
+        self._params = self.params
+        if pad:
+            self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in self.params))
+        self._seeds = np.asarray(self.seeds + [0] * pad, np.uint32)
         if self.overflow == "truncate_oldest":
             self._drop_oldest(range(session.batch))
 
@@ -100,14 +102,14 @@ class Generation:
     def __iter__(self) -> Iterator[Token]:
         session = self.session
         logits = session.prefill()
-        prompt_mask, counts = self._penalty_state()
+        self._prompt_mask, counts, self._all = self._vocabulary_state()
         generated = self._generated
-        tokens, logprobs = self._sampled(logits, prompt_mask, counts)
+        tokens, logprobs = self._drawn(logits, self._positions(), counts)
         first = True
         while True:
             counts = executables.count(counts, tokens, self._int_active())
             # The first token is not to wait for the step's compilation.
-            ahead = None if first else self._run_ahead(tokens, prompt_mask, counts)
+            ahead = None if first else self._run_ahead(tokens, counts)
             first = False
             ids, values = np.asarray(tokens), np.asarray(logprobs)
             if not np.isfinite(values[self._active()]).all():
@@ -132,9 +134,9 @@ class Generation:
             if ahead is not None and self._continues(ahead, ids):
                 tokens, logprobs = self._end(ahead)
             else:
-                tokens, logprobs = self._step(prompt_mask, counts)
+                tokens, logprobs = self._step(counts)
 
-    def _step(self, prompt_mask: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _step(self, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Computes the last token of every running sequence and samples the next."""
         session, rows = self.session, self._active()
         # Usually just the last token is new; not after a truncation, or if the consumer changed the session.
@@ -143,31 +145,24 @@ class Generation:
             for r in rows
             if len(session.ids[r]) - session.cached[r] != 1 or not session.keeps_rope(r, len(session.ids[r]))
         ]
-        if moved or self._among:
+        if moved:
             for r in moved:
                 session.follow_rope(r)
-            return self._sampled(session.fill(rows), prompt_mask, counts)
+            return self._drawn(session.fill(rows), self._positions(), counts)
         last = session.int_rows({r: session.ids[r][-1] for r in rows})
-        step = self._begin(last, {r: session.cached[r] for r in rows}, prompt_mask, counts)
-        return self._end(step)
+        return self._end(self._begin(last, {r: session.cached[r] for r in rows}, counts))
 
-    def _begin(
-        self,
-        tokens: jax.Array | np.ndarray,
-        lengths: dict[int, int],
-        prompt_mask: jax.Array,
-        counts: jax.Array,
-    ) -> "_Step":
-        drawn = self.session.decode(tokens, lengths, self._params, self._keys, prompt_mask, counts)
-        return _Step(lengths, *drawn)
+    def _begin(self, tokens: jax.Array | np.ndarray, lengths: dict[int, int], counts: jax.Array) -> _Step:
+        logits, state = self.session.decode(tokens, lengths)
+        positions = self.session.int_rows({r: n + 1 for r, n in lengths.items()})
+        return _Step(lengths, *self._drawn(logits, positions, counts), state)
 
-    def _end(self, step: "_Step") -> tuple[jax.Array, jax.Array]:
+    def _end(self, step: _Step) -> tuple[jax.Array, jax.Array]:
         for row in self._active():
             self.session.cached[row] += 1
-        self._restricted = False
         return step.tokens, step.logprobs
 
-    def _run_ahead(self, tokens: jax.Array, prompt_mask: jax.Array, counts: jax.Array) -> "_Step | None":
+    def _run_ahead(self, tokens: jax.Array, counts: jax.Array) -> _Step | None:
         """Begins the step after `tokens` before they are read: the device does not wait for the host.
 
         None where they probably are not what the next step begins with.
@@ -182,9 +177,9 @@ class Generation:
         as_expected = all(session.cached[r] == n and session.keeps_rope(r, n + 1) for r, n in lengths.items())
         if not lengths or not as_expected or self._restricted:
             return None
-        return self._begin(tokens, lengths, prompt_mask, counts)
+        return self._begin(tokens, lengths, counts)
 
-    def _continues(self, step: "_Step", ids: np.ndarray) -> bool:
+    def _continues(self, step: _Step, ids: np.ndarray) -> bool:
         """Whether a step that began before `ids` were read is the next, whatever the consumer did."""
         session = self.session
         return (
@@ -197,17 +192,20 @@ class Generation:
             )
         )
 
-    def _sampled(
-        self, logits: jax.Array, prompt_mask: jax.Array, counts: jax.Array
+    def _drawn(
+        self, logits: jax.Array, positions: np.ndarray, counts: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """A draw of each sequence's next token from float32 [B, V] logits, among the allowed ones."""
-        allowed = np.ones(prompt_mask.shape, bool)
-        for row, mask in self._among.items():
-            allowed[row] = mask
+        """Each sequence's next token, at its position, and its logprob, from float32 [B, V] logits."""
+        allowed = self._all
         self._restricted = bool(self._among)
-        self._among.clear()
+        if self._among:
+            some = np.ones(allowed.shape, bool)
+            for row, mask in self._among.items():
+                some[row] = mask
+            self._among.clear()
+            allowed = jax.device_put(some, self.session.engine.placement)
         return executables.sample(
-            logits, self._params, self._keys, self._positions(), prompt_mask, counts, allowed
+            logits, self._params, self._seeds, positions, self._prompt_mask, counts, allowed
         )
 
     def _make_room(self) -> bool:
@@ -236,9 +234,11 @@ class Generation:
         """The position of each sequence's next token: what its key is folded with."""
         return self.session.int_rows({r: len(ids) for r, ids in enumerate(self.session.ids)})
 
-    def _penalty_state(self) -> tuple[jax.Array, jax.Array]:
-        vocab = self.session.engine.config.vocab_size
-        mask = np.zeros((self.session.padded_batch, vocab), bool)
+    def _vocabulary_state(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of all ids [B, V]: whether the prompt has them, how often drawn, and all of them allowed."""
+        shape = self.session.padded_batch, self.session.engine.config.vocab_size
+        prompt_mask = np.zeros(shape, bool)
         for row, ids in enumerate(self.session.ids):
-            mask[row, ids] = True
-        return jax.device_put((mask, np.zeros(mask.shape, np.int32)), self.session.engine.placement)
+            prompt_mask[row, ids] = True
+        state = prompt_mask, np.zeros(shape, np.int32), np.ones(shape, bool)
+        return jax.device_put(state, self.session.engine.placement)

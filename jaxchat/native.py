@@ -58,7 +58,11 @@ def why_not() -> str:
 def _native() -> _Native:
     path = _find()
     if path is None:
-        return _Native(why_not="no native kernels: jaxchat was installed without a C++ compiler")
+        where = " or ".join(jaxchat.__path__)
+        return _Native(
+            why_not=f"no native kernels: no _native.so in {where}: jaxchat was installed without a C++ "
+            "compiler, or these sources are not what was installed"
+        )
     return load(path)
 
 

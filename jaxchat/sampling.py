@@ -5,8 +5,7 @@ mix greedy and sampled sequences. Nothing here knows a model, a cache or a token
 `B` batch · `V` vocabulary.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -172,18 +171,18 @@ def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
 
     def draw(key: jax.Array, row: jax.Array) -> jax.Array:
         blocks = jnp.pad(row, (0, -len(row) % _BLOCK), constant_values=-jnp.inf).reshape(-1, _BLOCK)
-        # JAX's default Gumbel noise has 23 random bits: among many its largest values are coarse and can tie.
-        of_block, of_token = (
-            functools.partial(jax.random.categorical, k, mode="high") for k in jax.random.split(key)
-        )
-        block = of_block(jax.nn.logsumexp(blocks, axis=-1))
-        return (block * _BLOCK + of_token(blocks[block])).astype(jnp.int32)
+        # The argmax with Gumbel noise is a draw from the softmax. JAX's default noise has 23 random bits:
+        # among many its largest values are coarse and can tie.
+        noise = jax.random.gumbel(key, (len(blocks) + _BLOCK,), mode="high")
+        of_block, of_token = noise[: len(blocks)], noise[len(blocks) :]
+        block = jnp.argmax(jax.nn.logsumexp(blocks, axis=-1) + of_block)
+        return (block * _BLOCK + jnp.argmax(blocks[block] + of_token)).astype(jnp.int32)
 
     return jax.vmap(draw)(keys, logits)
 
 
 # --- Top-k and top-p without sorting. Non-negative floats order like their bits, so a threshold is found
-# exactly by bisecting over 31 bits, one reduction each. On CPU at V = 128k that takes 0.5 ms, a sort 20.
+# exactly by bisecting over 31 bits, one reduction each. On CPU at V = 128k that takes 1 ms, a sort 20.
 
 
 def _rank(scaled: jax.Array) -> jax.Array:
@@ -191,26 +190,31 @@ def _rank(scaled: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32)  # abs: -0.0 is the top token too
 
 
-def _smallest_rank(holds: Callable[[jax.Array], jax.Array], batch: int) -> jax.Array:
-    """The smallest rank [B, 1] for which `holds` ([B, 1] to bool [B, 1], false then true) is true."""
+def _behind(rank: jax.Array, weight: jax.Array | float, edge: jax.Array) -> jax.Array:
+    """float32 [B, 1]: what the tokens behind rank `edge` [B, 1] weigh."""
+    return jnp.sum(jnp.where(rank > edge, weight, 0.0), axis=-1, keepdims=True)
+
+
+def _edge(rank: jax.Array, weight: jax.Array | float, budget: jax.Array) -> jax.Array:
+    """int32 [B, 1]: the smallest rank behind which tokens weigh at most `budget` [B, 1]."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = low + (high - low) // 2
-        found = holds(middle)
+        found = _behind(rank, weight, middle) <= budget
         return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
 
-    low = jnp.zeros((batch, 1), jnp.int32)
+    low = jnp.zeros_like(rank, shape=(len(rank), 1))
     return jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, _INT_MAX)))[1]
 
 
 def _keep_top_k(scaled: jax.Array, top_k: jax.Array) -> jax.Array:
     """Remove what ranks behind the k-th token. scaled [B, V] <= 0, top_k [B]."""
-    batch, vocabulary = scaled.shape
-    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)[:, None]
+    vocabulary = scaled.shape[-1]
+    removable = jnp.where(top_k > 0, jnp.maximum(vocabulary - top_k, 0), 0)[:, None]
     rank = _rank(scaled)
-    edge = _smallest_rank(lambda r: jnp.sum(rank <= r, axis=-1, keepdims=True) >= k, batch)
-    return jnp.where(rank > edge, -jnp.inf, scaled)
+    # Counted in float32, exact to 2^24 tokens and twice as fast as in int32 on CPU.
+    return jnp.where(rank > _edge(rank, 1.0, removable.astype(jnp.float32)), -jnp.inf, scaled)
 
 
 def _keep_top_p(scaled: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -218,17 +222,19 @@ def _keep_top_p(scaled: jax.Array, top_p: jax.Array) -> jax.Array:
     rank = _rank(scaled)
     weight = jnp.exp(scaled)
     budget = (1 - top_p[:, None]) * jnp.sum(weight, axis=-1, keepdims=True)
-
-    def mass_behind(r: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(rank > r, weight, 0.0), axis=-1, keepdims=True)
-
-    edge = _smallest_rank(lambda r: mass_behind(r) <= budget, scaled.shape[0])
+    edge = _edge(rank, weight, budget)
     # Tokens tied at the edge go one by one, highest id first, and never all of them.
     tied = rank == edge
     edge_weight = jnp.exp(-jax.lax.bitcast_convert_type(edge, jnp.float32))
-    spare = jnp.floor((budget - mass_behind(edge)) / edge_weight)
-    kept_ties = jnp.maximum(jnp.sum(tied, axis=-1, keepdims=True) - spare, 1)
-    removed = (rank > edge) | (tied & (jnp.cumsum(tied, axis=-1) > kept_ties))
+    spare = jnp.floor((budget - _behind(rank, weight, edge)) / edge_weight)
+    ties = jnp.sum(tied, axis=-1, keepdims=True)
+    kept_ties = jnp.maximum(ties - spare, 1)
+    behind = rank > edge
+    removed = jax.lax.cond(
+        jnp.any(ties > kept_ties),  # seldom, and the running sum is slow
+        lambda: behind | (tied & (jnp.cumsum(tied, axis=-1) > kept_ties)),
+        lambda: behind,
+    )
     return jnp.where(removed & (top_p < 1)[:, None], -jnp.inf, scaled)
 
 
@@ -252,4 +258,4 @@ def _checked(
     bad = ~((values >= low) & (values <= high))  # NaN is not in any range
     if bad.any():
         raise UsageError(f"{name}: got {values[bad].flat[0]}, expected {expected}")
-    return jnp.asarray(np.broadcast_to(values, (batch,)), dtype)
+    return jax.device_put(np.broadcast_to(values, (batch,)).astype(dtype))  # by numpy: nothing to compile

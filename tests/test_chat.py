@@ -453,7 +453,7 @@ def test_any_generated_ids_keep_text_and_rendering_equal(name, model):
     tokenizer, template, _ = model(name)
     ids = st.lists(st.one_of(st.integers(0, 400), st.integers(0, tokenizer.vocab_size - 1)), max_size=8)
 
-    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, suppress_health_check=list(HealthCheck))
     @given(replies=st.lists(ids, min_size=1, max_size=3), user=st.text(max_size=8))
     def check(replies, user):
         conversation = Conversation(template, tokenizer)

@@ -76,7 +76,7 @@ def test_an_exported_plan_is_an_ordinary_model_with_the_same_logits(source, tmp_
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_exporting_and_loading_a_plan_is_the_identity(data):
     scale = st.sampled_from([0.0, 0.5, 1.0, -2.0])

@@ -500,7 +500,7 @@ SLICES = st.builds(
 
 @pytest.mark.parity
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gpt2", "phi3", "gemma2"])
-@settings(suppress_health_check=list(HealthCheck), max_examples=100, deadline=None)
+@settings(suppress_health_check=list(HealthCheck), max_examples=100)
 @given(slices=st.lists(SLICES, min_size=1, max_size=4), whole=LEVELS)
 def test_every_tensor_has_the_scale_that_mergekit_gives_it(read, models, model_type, slices, whole):
     resolver = pytest.importorskip("mergekit.parameter_resolver")

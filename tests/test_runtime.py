@@ -15,6 +15,7 @@ from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
 
 GREEDY = {"max_new_tokens": 24}
+TEXT = {"max_new_tokens": 60, "temperature": 1.0, "seed": 1}  # of a seed whose text can be cut in many places
 SAMPLED = {"max_new_tokens": 12, "temperature": 1.2, "top_k": 50}
 PLAN = "2,0,1"  # not longer than the model, so that it shares its executables
 
@@ -31,12 +32,12 @@ def model(directory):
 
 @pytest.fixture(scope="module")
 def text(model):
-    """What the model continues "hello" with: ASCII for the most part, so that it can be cut anywhere."""
-    return model.generate("hello", max_new_tokens=60, temperature=1.0, seed=2)[0].text
+    """What the model continues "hello" with."""
+    return model.generate("hello", **TEXT)[0].text
 
 
 def stream_of(model, **options):
-    stream = model.stream("hello", max_new_tokens=60, temperature=1.0, seed=2, **options)
+    stream = model.stream("hello", **TEXT, **options)
     return list(stream), stream.result
 
 

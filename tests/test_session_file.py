@@ -79,7 +79,7 @@ def attempt(step, chat):
         return str(error)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4), st.sampled_from(sorted(STEPS)))
 def test_going_on_after_loading_equals_never_having_stopped(model, tmp_path, before, after):
     chat = model.chat_session("Be kind.")
@@ -288,7 +288,7 @@ def message_of_loading(model, path, content):
     return message
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_file_is_found_out(model, saved, tmp_path, data):
     at = data.draw(st.integers(0, len(saved) - 1))

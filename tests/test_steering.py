@@ -317,7 +317,6 @@ def test_after_any_steps_the_cache_holds_the_rendered_conversation(name, chat_of
     @seed(zlib.crc32(name.encode()))
     @settings(
         max_examples=EXAMPLES,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],
         database=None,

@@ -412,7 +412,7 @@ def test_pieces_joined_are_the_decoded_text_for_any_ids(name, tokenizer_of):
     low = st.integers(0, min(tokenizer.vocab_size + 20, 400))  # bytes, special tokens and unused ids are here
     ids = st.lists(st.one_of(low, st.integers(0, tokenizer.vocab_size + 20)), max_size=12)
 
-    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20, suppress_health_check=list(HealthCheck))
     @given(ids=ids, skip=st.booleans())
     def check(ids, skip):
         joined = "".join(pieces(tokenizer, ids, skip_special_tokens=skip))
@@ -430,7 +430,7 @@ def test_decoding_equals_the_tokenizers_library(name, tokenizer_of):
     backend = tokenizer._backend
     specials = list(tokenizer.special_tokens)
 
-    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20, suppress_health_check=list(HealthCheck))
     @given(parts=st.lists(st.one_of(st.text(max_size=6), st.sampled_from([" ", "\n", "é", "🙂", *specials]))))
     def check(parts):
         ids = tokenizer.encode("".join(parts), parse_special=True)
