@@ -36,6 +36,7 @@ from jaxchat.layer_plan import LayerPlan
 from jaxchat.model import KVCache, Params, init_cache
 from jaxchat.pallas import Kernels
 from jaxchat.pallas.backends import pallas_gpu, pallas_tpu
+from jaxchat.sampling import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +230,18 @@ class Steps:
         state = (self._plan(), np.zeros((batch, tokens), np.int32), ints, ints, ints, ints)
         return self._compile(executables.prefill, self.cache(batch, capacity), state)
 
+    def compile_draw(self, batch: int) -> Any:
+        """The executable that draws each sequence's next token."""
+        shape = batch, self.config.vocab_size
+        # Split over the vocabulary where the head is, as the steps leave them.
+        split = "model" if self.config.vocab_size % self.mesh.shape["model"] == 0 else None
+        where = NamedSharding(self.mesh, PartitionSpec(None, split))
+        logits = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        mask, counts = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (bool, jnp.int32))
+        seeds, positions = np.zeros(batch, np.uint32), np.zeros(batch, np.int32)
+        state = (SamplingParams.make(batch), seeds, positions, mask, counts, mask)
+        return executables.sample.lower(logits, *self.everywhere(state)).compile()
+
     def _plan(self) -> Any:
         return LayerPlan.identity(self.config.num_layers).arrays(self.config.num_layers)
 
@@ -275,7 +288,7 @@ def timed(compile_step: Callable[[], Any]) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Compiles both steps; the result is the JSON object."""
+    """Compiles both steps and the draw; the result is the JSON object."""
     if args.target not in TARGETS:
         raise UsageError(f"--target {args.target} is not supported; choose one of {', '.join(TARGETS)}")
     target, config = TARGETS[args.target], common.shape_config(args.shape)
@@ -290,6 +303,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     steps = Steps(config, target, args.mesh, quant.QuantFormat.parse(args.quant), args.kv_dtype)
     decode = timed(lambda: steps.compile_decode(args.batch, args.context))
     prefill = timed(lambda: steps.compile_prefill(args.batch, args.context, args.prompt))
+    draw = timed(lambda: steps.compile_draw(args.batch))
 
     plan = LayerPlan.identity(config.num_layers)
     weight_bytes = common.weight_bytes_per_step(config, _with_nbytes(steps.params), plan)
@@ -315,6 +329,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "roofline_tok_s": args.batch * devices * target.bandwidth / step_bytes,
         "decode": decode,
         "prefill": prefill,
+        "draw": draw,
         "run_on_hardware": False,
         "jax": jax.__version__,
     }
@@ -338,11 +353,11 @@ def print_report(result: dict[str, Any]) -> None:
         ),
         ("roofline", f"{r['roofline_tok_s']:.1f} tokens/s at {r['bandwidth_gb_s']:.0f} GB/s"),
     ]
-    for name in ("decode", "prefill"):
+    for name, label in (("decode", "decode step"), ("prefill", "prefill step"), ("draw", "draw of tokens")):
         step = r[name]
         rows.append(
             (
-                f"{name} step",
+                label,
                 f"{step['argument_bytes'] / 1e6:.1f} MB arguments and {step['temp_bytes'] / 1e6:.1f} MB "
                 f"temporaries a device, {step['large_copies']} large copies, "
                 f"compiles in {step['compile_s']:.1f} s",
