@@ -1,4 +1,4 @@
-"""Compiles the engine's decode and prefill steps for a chip that is not here, and says what they need.
+"""Compiles the engine's steps and its draw of tokens for a chip that is not here, and says what they need.
 
     python -m benchmarks.aot --target v5e --shape llama-3-8b --quant int4
     python -m benchmarks.aot --target v6e --shape llama-3-8b --quant int8 --mesh 2x2

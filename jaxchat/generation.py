@@ -67,7 +67,8 @@ class Generation:
         self._params = self.params
         if pad:
             self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in self.params))
-        self._seeds = np.asarray(self.seeds + [0] * pad, np.uint32)
+        seeds = np.asarray(self.seeds + [0] * pad, np.uint32)
+        self._seeds = jax.device_put(seeds, session.engine.placement)
         if self.overflow == "truncate_oldest":
             self._drop_oldest(range(session.batch))
 

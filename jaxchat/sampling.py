@@ -230,7 +230,7 @@ def _keep_top_p(scaled: jax.Array, top_p: jax.Array) -> jax.Array:
     surplus = jnp.minimum(spare, jnp.sum(tied, axis=-1, keepdims=True) - 1)
     ids = jax.lax.broadcasted_iota(jnp.int32, scaled.shape, 1)
     behind = rank > edge
-    # Not by a running sum over the vocabulary: that is slow, and takes ten seconds to compile for a TPU.
+    # Not by a running sum over the vocabulary: a TPU's compiler takes longer for that than for all else here.
     removed = jax.lax.cond(
         jnp.any(surplus > 0),
         lambda: behind | (tied & (ids > _edge(ids, tied.astype(jnp.float32), surplus))),

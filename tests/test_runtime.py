@@ -15,7 +15,7 @@ from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
 
 GREEDY = {"max_new_tokens": 24}
-TEXT = {"max_new_tokens": 60, "temperature": 1.0, "seed": 1}  # of a seed whose text can be cut in many places
+TEXT = {"max_new_tokens": 60, "temperature": 1.0, "seed": 1}  # of a seed with runs of whole characters
 SAMPLED = {"max_new_tokens": 12, "temperature": 1.2, "top_k": 50}
 PLAN = "2,0,1"  # not longer than the model, so that it shares its executables
 

@@ -409,6 +409,8 @@ def test_steps_compile_ahead_of_time_and_copy_neither_weights_nor_cache(
         assert step["large_copies"] == 0
         assert step["temp_bytes"] < activations
         assert step["alias_bytes"] > 0  # the cache
+    assert result["draw"]["large_copies"] == 0
+    assert result["draw"]["temp_bytes"] < 4 << 20
 
 
 @needs_libtpu
