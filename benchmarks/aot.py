@@ -28,15 +28,17 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import common
-from jaxchat import cost, engine, executables, quant, sharding
+from jaxchat import quant, sharding
+from jaxchat.analysis import cost
 from jaxchat.config import ModelConfig
+from jaxchat.engine import session, steps
+from jaxchat.engine.sampling import SamplingParams
 from jaxchat.errors import UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.model import KVCache, Params, init_cache
 from jaxchat.pallas import Kernels
 from jaxchat.pallas.backends import pallas_gpu, pallas_tpu
-from jaxchat.sampling import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +183,7 @@ class Steps:
         self.mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
         self.kernels = target.kernels()
         self.dtype = jnp.dtype(jnp.bfloat16)
-        self.kv_dtype = jnp.dtype(engine.checked_kv_dtype(kv_dtype))
+        self.kv_dtype = jnp.dtype(session.checked_kv_dtype(kv_dtype))
         loaded = {param.name: self._parameter(param, fmt) for param in parameter_table(config)}
         self.params: Params = self.kernels.prepare(loaded)
 
@@ -222,13 +224,13 @@ class Steps:
         """The executable that appends one token to each sequence."""
         ints = np.zeros(batch, np.int32)
         state = (self._plan(), ints, ints, ints)
-        return self._compile(executables.decode, self.cache(batch, capacity), state)
+        return self._compile(steps.decode, self.cache(batch, capacity), state)
 
     def compile_prefill(self, batch: int, capacity: int, tokens: int) -> Any:
         """The executable that appends a chunk of a prompt."""
         ints = np.zeros(batch, np.int32)
         state = (self._plan(), np.zeros((batch, tokens), np.int32), ints, ints, ints, ints)
-        return self._compile(executables.prefill, self.cache(batch, capacity), state)
+        return self._compile(steps.prefill, self.cache(batch, capacity), state)
 
     def compile_draw(self, batch: int) -> Any:
         """The executable that draws each sequence's next token."""
@@ -240,7 +242,7 @@ class Steps:
         mask, counts = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (bool, jnp.int32))
         seeds, positions = np.zeros(batch, np.uint32), np.zeros(batch, np.int32)
         state = (SamplingParams.make(batch), seeds, positions, mask, counts, mask)
-        return executables.sample.lower(logits, *self.everywhere(state)).compile()
+        return steps.sample.lower(logits, *self.everywhere(state)).compile()
 
     def _plan(self) -> Any:
         return LayerPlan.identity(self.config.num_layers).arrays(self.config.num_layers)

@@ -19,14 +19,17 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxchat import cost, executables, native, pallas
-from jaxchat.checkpoint import aligned_quantized
+from jaxchat import pallas
+from jaxchat.analysis import cost
+from jaxchat.checkpoints.load import aligned_quantized
 from jaxchat.config import ModelConfig, Param
-from jaxchat.engine import Engine, Session
+from jaxchat.engine import steps
+from jaxchat.engine.session import Engine, Session
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.model import Params
+from jaxchat.pallas import native
 from jaxchat.quant import QuantFormat, QuantizedTensor, format_for
 
 REPEATS = 5
@@ -312,7 +315,7 @@ def compile_decode(session: Session) -> tuple[float, int]:
     """
     rows = session.padded_batch
     start = time.perf_counter()
-    compiled = executables.decode.lower(
+    compiled = steps.decode.lower(
         *session.operands,
         *(np.zeros(rows, np.int32) for _ in range(3)),
     ).compile()

@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.llama_cpp import Peer, Timing
-from jaxchat import cost
-from jaxchat.engine import Session
+from jaxchat.analysis import cost
+from jaxchat.engine.session import Session
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantFormat

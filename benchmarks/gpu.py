@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks import common
 from benchmarks.plan import unrolled_config
 from jaxchat import model, quant
-from jaxchat.engine import Engine
+from jaxchat.engine.session import Engine
 from jaxchat.errors import JaxchatError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantFormat

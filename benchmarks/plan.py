@@ -24,13 +24,13 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import common
-from jaxchat import executables
 from jaxchat.config import ModelConfig
-from jaxchat.engine import Engine, Session
+from jaxchat.engine import steps
+from jaxchat.engine.session import Engine, Session
 from jaxchat.layer_plan import LayerPlan, Slot
+from jaxchat.layers.rope import rope_cos_sin, rotate
 from jaxchat.model import Params
 from jaxchat.pallas.stacked_matmul.reference import embedding_rows, widen
-from jaxchat.rope import rope_cos_sin, rotate
 
 SWITCHES = 1000
 """Plans that are switched to for the time of one."""
@@ -80,7 +80,7 @@ def measure_switching(engine: Engine, most: int, args: argparse.Namespace) -> di
     compiled: list[float] = []
     jax.monitoring.register_event_duration_secs_listener(functools.partial(_note_compilation, compiled))
     before = _live_bytes()
-    decodes, prefills = _executables(executables.decode), _executables(executables.prefill)
+    decodes, prefills = _executables(steps.decode), _executables(steps.prefill)
     session = engine.session(plans[0], max_slots=most)
     prompt = common.random_prompts(engine.config, 1, 8)
     first = 0
@@ -90,8 +90,8 @@ def measure_switching(engine: Engine, most: int, args: argparse.Namespace) -> di
         for _ in session.generate(max_new_tokens=2):
             pass
         first = first if number else len(compiled)
-    decodes = _executables(executables.decode) - decodes
-    prefills = _executables(executables.prefill) - prefills
+    decodes = _executables(steps.decode) - decodes
+    prefills = _executables(steps.prefill) - prefills
 
     times = []
     for number in range(SWITCHES):

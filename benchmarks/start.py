@@ -53,11 +53,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def checkpoint(shape: str, dtype: str, quant: str) -> Path:
     """A random native checkpoint, written if it is not there yet."""
     from benchmarks import common
-    from jaxchat.checkpoint_manifest import MANIFEST, NATIVE_FILE, Manifest
-    from jaxchat.checkpoint_quantized import named_arrays, quantization_entry, tensor_specs
+    from jaxchat.checkpoints.manifest import MANIFEST, NATIVE_FILE, Manifest
+    from jaxchat.checkpoints.quantized import named_arrays, quantization_entry, tensor_specs
+    from jaxchat.checkpoints.safetensors_file import ALIGNMENT, SafetensorsWriter
     from jaxchat.families import parameter_table
     from jaxchat.quant import QuantFormat, format_for
-    from jaxchat.safetensors_file import ALIGNMENT, SafetensorsWriter
 
     config, fmt = common.shape_config(shape), QuantFormat.parse(quant)
     table = parameter_table(config)

@@ -15,7 +15,7 @@ from typing import Any
 
 from common import loader, options_of, parser, run, save, say, write
 
-from jaxchat.escapes import unescape
+from jaxchat.options import unescape
 from jaxchat.talk import Nudge, Thinker
 from jaxchat.talk.thinking import NUDGES, PREFIX, PROMPT, SYSTEM
 

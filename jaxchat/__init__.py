@@ -9,16 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxchat.assembly import Assembly
-    from jaxchat.chat_session import ChatSession
+    from jaxchat.chat.replies import Result, Score, TextStream, Timings
+    from jaxchat.chat.session import ChatSession
+    from jaxchat.checkpoints.assembly import Assembly
     from jaxchat.config import ModelConfig
-    from jaxchat.engine import ContextOverflowError, Engine, Session
+    from jaxchat.engine.session import ContextOverflowError, Engine, Session
     from jaxchat.errors import JaxchatError, UsageError
     from jaxchat.layer_plan import LayerPlan, PlanError, Slot
     from jaxchat.options import GenerateOptions
-    from jaxchat.recipe import RecipeError, read_recipe, to_mergekit
+    from jaxchat.recipes.recipe import RecipeError, read_recipe, to_mergekit
     from jaxchat.runtime import Model, load
-    from jaxchat.streams import Result, Score, TextStream, Timings
 
 __version__ = "0.1.0"
 
@@ -51,27 +51,27 @@ if not TYPE_CHECKING:
     # Resolved at first use (PEP 562): importing JAX takes half a second that `--help`, `--show` and tools
     # which only need a plan or a configuration should not wait for.
     _HOMES = {
-        "Assembly": "assembly",
-        "ChatSession": "chat_session",
-        "ContextOverflowError": "engine",
-        "Engine": "engine",
+        "Assembly": "checkpoints.assembly",
+        "ChatSession": "chat.session",
+        "ContextOverflowError": "engine.session",
+        "Engine": "engine.session",
         "GenerateOptions": "options",
         "JaxchatError": "errors",
         "LayerPlan": "layer_plan",
         "Model": "runtime",
         "ModelConfig": "config",
         "PlanError": "layer_plan",
-        "RecipeError": "recipe",
-        "Result": "streams",
-        "Score": "streams",
-        "Session": "engine",
+        "RecipeError": "recipes.recipe",
+        "Result": "chat.replies",
+        "Score": "chat.replies",
+        "Session": "engine.session",
         "Slot": "layer_plan",
-        "TextStream": "streams",
-        "Timings": "streams",
+        "TextStream": "chat.replies",
+        "Timings": "chat.replies",
         "UsageError": "errors",
         "load": "runtime",
-        "read_recipe": "recipe",
-        "to_mergekit": "recipe",
+        "read_recipe": "recipes.recipe",
+        "to_mergekit": "recipes.recipe",
     }
 
     def __getattr__(name: str) -> Any:

@@ -21,16 +21,17 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from jaxchat import command_line, show
-from jaxchat.command_line import Flag
+from jaxchat.analysis import show
+from jaxchat.cli import command_line
+from jaxchat.cli.command_line import Flag
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import write_atomically
-from jaxchat.recipe import read_recipe
+from jaxchat.recipes.recipe import read_recipe
 
 if TYPE_CHECKING:
     from jaxchat.analysis import Analysis, Questions, Windows
     from jaxchat.runtime import Model
-    from jaxchat.tokenizer import Tokenizer
+    from jaxchat.text.tokenizer import Tokenizer
 
 JOURNAL = "journal.jsonl"
 """The file of results so far, in the output directory."""
@@ -204,7 +205,7 @@ def _run(values: flags.FlagValues) -> int:
 
 
 def _analyze(values: flags.FlagValues, questions: "Questions", out: Path) -> int:
-    from jaxchat.progress_bar import loading_bar
+    from jaxchat.cli.progress_bar import loading_bar
     from jaxchat.runtime import load
 
     text = None if values.text is None else command_line.read_text(values.text, "text")
@@ -234,7 +235,7 @@ def _measure(
 ) -> "Analysis":
     from jaxchat import analysis
     from jaxchat.analysis.journal import Journal
-    from jaxchat.progress_bar import counting_bar
+    from jaxchat.cli.progress_bar import counting_bar
 
     batch = values.batch or analysis.windows_at_once(model.engine, model.plan, windows)
     journal = Journal(out / JOURNAL, _dependencies(model, windows, values, batch))
@@ -376,7 +377,7 @@ def _first_ids(model: "Model", text: str, count: int) -> list[int]:
 
 def _dependencies(model: "Model", windows: "Windows", values: flags.FlagValues, batch: int) -> dict[str, str]:
     """What results depend on, by the flag that sets it."""
-    from jaxchat.fingerprint import weights_fingerprint
+    from jaxchat.checkpoints.fingerprint import weights_fingerprint
 
     weights = weights_fingerprint(model.engine.params)
     return {

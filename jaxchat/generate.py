@@ -17,10 +17,11 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from jaxchat import command_line, demo, show
-from jaxchat.command_line import Flag
+from jaxchat import demo
+from jaxchat.analysis import show
+from jaxchat.cli import command_line
+from jaxchat.cli.command_line import Flag
 from jaxchat.errors import UsageError
-from jaxchat.escapes import unescape
 from jaxchat.options import (
     Format,
     GenerateOptions,
@@ -28,9 +29,10 @@ from jaxchat.options import (
     PrefixIn,
     Request,
     recommended_sampling,
+    unescape,
 )
-from jaxchat.reasoning import parse_thought_tags
-from jaxchat.recipe import read_recipe
+from jaxchat.recipes.recipe import read_recipe
+from jaxchat.text.reasoning import parse_thought_tags
 
 _DEFAULTS = GenerateOptions()
 _USAGE = """\
@@ -329,7 +331,7 @@ def _run(values: flags.FlagValues) -> int:
     request = _request(values)
     _describe(values)  # errors at once
     # Not at the top: it imports JAX, which --help, --show and usage errors need not wait for.
-    from jaxchat import terminal
+    from jaxchat.cli import terminal
 
     if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)

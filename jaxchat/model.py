@@ -21,10 +21,10 @@ from jax import lax
 
 from jaxchat.config import ModelConfig
 from jaxchat.layer_plan import PlanArrays
+from jaxchat.layers.rope import rope_cos_sin, rotate
 from jaxchat.pallas.backends import DIFFERENTIABLE, REFERENCE, Kernels
 from jaxchat.pallas.cache_attention import QuantizedRows, Rows
 from jaxchat.pallas.stacked_matmul import embedding_rows, widen
-from jaxchat.rope import rope_cos_sin, rotate
 
 Params = dict[str, Any]
 """The parameter pytree: `Param.name` -> jax.Array or QuantizedTensor; `layers.*` are stacked [L, ...]."""

@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from jaxchat import command_line, cost, show
-from jaxchat.assembly import Assembly, assembled_config
-from jaxchat.checkpoint_manifest import WEIGHT_DTYPES, load_config, load_plan
-from jaxchat.command_line import Flag
+from jaxchat.analysis import cost, show
+from jaxchat.checkpoints.assembly import Assembly, assembled_config
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, load_config, load_plan
+from jaxchat.cli import command_line
+from jaxchat.cli.command_line import Flag
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanError
-from jaxchat.recipe import read_recipe, source_plan, to_mergekit
+from jaxchat.recipes.recipe import read_recipe, source_plan, to_mergekit
 
 _USAGE = """\
 usage: python -m jaxchat.plan (-m DIR | --num_layers N | --recipe FILE) [...]
@@ -329,7 +330,7 @@ def _layer_bytes(config: ModelConfig, weight_format: str) -> Callable[[Param], i
         itemsize = WEIGHT_DTYPES[weight_format].itemsize
         return lambda param: math.prod(param.layer_shape(config)) * itemsize
     # Imports JAX, half a second that plain dtypes do not need.
-    from jaxchat.checkpoint_quantized import stored_bytes
+    from jaxchat.checkpoints.quantized import stored_bytes
     from jaxchat.quant import QuantFormat, format_for
 
     fmt, plain = QuantFormat.parse(weight_format), WEIGHT_DTYPES["bfloat16"]

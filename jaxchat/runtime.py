@@ -10,26 +10,26 @@ from typing import Any
 
 import jax
 
-from jaxchat import session_file
-from jaxchat.chat import Conversation
-from jaxchat.chat_session import ChatSession
-from jaxchat.chat_template import ChatTemplate
-from jaxchat.checkpoint import Progress, load_assembly, load_params
-from jaxchat.checkpoint_manifest import load_plan
-from jaxchat.checkpoint_quantized import Quant
-from jaxchat.compilation_cache import enable_compilation_cache
+from jaxchat.chat import session_file
+from jaxchat.chat.conversation import Conversation
+from jaxchat.chat.replies import Batch, Result, Score, TextStream
+from jaxchat.chat.session import ChatSession
+from jaxchat.checkpoints.load import Progress, load_assembly, load_params
+from jaxchat.checkpoints.manifest import load_plan
+from jaxchat.checkpoints.quantized import Quant
 from jaxchat.config import ModelConfig
-from jaxchat.engine import Engine, Session, checked_kv_dtype
+from jaxchat.engine.compile_cache import enable_compilation_cache
+from jaxchat.engine.session import Engine, Session, checked_kv_dtype
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import checked_options
 from jaxchat.pallas import select as select_kernels
 from jaxchat.quant import QuantFormat
-from jaxchat.reasoning import ThoughtTags
-from jaxchat.recipe import read_recipe
-from jaxchat.streams import Batch, Result, Score, TextStream
-from jaxchat.tokenizer import Tokenizer
-from jaxchat.tokenizer_files import has_tokenizer, load_tokenizer
+from jaxchat.recipes.recipe import read_recipe
+from jaxchat.text.chat_template import ChatTemplate
+from jaxchat.text.reasoning import ThoughtTags
+from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.text.tokenizer_files import has_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -302,7 +302,7 @@ def load(
       max_slots: cache slots to reserve, so that longer plans chosen later need no new executable.
       mesh: shards the model over its `model` axis and batches over its `data` axis.
       compilation_cache_dir: where compiled executables are kept; default a user cache directory, "" is none.
-      progress: called while weights are read, see `jaxchat.checkpoint`.
+      progress: called while weights are read, see `checkpoints.load`.
 
     Raises:
       UsageError, JaxchatError: one line that says what is wrong with the directory, plan or setting.

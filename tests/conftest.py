@@ -8,10 +8,10 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from tiny import write_tiny_hf
 
-from jaxchat import native
-from jaxchat.checkpoint import load_params
+from jaxchat.checkpoints.load import load_params
+from jaxchat.pallas import native
+from tests.support.tiny import write_tiny_hf
 
 # Shells start background jobs with SIGINT ignored, children inherit that, and the tests of Ctrl-C need it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

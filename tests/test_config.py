@@ -7,7 +7,7 @@ import pytest
 
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
-from tests.parity_cases import CASES
+from tests.support.parity_cases import CASES
 
 
 def read(case: str, **changes: Any) -> ModelConfig:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_chat import write_tiny_chat
+
+from tests.support.tiny_chat import write_tiny_chat
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -6,10 +6,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_layer_plan import plans
 
 from jaxchat import notations
 from jaxchat.layer_plan import LayerPlan, PlanError, Slot
+from tests.test_layer_plan import plans
 
 
 def layers(spec, num_layers=12):

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from jaxchat import demo, show
+from jaxchat import demo
+from jaxchat.analysis import show
 
 PATH = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
 PNG = b"\x89PNG\r\n\x1a\n"

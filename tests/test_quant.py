@@ -18,7 +18,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
 from jaxchat.quant import QuantFormat, dequantize, quantize, unpack_codes
-from tests.tiny import TINY_CONFIGS
+from tests.support.tiny import TINY_CONFIGS
 
 FORMATS = [
     f"int{bits}{group}{affine}{plain}{wide}"

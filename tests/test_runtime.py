@@ -6,13 +6,13 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_chat import write_tiny_chat
 
 import jaxchat
-from jaxchat import executables
-from jaxchat.engine import ContextOverflowError
+from jaxchat.engine import steps
+from jaxchat.engine.session import ContextOverflowError
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
+from tests.support.tiny_chat import write_tiny_chat
 
 GREEDY = {"max_new_tokens": 24}
 TEXT = {"max_new_tokens": 60, "temperature": 1.0, "seed": 1}  # of a seed with runs of whole characters
@@ -219,8 +219,8 @@ def test_scores_of_different_plans_are_what_each_gives_alone(model):
 
 def test_requests_of_different_plans_compile_nothing_new(model):
     def compiled():
-        steps = executables.prefill, executables.decode, executables.score, executables.sample
-        return [step._cache_size() for step in steps]
+        every = steps.prefill, steps.decode, steps.score, steps.sample
+        return [step._cache_size() for step in every]
 
     model.generate(PROMPTS[:1], **GREEDY)
     model.generate(PROMPTS[:2], **GREEDY)

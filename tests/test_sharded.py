@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxchat import executables
-from jaxchat.checkpoint import load_params
-from jaxchat.engine import Engine
+from jaxchat.checkpoints.load import load_params
+from jaxchat.engine import steps
+from jaxchat.engine.session import Engine
 
 # (data, model). Of tiny Gemma 3's 4 query and 2 key/value heads the former divide by 4, and neither by 8.
 MESHES = {"2x4": (2, 4), "1x8": (1, 8), "8x1": (8, 1)}
@@ -51,19 +51,19 @@ def main(*directories):
 def run(directory, mesh):
     config, params = load_params(directory, mesh=mesh)
     engine = Engine(config, params, max_length=64, mesh=mesh)
-    before = executables.prefill._cache_size(), executables.decode._cache_size()
+    before = steps.prefill._cache_size(), steps.decode._cache_size()
     session = engine.session(batch=len(PROMPTS))
     for row, ids in enumerate(PROMPTS):
         session.set_ids(ids, row)
     tokens = list(session.generate(max_new_tokens=8))
     logits = session.prefill()
-    after = executables.prefill._cache_size(), executables.decode._cache_size()
+    after = steps.prefill._cache_size(), steps.decode._cache_size()
     return {
         "greedy": [[token.id for token in tokens if token.row == row] for row in range(len(PROMPTS))],
         "logits": np.asarray(logits).tolist(),
         "shards": {name: shard_shape(array) for name, array in params.items()},
         "cache": shard_shape(session._cache.k),
-        "grown cache": shard_shape(executables.grow(session._cache, session._slots, 128).k),
+        "grown cache": shard_shape(steps.grow(session._cache, session._slots, 128).k),
         "compiled": [now - then for now, then in zip(after, before, strict=True)],
     }
 
@@ -97,15 +97,22 @@ def computed(tiny_directory):
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # nearly all time goes into compiling
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join(str(p) for p in (Path(__file__).parent, Path(__file__).parents[1])),
     }
     command = [
         sys.executable,
         "-c",
-        "import sys, test_sharded; test_sharded.main(*sys.argv[1:])",
+        "import sys; from tests import test_sharded; test_sharded.main(*sys.argv[1:])",
         *directories,
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -32,14 +32,15 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from jaxchat import checkpoint_writer, command_line
-from jaxchat.assembly import Assembly
-from jaxchat.checkpoint import Progress as Report
-from jaxchat.checkpoint_manifest import WEIGHT_DTYPES
-from jaxchat.checkpoint_quantized import Quant
+from jaxchat.checkpoints import write
+from jaxchat.checkpoints.assembly import Assembly
+from jaxchat.checkpoints.load import Progress as Report
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
+from jaxchat.checkpoints.quantized import Quant
+from jaxchat.cli import command_line
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.quant import QuantFormat
-from jaxchat.recipe import read_recipe
+from jaxchat.recipes.recipe import read_recipe
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -108,7 +109,7 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_enum(
         "plan",
         "record",
-        list(checkpoint_writer.KEEP),
+        list(write.KEEP),
         "What becomes of the layer plan: record stores each layer once, and the plan, under which the result "
         "then runs; bake stores every slot as a layer of its own, an ordinary model, as --to_hf always does, "
         "e.g. --plan bake",
@@ -132,7 +133,7 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_enum(
         "format",
         "native",
-        list(checkpoint_writer.FORMATS),
+        list(write.FORMATS),
         "native is mapped from disk without loading; orbax is for restoring onto many devices or hosts, "
         "e.g. --format orbax",
         values,
@@ -201,7 +202,7 @@ def _run(values: flags.FlagValues, rest: list[str]) -> None:
     source = _source(values)
     with _progress() as report:
         if values.to_hf:
-            manifest = checkpoint_writer.to_hf(
+            manifest = write.to_hf(
                 source,
                 values.dst,
                 layer_spec=values.layer_spec,
@@ -211,7 +212,7 @@ def _run(values: flags.FlagValues, rest: list[str]) -> None:
                 progress=report,
             )
         else:
-            manifest = checkpoint_writer.convert(
+            manifest = write.convert(
                 source,
                 values.dst,
                 layer_spec=values.layer_spec,

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from absl import flags
 
 import jaxchat
-from jaxchat.command_line import HELP, LOG_LEVEL, MODEL, Flag, exit_process, run
+from jaxchat.cli.command_line import HELP, LOG_LEVEL, MODEL, Flag, exit_process, run
 from jaxchat.errors import UsageError
 from jaxchat.files import write_atomically
 from jaxchat.options import recommended_sampling

@@ -46,14 +46,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 
-from jaxchat import training
-from jaxchat.chat_template import ChatTemplate
-from jaxchat.command_line import HELP, LOG_LEVEL, Flag, exit_process, run
+from jaxchat.cli.command_line import HELP, LOG_LEVEL, Flag, exit_process, run
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
-from jaxchat.tokenizer_files import load_tokenizer
-from jaxchat.training import Batch, State
+from jaxchat.text.chat_template import ChatTemplate
+from jaxchat.text.tokenizer_files import load_tokenizer
+from jaxchat.training import steps
+from jaxchat.training.steps import Batch, State
 from tools.dialogues import Document, Message, make_documents
 from tools.stories import Corpus, read_corpus
 
@@ -352,7 +352,7 @@ class Run:
         self._manager = ocp.CheckpointManager(
             (out / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
         )
-        self._state = training.initial_state(self.config, seed)
+        self._state = steps.initial_state(self.config, seed)
         self._position = Position()
         self._held_out = self._held_out_batches()
         self._restore()
@@ -373,10 +373,8 @@ class Run:
                     epoch = self._position.epoch
                     order = self._epoch(epoch)
                 batch = order[self._position.batch]
-                rate = training.warmup_stable_decay(
-                    self.step, done, peak=peak, warmup=WARMUP_STEPS, decay=DECAY
-                )
-                self._state, loss = training.train_step(
+                rate = steps.warmup_stable_decay(self.step, done, peak=peak, warmup=WARMUP_STEPS, decay=DECAY)
+                self._state, loss = steps.train_step(
                     self.config, self._state, batch, jnp.float32(rate), dropout=DROPOUT
                 )
                 value = float(loss)
@@ -397,7 +395,7 @@ class Run:
 
     def held_out_loss(self) -> float:
         """Mean loss over the held-out stories as plain text, nats a token."""
-        sums = [training.total_loss(self.config, self._state.params, batch) for batch in self._held_out]
+        sums = [steps.total_loss(self.config, self._state.params, batch) for batch in self._held_out]
         return float(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
 
     def export(self) -> None:

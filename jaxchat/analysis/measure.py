@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxchat.analysis.sweep import Sweep, Windows, windows_at_once
-from jaxchat.engine import Engine
+from jaxchat.engine.session import Engine
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, Slot
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxchat import model
 from jaxchat.config import ModelConfig
-from jaxchat.engine import Engine
+from jaxchat.engine.session import Engine
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays
 from jaxchat.lengths import common_prefix

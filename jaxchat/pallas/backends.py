@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 
-from jaxchat import native
 from jaxchat.errors import UsageError
-from jaxchat.pallas import cache_attention, stacked_matmul
+from jaxchat.pallas import cache_attention, native, stacked_matmul
 
 NAMES = ("auto", "reference", "native", "pallas")
 """What `--kernels` accepts."""

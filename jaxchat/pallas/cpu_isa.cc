@@ -80,7 +80,7 @@ bool MultipliesBfloat16() {
 
 }  // namespace jaxchat
 
-// For jaxchat/native.py.
+// For jaxchat/pallas/native.py.
 extern "C" int JaxchatMultipliesBfloat16() { return jaxchat::MultipliesBfloat16(); }
 
 // The name, empty where there is none.

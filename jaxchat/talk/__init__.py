@@ -4,7 +4,7 @@ The programs over these are in `examples/`. One model under several plans is loa
 over one set of weights and one plan are decoded as one batch.
 """
 
-from jaxchat.talk.chat_batch import ChatBatch, Message
+from jaxchat.chat.batch import ChatBatch, Message
 from jaxchat.talk.crosstalk import Speaker, Turn, crosstalk, says_goodbye
 from jaxchat.talk.experts import Choice, Expert, Panel, choose
 from jaxchat.talk.models import ModelLoader

@@ -4,11 +4,11 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-from jaxchat.chat import Conversation
+from jaxchat.chat.batch import ChatBatch, Message
+from jaxchat.chat.conversation import Conversation
 from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions
 from jaxchat.runtime import Model
-from jaxchat.talk.chat_batch import ChatBatch, Message
 
 GOODBYE = ("goodbye", "bye", "farewell", "see you", "take care")
 """Words and phrases that end a conversation."""

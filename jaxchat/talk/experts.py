@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jaxchat.chat_session import ChatSession
+from jaxchat.chat.batch import ChatBatch, Message
+from jaxchat.chat.replies import TextStream
+from jaxchat.chat.session import ChatSession
 from jaxchat.errors import UsageError
 from jaxchat.files import UnreadableError, read_small_text
 from jaxchat.options import GenerateOptions, setting_text, with_setting
 from jaxchat.runtime import Model
-from jaxchat.streams import TextStream
-from jaxchat.talk.chat_batch import ChatBatch, Message
 from jaxchat.talk.models import ModelLoader
 
 PROMPT = "Please classify the question to one of these classes:\n{classes}\n\nQuestion: {question}"

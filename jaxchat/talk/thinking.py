@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from jaxchat.chat_session import ChatSession
+from jaxchat.chat.replies import TextStream
+from jaxchat.chat.session import ChatSession
 from jaxchat.options import GenerateOptions
 from jaxchat.runtime import Model
-from jaxchat.streams import TextStream
 
 PREFIX = "Let's break it down and think step by step.\n"
 NUDGES = (

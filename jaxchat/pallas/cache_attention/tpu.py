@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from jaxchat.pallas.cache_attention.reference import QuantizedRows, Rows, quantize_rows
-from jaxchat.pallas.tpu_mesh import mesh_of, split
+from jaxchat.pallas.mesh import mesh_of, split
 
 Array = jax.Array
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import native
+from jaxchat.pallas import native
 from jaxchat.pallas.stacked_matmul import reference
 from jaxchat.quant import Array, QuantizedTensor
 

@@ -21,8 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxchat import quant
+from jaxchat.pallas.mesh import mesh_of, split
 from jaxchat.pallas.stacked_matmul import reference
-from jaxchat.pallas.tpu_mesh import mesh_of, split
 from jaxchat.quant import QuantizedTensor
 
 Array = jax.Array

@@ -1,0 +1,1 @@
+"""Conversations as token ids: history, replies, sessions, batches."""

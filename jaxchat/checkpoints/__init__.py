@@ -1,0 +1,1 @@
+"""Models on disk: what is at a path, its parameters layer by layer, loading and writing them."""

@@ -1,0 +1,252 @@
+"""Sources made of other sources: the stack of an `Assembly`, and a stack with its layer plan baked in.
+
+Nothing is read before it is asked for, and nothing but what is: layers that no slot uses stay on the disk.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxchat.checkpoints.assembly import Assembly, Tensor, assembled_config, global_tensor, stack_of
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, load_config, stack_entry
+from jaxchat.checkpoints.quantized import stored_format, stored_format_of
+from jaxchat.checkpoints.source import Source, convert_into, open_source, row_blocks
+from jaxchat.config import EMBED, HEAD, ModelConfig, Param
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.families import count_parameters, parameter_table
+from jaxchat.layer_plan import LayerPlan
+from jaxchat.quant import QuantizedTensor
+
+T = TypeVar("T")
+
+
+class AssembledSource:
+    """The stack of an `Assembly` as a `Source`; its plan is not part of it.
+
+    Plain tensors are converted to the assembly's dtype and then scaled, each time rounding to nearest even,
+    as mergekit does; of quantized ones the scales and offsets are scaled, the codes are kept.
+    """
+
+    def __init__(self, assembly: Assembly, dtype: np.dtype | None = None):
+        """Opens and verifies what the assembly uses of its models; no tensor data is read.
+
+        Args:
+          assembly: what to assemble.
+          dtype: of the tensors that are not quantized, instead of the assembly's.
+
+        Raises:
+          UsageError: the models cannot share a stack, or are not quantized alike.
+          JaxchatError: a model's files are missing or malformed.
+        """
+        self.assembly = assembly
+        self._dtype = dtype or (None if assembly.dtype is None else WEIGHT_DTYPES[assembly.dtype])
+        stated = [load_config(path) for path in assembly.models]
+        assembled_config(assembly, stated)  # models that do not fit are refused before they are opened
+        self._sources = [
+            open_source(path, wanted=_wanted(assembly, stated, model))
+            for model, path in enumerate(assembly.models)
+        ]
+        configs = [source.config for source in self._sources]
+        self.config = assembled_config(assembly, configs)
+        self.table = parameter_table(self.config)
+        self._params = [{p.name: p for p in source.table} for source in self._sources]
+        self._tensors = {p.name: _tensors(assembly, configs, p) for p in self.table}
+        self.manifest = self._describe()
+
+    def _describe(self) -> Manifest:
+        base, names = (
+            self._sources[self.assembly.base],
+            [path.resolve().name for path in self.assembly.models],
+        )
+        formats = [source.manifest.quantization for source in self._sources]
+        for path, found in zip(self.assembly.models, formats, strict=True):
+            if found != formats[self.assembly.base]:
+                kinds = [
+                    f"{p} holds {_weights(s)}"
+                    for p, s in zip(self.assembly.models, self._sources, strict=True)
+                ]
+                raise UsageError(
+                    f"{path} is quantized in another way than {self.assembly.models[self.assembly.base]} "
+                    f"({', '.join(kinds)}); use the original models and give --quant"
+                )
+        manifest = Manifest(
+            format="native",
+            dtypes={},
+            rename=base.manifest.rename,
+            tied_head="absent" if self.config.tied_embeddings else "untied",
+            source=" + ".join(names),
+            parameters=count_parameters(self.config),
+            quantization=formats[self.assembly.base],
+            stack=stack_entry(self.config),
+        )
+        dtypes = {p.name: self.dtype(p).name for p in self.table}
+        return dataclasses.replace(manifest, dtypes=dtypes)
+
+    def _find(self, param: Param, index: int) -> tuple[Source, Param, Tensor]:
+        tensor = self._tensors[param.name][index]
+        return self._sources[tensor.model], self._own(param.name, tensor.model), tensor
+
+    def _own(self, name: str, model: int) -> Param:
+        """A parameter in a model's own table; a head that is tied there is its embedding."""
+        return self._params[model].get(name) or self._params[model][EMBED]
+
+    def dtype(self, param: Param) -> np.dtype:
+        """See `Source`. Tensors of one stack stored in different dtypes share the widest."""
+        models = dict.fromkeys(tensor.model for tensor in self._tensors[param.name])
+        found = {self._sources[model].dtype(self._own(param.name, model)) for model in models}
+        if self._dtype is not None and not any(self._is_quantized(param.name, model) for model in models):
+            return self._dtype
+        return found.pop() if len(found) == 1 else WEIGHT_DTYPES["float32"]
+
+    def _is_quantized(self, name: str, model: int) -> bool:
+        return stored_format_of(self._sources[model].manifest, self._own(name, model)) is not None
+
+    def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
+        """See `Source`."""
+        source, own, tensor = self._find(param, index)
+        values, label = source.layer(own, tensor.row), f"{own.name}[{tensor.row}]"
+        if self._dtype is not None and isinstance(values, np.ndarray):
+            values = _converted(values, self._dtype, label)
+        return scaled(values, tensor.scale, label)
+
+    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | None:
+        """See `Source`: neighbouring rows of one model's file, as they are."""
+        tensors = self._tensors[param.name]
+        first = tensors[0]
+        run = [Tensor(first.model, first.row + i, 1.0) for i in range(len(tensors))]
+        source = self._sources[first.model]
+        whole = source.mapped(self._own(param.name, first.model)) if list(tensors) == run else None
+        if whole is None or (isinstance(whole, np.ndarray) and self._dtype not in (None, whole.dtype)):
+            return None
+        if not param.per_layer:
+            return whole
+        rows = slice(first.row, first.row + len(tensors))
+        return jax.tree.map(lambda array: array[rows], whole)
+
+    def release(self, param: Param, index: int) -> None:
+        """See `Source`."""
+        source, own, tensor = self._find(param, index)
+        source.release(own, tensor.row)
+
+
+class BakedSource:
+    """A source under a layer plan, physically unrolled: layer p is slot p, with its scales multiplied in.
+
+    The scales are on the weight and bias of the attention output and MLP down projections. An identity slot
+    is a layer like any other, whose two projections are zero.
+    """
+
+    def __init__(self, source: Source, plan: LayerPlan):
+        """`plan` is over the source's stacked layers."""
+        self._source, self._plan = source, plan
+        self.config = gathered_config(source.config, [slot.layer for slot in plan])
+        self.table = source.table
+        self.manifest = dataclasses.replace(
+            source.manifest,
+            rename=("", ""),
+            tied_head="absent" if self.config.tied_embeddings else "untied",
+            parameters=count_parameters(self.config),
+            plan=None,
+            stack=None,
+        )
+
+    def _row(self, param: Param, index: int) -> int:
+        if not param.per_layer:
+            return 0
+        return self._source.config.rows_of(param.name)[self._plan.slots[index].layer]
+
+    def dtype(self, param: Param) -> np.dtype:
+        """See `Source`."""
+        return self._source.dtype(param)
+
+    def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
+        """See `Source`."""
+        values = self._source.layer(param, self._row(param, index))
+        factor = 1.0
+        if param.per_layer:
+            slot, part = self._plan.slots[index], param.name.split(".")[1]
+            factor = {"o": slot.attn_scale, "down": slot.mlp_scale}.get(part, 1.0)
+        return scaled(values, factor, f"{param.name} of slot {index}")
+
+    def mapped(self, param: Param) -> None:
+        """See `Source`: no file holds the plan's layers."""
+
+    def release(self, param: Param, index: int) -> None:
+        """See `Source`."""
+        self._source.release(param, self._row(param, index))
+
+
+def gathered_config(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
+    """The configuration of a model whose layer p is stacked layer `layers[p]`, tensors and all."""
+
+    def gather(values: tuple[T, ...]) -> tuple[T, ...]:
+        return tuple(values[layer] for layer in layers) if values else ()
+
+    return dataclasses.replace(
+        config,
+        num_layers=len(layers),
+        layer_ropes=gather(config.layer_ropes),
+        layer_windows=gather(config.layer_windows),
+        layer_attn_scales=gather(config.layer_attn_scales),
+        layer_rows=(),
+    )
+
+
+def scaled(values: np.ndarray | QuantizedTensor, factor: float, name: str) -> np.ndarray | QuantizedTensor:
+    """Values times a factor in their own dtype: the product in float32, rounded to nearest even.
+
+    Raises:
+      JaxchatError: a finite value becomes too large for its dtype.
+    """
+    if factor == 1.0:
+        return values
+    if isinstance(values, QuantizedTensor):
+        mins = None if values.mins is None else _product(values.mins, factor, name)
+        return dataclasses.replace(values, scales=_product(values.scales, factor, name), mins=mins)
+    return _product(values, factor, name)
+
+
+def _product(values: Any, factor: float, name: str) -> np.ndarray:
+    values = np.asarray(values)
+    out = np.empty(values.shape, values.dtype)
+    for to, of in row_blocks(out, values):
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = of.astype(np.float32) * np.float32(factor)
+            to[...] = product
+        if (~np.isfinite(to) & np.isfinite(of)).any():
+            raise JaxchatError(f"{name}: times {factor:g} is too large for {values.dtype}; scale it less")
+    return out
+
+
+def _converted(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    if values.dtype == dtype:
+        return values
+    out = np.empty(values.shape, dtype)
+    convert_into(out, values, name)
+    return out
+
+
+def _tensors(assembly: Assembly, configs: Sequence[ModelConfig], param: Param) -> tuple[Tensor, ...]:
+    if param.per_layer:
+        return stack_of(assembly, configs, param.name)[0]
+    return (global_tensor(assembly, configs, param.name),)
+
+
+def _wanted(assembly: Assembly, configs: Sequence[ModelConfig], model: int) -> dict[str, set[int]]:
+    """What is read of a model, as far as configurations say: whether a head is tied its tensors decide."""
+    wanted: dict[str, set[int]] = {}
+    for param in parameter_table(dataclasses.replace(configs[assembly.base], tied_embeddings=False)):
+        for tensor in _tensors(assembly, configs, param):
+            if tensor.model == model:
+                both = param.name in (EMBED, HEAD) and configs[model].tied_embeddings
+                for name in (EMBED, HEAD) if both else (param.name,):
+                    wanted.setdefault(name, set()).add(tensor.row)
+    return wanted
+
+
+def _weights(source: Source) -> str:
+    fmt = stored_format(source.manifest)
+    return "plain weights" if fmt is None else f"{fmt} weights"

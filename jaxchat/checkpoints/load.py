@@ -1,0 +1,266 @@
+"""Model directories -> stacked parameters on devices, streamed: the peak is the result plus one layer.
+
+Hugging Face, native and Orbax directories, onto one device or straight into a sharding.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxchat.checkpoints.assembled import AssembledSource
+from jaxchat.checkpoints.assembly import Assembly
+from jaxchat.checkpoints.manifest import load_config, weight_dtype
+from jaxchat.checkpoints.quantized import Quant, Storage, choose_format, stored_bytes, stored_format_of
+from jaxchat.checkpoints.safetensors_file import ALIGNMENT
+from jaxchat.checkpoints.source import Source, convert_into, open_source
+from jaxchat.config import ModelConfig, Param
+from jaxchat.quant import QuantFormat, QuantizedTensor, empty, format_for, layer_slice, quantize
+from jaxchat.sharding import param_sharding
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all), counted in the stored dtype."""
+
+__all__ = ["Progress", "load_config", "load_params", "open_source"]
+
+
+def load_params(
+    directory: str | Path,
+    *,
+    config: ModelConfig | None = None,
+    dtype: str | None = None,
+    quant: Quant = "auto",
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Loads a Hugging Face, native or Orbax directory, streaming: the peak is the result plus one layer.
+
+    On the CPU bfloat16 arrays are returned as their bits in uint16 (XLA widens whole bfloat16 stacks there on
+    every call), and a native checkpoint that needs no conversion is not read at all: its arrays are the
+    mapped file, which must not be changed while they live.
+
+    Args:
+      directory: the model.
+      config: instead of the directory's `config.json`.
+      dtype: `float32`, `bfloat16` or `float16` to convert what is not quantized to; None keeps what is
+        stored.
+      quant: the format to quantize to while loading, None for plain numbers, or `auto` for what is stored.
+      mesh: to load straight into `param_sharding`; None is the first device.
+      progress: called after every layer.
+
+    Returns:
+      The configuration (with `tied_embeddings` as the checkpoint has it) and name -> array or
+      `QuantizedTensor`, [L, ...] for `layers.*`.
+
+    Raises:
+      UsageError: no such directory, or not one of a model, or one quantized in another way than `quant`.
+      JaxchatError: a file is missing, truncated or malformed, or a value does not fit the dtype.
+    """
+    target = None if dtype is None else weight_dtype(dtype)
+    source = open_source(directory, config=config)
+    fmt = choose_format(directory, source.manifest, quant)
+    meter = Meter(source, progress)
+    if source.manifest.format == "orbax" and fmt is None:
+        from jaxchat.checkpoints.orbax import OrbaxSource  # already imported by then
+
+        assert isinstance(source, OrbaxSource)
+        params: dict[str, Any] = source.load(target, mesh)
+        meter.add(meter.total)
+        return source.config, params
+    wanted = storages(source, target, fmt)
+    return source.config, {p.name: _load_param(source, p, wanted[p.name], mesh, meter) for p in source.table}
+
+
+def load_assembly(
+    assembly: Assembly,
+    *,
+    dtype: str | None = None,
+    quant: Quant = "auto",
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Loads the layers that an assembly names, each once, into one stack; see `load_params`.
+
+    Args:
+      assembly: what to assemble; run its `plan` over the stack.
+      dtype: of what is not quantized, instead of the assembly's. Scales are applied after the conversion.
+      quant, mesh, progress: as in `load_params`.
+
+    Raises:
+      UsageError: the models differ in architecture, vocabulary, a shape or in how they are quantized.
+      JaxchatError: as in `load_params`.
+    """
+    target = None if dtype is None else weight_dtype(dtype)
+    source = AssembledSource(assembly, target)
+    fmt = choose_format(assembly.models[assembly.base], source.manifest, quant)
+    wanted, meter = storages(source, target, fmt), Meter(source, progress)
+    return source.config, {p.name: _load_param(source, p, wanted[p.name], mesh, meter) for p in source.table}
+
+
+def storages(source: Source, dtype: np.dtype | None, fmt: QuantFormat | None) -> dict[str, Storage]:
+    """How to hold each parameter of a source that is to be quantized to `fmt`, or is already.
+
+    What is not quantized is converted to `dtype`; None keeps what is stored.
+    """
+    quantized = source.manifest.quantization is not None
+
+    def storage(param: Param) -> Storage:
+        chosen = stored_format_of(source.manifest, param) if quantized else format_for(param, fmt)
+        return chosen or dtype or source.dtype(param)
+
+    return {param.name: storage(param) for param in source.table}
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array starting at a multiple of 64 bytes, which JAX takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def aligned_quantized(shape: tuple[int, ...], fmt: QuantFormat) -> QuantizedTensor:
+    """`quant.empty` with arrays that JAX takes over without a copy."""
+    return jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), empty(shape, fmt))
+
+
+def as_bits(values: np.ndarray) -> np.ndarray:
+    """bfloat16 values as their bits in uint16, anything else as it is; a view."""
+    return values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values
+
+
+class Meter:
+    """Adds up the bytes of finished layers, in the stored dtype, for a `Progress`."""
+
+    def __init__(self, source: Source, progress: Progress | None):
+        self._progress, self._done = progress, 0
+        self.total = sum(self.size(source, p) for p in source.table)
+
+    @staticmethod
+    def size(source: Source, param: Param) -> int:
+        """The stored bytes of a parameter."""
+        storage = stored_format_of(source.manifest, param) or source.dtype(param)
+        return stored_bytes(param.stacked_shape(source.config), storage)
+
+    def add(self, size: int) -> None:
+        """Reports that so many bytes more are done."""
+        self._done += size
+        if self._progress is not None:
+            self._progress(self._done, self.total)
+
+
+def layers_of(
+    source: Source, param: Param, storage: Storage, meter: Meter
+) -> Iterator[tuple[int, np.ndarray | QuantizedTensor]]:
+    """Each (index, layer as `storage` says, in C order) of a parameter, released after its turn."""
+    for index in range(param.rows(source.config)):
+        values = source.layer(param, index)
+        yield index, _stored_as(values, storage, _label(param, index))
+        meter.add(values.nbytes)
+        source.release(param, index)
+
+
+def _stored_as(
+    values: np.ndarray | QuantizedTensor, storage: Storage, label: str
+) -> np.ndarray | QuantizedTensor:
+    if isinstance(values, QuantizedTensor):
+        return values
+    if isinstance(storage, QuantFormat):
+        return quantize(values, storage, name=label)
+    if values.dtype != storage:
+        converted = np.empty(values.shape, storage)
+        convert_into(converted, values, label)
+        values = converted
+    return np.ascontiguousarray(values)
+
+
+def _label(param: Param, index: int) -> str:
+    return f"{param.name}[{index}]" if param.per_layer else param.name
+
+
+def _load_param(
+    source: Source, param: Param, storage: Storage, mesh: Mesh | None, meter: Meter
+) -> jax.Array | QuantizedTensor:
+    device: Any = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    sharding: Sharding = SingleDeviceSharding(device)
+    if mesh is not None:
+        columns = param.layer_shape(source.config)[-1]
+        group = storage.group_size(columns) if isinstance(storage, QuantFormat) else None
+        sharding = param_sharding(param, source.config, mesh, group=group)
+    if device.platform != "cpu" or (mesh is not None and mesh.size > 1):
+        return _fill_device(source, param, storage, sharding, meter)
+    stack = source.mapped(param)
+    if stack is not None and (isinstance(stack, QuantizedTensor) or storage == stack.dtype):
+        meter.add(stack.nbytes)
+    elif isinstance(storage, QuantFormat):
+        stack = _quantize_host(source, param, storage, meter)
+    else:
+        stack = _fill_host(source, param, storage, meter)
+    return jax.device_put(jax.tree.map(as_bits, stack), sharding, may_alias=True)
+
+
+def _fill_host(source: Source, param: Param, dtype: np.dtype, meter: Meter) -> np.ndarray:
+    stack = aligned_empty(param.stacked_shape(source.config), dtype)
+    for index in range(param.rows(source.config)):
+        values = source.layer(param, index)
+        assert isinstance(values, np.ndarray)  # quantized parameters stay quantized
+        convert_into(stack[index] if param.per_layer else stack, values, _label(param, index))
+        meter.add(values.nbytes)
+        source.release(param, index)
+    return stack
+
+
+def _quantize_host(source: Source, param: Param, fmt: QuantFormat, meter: Meter) -> QuantizedTensor:
+    stack = aligned_quantized(param.stacked_shape(source.config), fmt)
+    for index in range(param.rows(source.config)):
+        values = source.layer(param, index)
+        out = layer_slice(stack, index) if param.per_layer else stack
+        if isinstance(values, QuantizedTensor):
+            jax.tree.map(np.copyto, out, values)
+        else:
+            quantize(values, fmt, name=_label(param, index), out=out)
+        meter.add(values.nbytes)
+        source.release(param, index)
+    return stack
+
+
+def _fill_device(
+    source: Source, param: Param, storage: Storage, sharding: Sharding, meter: Meter
+) -> jax.Array | QuantizedTensor:
+    """Fills a device stack by donated updates, so that neither host nor device ever holds it twice."""
+    device: Any = next(iter(sharding.device_set))
+    layer_sharding, stack = sharding, None
+    if isinstance(sharding, NamedSharding) and param.per_layer:
+        layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    for index, values in layers_of(source, param, storage, meter):
+        host = jax.tree.map(as_bits, values) if device.platform == "cpu" else values
+        layer = jax.device_put(host, layer_sharding)
+        if not param.per_layer:
+            stack = layer
+        else:
+            if stack is None:
+                stack = _zeros_like_stack(layer, param.rows(source.config), sharding)
+            stack = _set_layer(stack, layer, index)
+        # The copy must be over before the host reuses the memory it is made from.
+        jax.block_until_ready(stack)
+    assert stack is not None  # there is at least one layer
+    return stack
+
+
+def _zeros_like_stack(layer: Any, count: int, sharding: Sharding) -> Any:
+    """A stack of so many layers; every array of a quantized one is split as the weight is."""
+    return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype, device=sharding), layer)
+
+
+@jax.jit(donate_argnums=0)
+def _set_layer(stack: Any, layer: Any, index: jax.Array) -> Any:
+    def put(to: jax.Array, values: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(to, values, index, 0)
+
+    return jax.tree.map(put, stack, layer)

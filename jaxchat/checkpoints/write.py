@@ -1,0 +1,449 @@
+"""Writing checkpoints: any readable directory -> native or Orbax (`convert`), or Hugging Face's (`to_hf`).
+
+Both take a layer plan or a recipe along. A checkpoint appears under its name complete or not at all: it is
+written beside it and renamed at the end.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxchat.checkpoints.assembled import AssembledSource, BakedSource
+from jaxchat.checkpoints.assembly import Assembly, under, whole
+from jaxchat.checkpoints.load import Meter, Progress, layers_of, storages
+from jaxchat.checkpoints.manifest import (
+    MANIFEST,
+    NATIVE_FILE,
+    Manifest,
+    check_directory,
+    load_plan,
+    recorded_plan,
+    stack_entry,
+    weight_dtype,
+)
+from jaxchat.checkpoints.quantized import (
+    Quant,
+    Storage,
+    TensorSpec,
+    choose_format,
+    named_arrays,
+    quantization_entry,
+    stored_format,
+    tensor_specs,
+)
+from jaxchat.checkpoints.safetensors_file import ALIGNMENT, SafetensorsWriter
+from jaxchat.checkpoints.source import Source, convert_into, open_source
+from jaxchat.config import EMBED, HEAD, ModelConfig, Param
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.families import Family, family_of, relayered_config
+from jaxchat.files import read_json
+from jaxchat.layer_plan import LayerPlan
+from jaxchat.quant import QuantizedTensor
+from jaxchat.quant import dequantize as dequantize_tensor
+from jaxchat.text.tokenizer_files import TOKENIZER_FILES
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers of a running conversion are not told from those of a dead one
+    fcntl = None  # type: ignore[assignment]
+
+FORMATS = ("native", "orbax")
+KEEP = ("record", "bake")
+_DEQUANTIZED = 1 << 22  # weights dequantized at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class _HfTensor:
+    """A tensor of the Hugging Face layout: the (parameters, layer) it is made of."""
+
+    name: str
+    parts: tuple[Param, ...]
+    layer: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Model(NamedTuple):
+    """What is to be written.
+
+    Attributes:
+      source: the parameters.
+      plan: over the source's stack; None is an ordinary model, every layer once.
+      directories: every directory that is read.
+      base: of these, the one with the `config.json`.
+      words: the one with the tokenizer.
+      dtype: what a recipe converts the weights to, if it does.
+    """
+
+    source: Source
+    plan: LayerPlan | None
+    directories: tuple[Path, ...]
+    base: Path
+    words: Path
+    dtype: str | None
+
+
+def convert(
+    src: str | Path | Assembly,
+    dst: str | Path,
+    *,
+    layer_spec: str | None = None,
+    plan: Literal["record", "bake"] = "record",
+    dtype: str | None = None,
+    quant: Quant = "auto",
+    format: str = "native",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Converts a model directory of any readable format into a native or Orbax checkpoint, layer by layer.
+
+    Args:
+      src: a Hugging Face, native or Orbax directory, or what a recipe assembles.
+      dst: the directory to create.
+      layer_spec: a layer plan over the slots of a recipe or of the plan that `src` records, else its layers.
+      plan: what becomes of the layer plan. `record` writes every layer that a slot uses once, and the plan,
+        which is the model when it is loaded; `bake` writes every slot as a layer, with its scales multiplied
+        in: an ordinary model that needs no plan.
+      dtype: `float32`, `bfloat16` or `float16`, of what is not quantized; None keeps what is stored.
+      quant: the format to quantize to, None for plain numbers, or `auto` for what `src` has.
+      format: `native` or, of plain numbers, `orbax`.
+      overwrite: replace an existing checkpoint.
+      progress: called after every layer.
+
+    Returns:
+      The description that was written to `jaxchat.json`.
+
+    Raises:
+      UsageError: a wrong argument, no such source, or an existing destination.
+      JaxchatError: the source is malformed, a value does not fit the dtype, or the disk is full.
+    """
+    for name, value, known in (("format", format, FORMATS), ("plan", plan, KEEP)):
+        if value not in known:
+            raise UsageError(f"{name} {value!r} is not one of {', '.join(known)}")
+    target = None if dtype is None else weight_dtype(dtype)
+    model = _open(src, layer_spec, target)
+    if plan == "bake" and model.plan is None:
+        raise UsageError(f"{model.base}: there is no layer plan to bake; give --layer_spec or --recipe")
+    source = model.source if plan == "record" or model.plan is None else BakedSource(model.source, model.plan)
+    values = None if source is model.source else _unrolled_config(model, source.config)
+    fmt = choose_format(model.base, source.manifest, quant)
+    if fmt is not None and format == "orbax":
+        raise UsageError(
+            f"--format orbax holds no quantized weights ({fmt}); use --format native, or leave --quant out "
+            "here and give it when the model is loaded"
+        )
+    stored_as = storages(source, target, fmt)
+    manifest = dataclasses.replace(
+        _recorded(model) if source is model.source else source.manifest,
+        format=format,
+        dtypes={p.name: (target or source.dtype(p)).name for p in source.table},
+        quantization=source.manifest.quantization or quantization_entry(fmt, source.table),
+    )
+    with _new_directory(model.directories, Path(dst), overwrite) as directory:
+        _write_native(source, directory / NATIVE_FILE, stored_as, progress)
+        manifest.write(directory)
+        _write_files(model, directory, values, dtype or model.dtype)
+        if format == "orbax":
+            from jaxchat.checkpoints.orbax import replace_native_file  # half a second of imports
+
+            replace_native_file(directory, source.config, manifest)
+    return manifest
+
+
+def to_hf(
+    src: str | Path | Assembly,
+    dst: str | Path,
+    *,
+    layer_spec: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    dequantize: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes a model in Hugging Face's layout: as it was stored there, or unrolled under a layer plan.
+
+    Without a plan every tensor comes back byte for byte. With one (`layer_spec`, a recipe, or the one that
+    `src` records) every slot is a layer, its scales multiplied into the output projections, identity slots
+    included, and `config.json` describes those layers.
+
+    Of quantized weights the layout knows nothing: they are written as the numbers they stand for, in the
+    dtype they had, if `dequantize` says so.
+
+    Args:
+      src: a model directory of any readable format, or what a recipe assembles.
+      dst: the directory to create.
+      layer_spec: as in `convert`.
+      max_shard_bytes: larger models are split into files of at most this size (a larger tensor has its own).
+      dequantize: whether `src` may be quantized.
+      overwrite: replace an existing checkpoint.
+      progress: called after every layer.
+
+    Raises:
+      UsageError: as `convert`, or the family's `config.json` cannot describe the plan's layers.
+      JaxchatError: as `convert`.
+    """
+    model = _open(src, layer_spec, None)
+    source = model.source if model.plan is None else BakedSource(model.source, model.plan)
+    values = None if model.plan is None else _unrolled_config(model, source.config)
+    if (fmt := stored_format(source.manifest)) is not None and not dequantize:
+        raise UsageError(
+            f"{model.base}: holds {fmt} weights, which Hugging Face's layout has no place for; "
+            "add --dequantize to write the numbers they stand for (the original weights are not in there any "
+            "more)"
+        )
+    tensors = _hf_tensors(source)
+    shards = _split(tensors, max_shard_bytes)
+    with _new_directory(model.directories, Path(dst), overwrite) as directory:
+        meter = Meter(source, progress)
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        if len(shards) == 1:
+            names = ["model.safetensors"]
+        for name, shard in zip(names, shards, strict=True):
+            _write_hf_file(source, directory / name, shard, meter)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+                "weight_map": {
+                    t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
+                },
+            }
+            _write_json(directory / "model.safetensors.index.json", index)
+        _write_files(model, directory, values, model.dtype)
+    return source.manifest
+
+
+def _open(src: str | Path | Assembly, layer_spec: str | None, dtype: np.dtype | None) -> _Model:
+    """Opens a directory as it is, or else what is assembled, without the layers that the plan leaves out."""
+    if isinstance(src, Assembly):
+        assembly = src
+    else:
+        src = check_directory(src)
+        if layer_spec is None:
+            source = open_source(src)
+            plan = recorded_plan(source.manifest, source.config)
+            if plan is None and source.manifest.stack is not None:  # no `config.json` describes its layers
+                plan = LayerPlan.identity(source.config.num_layers)
+            return _Model(source, plan, (src,), src, src, None)
+        assembly = whole(src, load_plan(src))
+    if layer_spec is not None:
+        assembly = under(assembly, assembly.plan.select(layer_spec))
+    base, words = assembly.models[assembly.base], assembly.models[assembly.tokenizer]
+    source = AssembledSource(assembly, dtype)
+    return _Model(source, assembly.plan, assembly.models, base, words, assembly.dtype)
+
+
+def _unrolled_config(model: _Model, config: ModelConfig) -> dict[str, Any]:
+    path = model.base / "config.json"
+    return relayered_config(read_json(path), config, source=str(path))
+
+
+def _recorded(model: _Model) -> Manifest:
+    """The description of a stack and the plan over it, as far as `config.json` does not say them already."""
+    manifest, config = model.source.manifest, model.source.config
+    plan = None if model.plan in (None, LayerPlan.identity(config.num_layers)) else str(model.plan)
+    stack = stack_entry(config)
+    ordinary = stack_entry(ModelConfig.from_directory(model.base))
+    return dataclasses.replace(manifest, plan=plan, stack=None if stack == ordinary else stack)
+
+
+def _write_native(
+    source: Source, path: Path, stored_as: dict[str, Storage], progress: Progress | None
+) -> None:
+    specs: dict[str, TensorSpec] = {}
+    for param in source.table:
+        specs |= tensor_specs(param.name, param.stacked_shape(source.config), stored_as[param.name])
+    meter = Meter(source, progress)
+    with SafetensorsWriter(path, specs, metadata={"format": "jaxchat"}, alignment=ALIGNMENT) as writer:
+        for param in source.table:
+            for index, values in layers_of(source, param, stored_as[param.name], meter):
+                for name, array in named_arrays(param.name, values).items():
+                    writer.write(name, array, index if param.per_layer else None)
+
+
+def _hf_tensors(source: Source) -> list[_HfTensor]:
+    """The tensors of the source's Hugging Face layout, in name order."""
+    config, manifest, family = source.config, source.manifest, family_of(source.config)
+    by_hf: dict[str, list[Param]] = {}
+    for param in source.table:
+        by_hf.setdefault(param.hf, []).append(param)
+    tensors = []
+    for hf, parts in by_hf.items():
+        parts.sort(key=lambda param: param.part)
+        for layer in range(parts[0].rows(config)):
+            for name in _hf_names(family, parts[0], hf, manifest):
+                dtype, shape = source.dtype(parts[0]), parts[0].hf_shape(config)
+                tensors.append(_HfTensor(name.format(layer), tuple(parts), layer, dtype, shape))
+    return sorted(tensors, key=lambda tensor: tensor.name)
+
+
+def _hf_names(family: Family, param: Param, hf: str, manifest: Manifest) -> tuple[str, ...]:
+    name, head = family.rename(hf, manifest.rename), family.rename(HEAD, manifest.rename)
+    if param.name != EMBED:
+        return (name,)
+    return {"copy": (name, head), "only": (head,)}.get(manifest.tied_head, (name,))
+
+
+def _split(tensors: list[_HfTensor], max_bytes: int) -> list[list[_HfTensor]]:
+    shards: list[list[_HfTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _write_hf_file(source: Source, path: Path, tensors: list[_HfTensor], meter: Meter) -> None:
+    # As the official writer does: wide types first, so that every tensor is aligned to its item.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in ordered}
+    with SafetensorsWriter(path, specs, metadata={"format": "pt"}) as writer:
+        for tensor in ordered:
+            stored = [source.layer(param, tensor.layer) for param in tensor.parts]
+            values = [_plain(value, tensor) for value in stored]
+            fused = np.concatenate(values) if len(values) > 1 else values[0]
+            writer.write(tensor.name, fused.T if tensor.parts[0].transposed else fused)
+            for param in tensor.parts:
+                source.release(param, tensor.layer)
+            meter.add(sum(value.nbytes for value in stored))
+
+
+def _plain(values: np.ndarray | QuantizedTensor, tensor: _HfTensor) -> np.ndarray:
+    """A parameter's numbers; quantized ones in the tensor's dtype, some rows at a time."""
+    if not isinstance(values, QuantizedTensor):
+        return values
+    out = np.empty(values.shape, tensor.dtype)
+    step = max(1, _DEQUANTIZED // values.columns)
+    for start in range(0, len(out), step):
+        rows = slice(start, start + step)
+        part = jax.tree.map(lambda array, rows=rows: array[rows], values)
+        convert_into(out[rows], dequantize_tensor(part), tensor.name)
+    return out
+
+
+def _write_files(model: _Model, dst: Path, values: dict[str, Any] | None, dtype: str | None) -> None:
+    """Copies configuration, tokenizer and chat template.
+
+    `config.json` is the base model's, byte for byte if nothing is to be changed in it: `values` replaces its
+    contents, a conversion's dtype is noted, and a tokenizer of another model brings its own special ids.
+    """
+    shutil.copyfile(model.base / "config.json", dst / "config.json")
+    for name in ("generation_config.json", *TOKENIZER_FILES):
+        if (model.words / name).is_file():
+            shutil.copyfile(model.words / name, dst / name)
+    before = read_json(dst / "config.json")
+    config = before if values is None else values
+    if dtype is not None:
+        config = config | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    if model.words != model.base:
+        other = read_json(model.words / "config.json")
+        config = config | {key: other[key] for key in ("bos_token_id", "eos_token_id") if key in other}
+    if config != before:
+        _write_json(dst / "config.json", config)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _new_directory(sources: tuple[Path, ...], dst: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory to write into, which becomes `dst` if the block ends well and disappears otherwise."""
+    dst = Path(os.path.abspath(dst))
+    for src in sources:
+        _check_destination(src, dst, overwrite)
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(dst)
+        partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
+        partial.mkdir()
+    except OSError as error:
+        raise JaxchatError(f"{dst}: cannot be created ({error.strerror or error})") from None
+    try:
+        with _locked(partial):
+            yield partial
+            _publish(partial, dst)
+    except OSError as error:
+        raise JaxchatError(
+            f"{dst}: cannot be written ({error.strerror or error}); nothing was left behind"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
+    source, target = src.resolve(), dst.resolve()
+    if source == target or target in source.parents or source in target.parents:
+        raise UsageError(f"{dst}: source and destination must be separate directories (source: {src})")
+    if not os.path.lexists(dst):
+        return
+    if not overwrite:
+        raise UsageError(f"{dst}: exists already; choose another --dst, or replace it with --overwrite")
+    known = (MANIFEST, "config.json")
+    if not dst.is_dir() or (any(dst.iterdir()) and not any((dst / name).exists() for name in known)):
+        raise UsageError(f"{dst}: is not a model directory, so --overwrite does not replace it")
+
+
+def _remove_leftovers(dst: Path) -> None:
+    """Removes what a killed conversion to `dst` left, and puts back what one was about to replace."""
+    for path in list(dst.parent.iterdir()):
+        if path.name.startswith(f".{dst.name}.old-"):
+            if dst.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(dst)
+        elif path.name.startswith(f".{dst.name}.partial-"):
+            with _locked(path):
+                shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds the lock that marks a partial directory as being written; it dies with the process."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{directory}: another conversion is writing it; wait for its end") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _publish(partial: Path, dst: Path) -> None:
+    for path in partial.rglob("*"):
+        _sync(path)
+    _sync(partial)
+    old = dst.with_name(f".{dst.name}.old-{os.getpid()}")
+    if dst.exists():
+        dst.rename(old)
+    partial.rename(dst)
+    _sync(dst.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,306 @@
+"""What can be typed in a chat instead of a message: the `/commands`, their help and their completion."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import os
+import shlex
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+from jaxchat.analysis import show
+from jaxchat.chat.replies import sampling_params
+from jaxchat.cli.terminal.writing import say
+from jaxchat.errors import UsageError
+from jaxchat.families import count_parameters
+from jaxchat.options import GenerateOptions, PrefixIn, read_switch, setting_text, unescape, with_setting
+
+if TYPE_CHECKING:
+    from jaxchat.cli.terminal.chat import Chat
+
+
+class Candidate(NamedTuple):
+    """A way to complete what stands before the cursor.
+
+    Attributes:
+      text: what is put in place of the last `replaces` characters.
+      replaces: how many characters it replaces.
+      help: a few words beside it.
+    """
+
+    text: str
+    replaces: int
+    help: str = ""
+
+
+class Command(NamedTuple):
+    """A `/command`.
+
+    Attributes:
+      run: does it, given what follows the name and one space.
+      arguments: what it takes, as its help shows it.
+      help: one line.
+      complete: ways to complete its arguments.
+    """
+
+    run: Callable[[Chat, str], None]
+    arguments: str
+    help: str
+    complete: Callable[[str], Iterable[Candidate]] = lambda text: ()
+
+
+def obey(chat: Chat, text: str) -> None:
+    """Runs the command that a message beginning with a slash is.
+
+    Raises:
+      UsageError: there is no such command.
+    """
+    name, _, rest = text[1:].partition(" ")
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        advice = f"did you mean /{close[0]}" if close else "/help lists them"
+        raise UsageError(f"no command /{name}; {advice}, or is it a message? //{name} sends it")
+    COMMANDS[name].run(chat, rest)
+
+
+def completions(text: str) -> Iterable[Candidate]:
+    """Ways to go on with the text before the cursor: names of commands, and their arguments."""
+    if not text.startswith("/") or "\n" in text:
+        return ()
+    name, space, rest = text[1:].partition(" ")
+    if space:
+        return COMMANDS[name].complete(rest) if name in COMMANDS else ()
+    return [
+        Candidate(f"/{known}" + (" " if command.arguments else ""), len(text), command.help)
+        for known, command in COMMANDS.items()
+        if known.startswith(name)
+    ]
+
+
+# --- the commands
+
+
+def _help(chat: Chat, name: str) -> None:
+    name = name.strip().removeprefix("/")
+    if name and name not in COMMANDS:
+        raise UsageError(f"no command /{name}; /help lists them")
+    shown = {name: COMMANDS[name]} if name else COMMANDS
+    width = max(len(f"/{known} {command.arguments}") for known, command in COMMANDS.items())
+    for known, command in shown.items():
+        first = f"  {f'/{known} {command.arguments}':<{width}}  "
+        say(textwrap.fill(command.help, 80, initial_indent=first, subsequent_indent=" " * len(first)))
+    if not name:
+        say(_KEYS)
+
+
+_KEYS = """\
+A message that begins with a slash is typed with two. A line that ends in a
+backslash goes on in the next; Alt-Enter or Ctrl-J begin a new line too, and a
+pasted text stays one message. A reply that Ctrl-C has stopped counts."""
+
+
+def _system(chat: Chat, text: str) -> None:
+    session = chat.replies.session
+    if text.strip():
+        session.set_system(None if text.strip() == '""' else text)
+    system = session.conversation.system
+    say("no system prompt" if system is None else f"system prompt: {system}")
+
+
+def _plan(chat: Chat, spec: str) -> None:
+    if spec.strip():
+        chat.replies.set_plan(spec.strip())
+    model = chat.replies.model
+    count = count_parameters(model.config, len(model.plan))
+    say(f"layer plan {model.plan}: {len(model.plan)} slots, {count} ({show.short_count(count)}) parameters")
+
+
+def _show(chat: Chat, _: str) -> None:
+    model = chat.replies.model
+    report = show.describe(model.config, model.plan, name=chat.model_name, max_length=model.engine.max_length)
+    say(show.render(report))
+
+
+def _prefix(chat: Chat, text: str) -> None:
+    _ = chat.replies.session  # a prefix needs a chat
+    when = "every reply" if chat.prefix_every_turn else "the next reply"
+    if text:
+        chat.prefix = unescape(text, "/prefix")
+        say(f"{when} begins with {chat.prefix!r}")
+    elif chat.prefix:
+        say(f"{when} no longer begins with {chat.prefix!r}")
+        chat.prefix = ""
+    else:
+        say("no prefix is set; /prefix TEXT sets one")
+
+
+def _continue(chat: Chat, text: str) -> None:
+    session, suffix = chat.replies.session, unescape(text, "/continue")
+    chat.reply(lambda: session.continue_(suffix, **vars(chat.options)))
+
+
+def _retry(chat: Chat, _: str) -> None:
+    session = chat.replies.session
+    chat.reply(lambda: session.retry(**vars(chat.options)))
+
+
+def _undo(chat: Chat, _: str) -> None:
+    typed = chat.replies.session.undo()
+    if typed is None:
+        raise UsageError("there is nothing to undo")
+    say(f"forgot the last exchange, which began with: {typed}" if typed else "forgot the last reply")
+    chat.draft = typed
+
+
+def _role(chat: Chat, role: str) -> None:
+    session, role = chat.replies.session, role.strip()
+    if role not in ("", "user", "assistant"):
+        raise UsageError(f"/role {role}: expected user or assistant, the part that the model is to play")
+    if role:
+        session.set_role(role == "user")
+    say(f"the model plays the {'user, you the assistant' if session.reversed_role else 'assistant'}")
+
+
+def _save(chat: Chat, path: str) -> None:
+    name = _path(chat, path, "save")
+    chat.replies.session.save(name)
+    chat.session_file = name
+    say(f"saved {name}: {chat.replies.context_used} tokens")
+
+
+def _load(chat: Chat, path: str) -> None:
+    _ = chat.replies.session  # there is none where texts are continued
+    name = _path(chat, path, "load")
+    chat.use_session(name)
+    say(f"loaded {name}: {chat.replies.context_used} tokens")
+    if chat.prompts:
+        chat.show_last_exchange()
+
+
+def _path(chat: Chat, path: str, name: str) -> str:
+    path = path.strip() or chat.session_file or ""
+    if not path:
+        raise UsageError(f"/{name} needs a file, e.g. /{name} talk.session")
+    return str(Path(path).expanduser())
+
+
+def _set(chat: Chat, text: str) -> None:
+    """Reads all settings before it changes any."""
+    options, own = chat.options, {}
+    for setting in _split(text):
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(
+                f"/set {setting}: expected name=value, e.g. /set temperature=0.2; /set lists them"
+            )
+        if name in _OWN:
+            own[name] = _read_own(name, value)
+        else:
+            options = with_setting(options, name, value)
+    sampling_params(options, 1)
+    chat.options = options
+    for name, value in own.items():
+        setattr(chat, _OWN[name], value)
+    changed = [setting.partition("=")[0] for setting in _split(text)]
+    shown = _settings(chat)
+    say(textwrap.fill("  ".join(f"{name}={shown[name]}" for name in changed or shown), 80))
+
+
+_OWN = {
+    "ai_prefix_in": "prefix_in",
+    "ai_prefix_every_turn": "prefix_every_turn",
+    "markdown": "markdown",
+}
+"""Settings of the chat beside those of `GenerateOptions`, named as their flags, and its attributes."""
+
+
+def _read_own(name: str, value: str) -> Any:
+    if name == "ai_prefix_in":
+        if value not in get_args(PrefixIn):
+            raise UsageError(f"{name}={value}: expected {' or '.join(get_args(PrefixIn))}")
+        return value
+    try:
+        return read_switch(value)
+    except ValueError:
+        raise UsageError(f"{name}={value}: expected on or off") from None
+
+
+def _settings(chat: Chat) -> dict[str, str]:
+    values = {**vars(chat.options), **{name: getattr(chat, attribute) for name, attribute in _OWN.items()}}
+    return {name: setting_text(value) for name, value in values.items()}
+
+
+def _split(text: str) -> list[str]:
+    """Splits at spaces outside quotes, and leaves backslashes alone."""
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.escape, words.commenters = True, "", ""
+    try:
+        return list(words)
+    except ValueError:
+        raise UsageError(f"/set {text}: a quote is not closed") from None
+
+
+def _stats(chat: Chat, _: str) -> None:
+    for line in (chat.status(), *chat.stats.lines()):
+        say(line)
+
+
+def _restart(chat: Chat, _: str) -> None:
+    chat.replies.restart()
+    say("forgot the conversation")
+
+
+def _quit(chat: Chat, _: str) -> None:
+    chat.leaving = True
+
+
+# --- completion of arguments
+
+
+def _names(text: str) -> Iterable[Candidate]:
+    return _words(text, COMMANDS)
+
+
+def _roles(text: str) -> Iterable[Candidate]:
+    return _words(text, ("user", "assistant"))
+
+
+def _setting_names(text: str) -> Iterable[Candidate]:
+    fields = [field.name for field in dataclasses.fields(GenerateOptions)]
+    return _words(text, [f"{name}=" for name in (*fields, *_OWN)])
+
+
+def _words(text: str, words: Iterable[str]) -> Iterable[Candidate]:
+    last = text.rpartition(" ")[2]
+    return [Candidate(word, len(last)) for word in words if word.startswith(last)]
+
+
+def _files(text: str) -> Iterable[Candidate]:
+    found = sorted(glob.glob(glob.escape(os.path.expanduser(text)) + "*"))
+    return [Candidate(path + ("/" if os.path.isdir(path) else ""), len(text)) for path in found]
+
+
+COMMANDS: dict[str, Command] = {
+    "help": Command(_help, "[COMMAND]", "list the commands", _names),
+    "system": Command(_system, "[TEXT]", 'show or change the system prompt; "" is none'),
+    "plan": Command(_plan, "[LAYERS]", "run these layers from now on, e.g. 0:8,4:12,8: (all: as trained)"),
+    "show": Command(_show, "", "the model's shapes, layers and memory under the plan"),
+    "prefix": Command(
+        _prefix, "[TEXT]", "begin the next reply with this text, \\n a new line; alone: do not"
+    ),
+    "continue": Command(_continue, "[TEXT]", "go on with the last reply, after this text if any"),
+    "retry": Command(_retry, "", "generate the last reply anew, e.g. after /set seed=2 temperature=0.8"),
+    "undo": Command(_undo, "", "forget the last exchange; its message can be edited and sent again"),
+    "role": Command(_role, "[ROLE]", "the part that the model plays from now on: user or assistant", _roles),
+    "save": Command(_save, "[FILE]", "write the conversation to a file", _files),
+    "load": Command(_load, "[FILE]", "go on with a conversation that was saved", _files),
+    "set": Command(_set, "[NAME=VALUE]", "change settings, e.g. temperature=0.2 stop=END", _setting_names),
+    "stats": Command(_stats, "", "speed, compile time and memory so far"),
+    "restart": Command(_restart, "", "forget the conversation, but not the system prompt"),
+    "quit": Command(_quit, "", "leave (also Ctrl-D)"),
+}
+"""By name; a message that starts with a slash is typed with two."""

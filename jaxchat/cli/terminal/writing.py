@@ -1,0 +1,149 @@
+"""Where a reply's text goes: programs get it as it is, a terminal so that it cannot be controlled."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxchat.cli.terminal.markdown import MarkdownSink
+from jaxchat.cli.terminal.visible import visible
+from jaxchat.text.reasoning import Kind, Piece
+
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream is open and leads to a terminal."""
+    return stream is not None and stream.isatty()
+
+
+def is_dumb() -> bool:
+    """Whether the terminal understands no sequences at all (`TERM=dumb`, or none set)."""
+    return os.environ.get("TERM", "") in ("", "dumb", "unknown")
+
+
+def has_color(stream: Any) -> bool:
+    """Whether a stream leads to a terminal that may be sent colours (https://no-color.org)."""
+    return is_terminal(stream) and not is_dumb() and not os.environ.get("NO_COLOR")
+
+
+def write(text: str) -> None:
+    """Writes our own text to standard output, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def say(text: str, codes: str = "") -> None:
+    """A line on standard error, where everything goes that is not the text; `codes` as in `styled`."""
+    shown = styled(visible(text), codes, sys.stderr) if is_terminal(sys.stderr) else text
+    print(shown, file=sys.stderr, flush=True)
+
+
+def styled(text: str, codes: str, stream: Any) -> str:
+    """Our own text with SGR codes around it, where the stream may be sent colours."""
+    return f"\x1b[{codes}m{text}{_RESET}" if codes and has_color(stream) else text
+
+
+class Sink(Protocol):
+    """What takes one part of a reply, its reasoning or its content."""
+
+    def write(self, text: str) -> None:
+        """Takes more text."""
+
+    def end(self) -> None:
+        """Ends the part: what was held back comes out, and the line ends."""
+
+
+class PipeSink:
+    """Text as it is, for programs."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """See `Sink`."""
+        self._stream.write(text)
+        self._stream.flush()
+
+    def end(self) -> None:
+        """See `Sink`."""
+        self.write("\n")
+
+
+class TerminalSink:
+    """Text for people: control characters are visible, and line breaks at its ends are left out.
+
+    Every write is whole: neither a character nor a colour and its end is torn apart by what comes between.
+
+    Args:
+      stream: a terminal.
+      paint: what is done to each stretch of text.
+      opening: what stands before the text, `ending` what after it.
+    """
+
+    def __init__(
+        self, stream: Any, paint: Callable[[str], str] = str, *, opening: str = "", ending: str = "\n"
+    ):
+        self._stream = stream
+        self._paint = paint
+        self._opening, self._ending = opening, ending
+        self._breaks: str | None = None  # line breaks held back; None until there is text
+
+    def write(self, text: str) -> None:
+        """See `Sink`."""
+        before = self._opening if self._breaks is None else self._breaks
+        text = text.lstrip("\n") if self._breaks is None else text
+        shown = text.rstrip("\n")
+        if shown:
+            self._put(self._paint(before + visible(shown)))
+            self._breaks = text[len(shown) :]
+        elif self._breaks is not None:
+            self._breaks += text
+
+    def end(self) -> None:
+        """See `Sink`."""
+        self._put(self._ending)
+
+    def _put(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+class ReplyWriter:
+    """Writes the pieces of one reply, its reasoning apart from its content."""
+
+    def __init__(self, content: Sink, reasoning: Sink):
+        self._sinks: dict[Kind, Sink] = {"content": content, "reasoning": reasoning}
+        self._kind: Kind | None = None
+
+    def write(self, piece: Piece) -> None:
+        """Writes a piece."""
+        if self._kind is not None and self._kind != piece.kind:
+            self._sinks[self._kind].end()
+        self._kind = piece.kind
+        self._sinks[piece.kind].write(piece.text)
+
+    def end(self) -> None:
+        """Ends the reply and its line."""
+        self._sinks[self._kind or "content"].end()
+
+
+def reply_writer(*, markdown: bool) -> ReplyWriter:
+    """What writes one reply to standard output.
+
+    On a terminal reasoning is dim (where colours may not be used, behind a bar), and a blank line ends it.
+    Elsewhere standard output has the content alone, and standard error the reasoning.
+    """
+    to_people = is_terminal(sys.stdout)
+    content: Sink = TerminalSink(sys.stdout) if to_people else PipeSink(sys.stdout)
+    if markdown:
+        content = MarkdownSink(sys.stdout)
+    return ReplyWriter(content, _reasoning_sink(sys.stdout if to_people else sys.stderr))
+
+
+def _reasoning_sink(stream: Any) -> Sink:
+    if not is_terminal(stream):
+        return PipeSink(stream)
+    if has_color(stream):
+        return TerminalSink(stream, lambda text: f"{_DIM}{text}{_RESET}", ending="\n\n")
+    return TerminalSink(stream, lambda text: text.replace("\n", "\n| "), opening="| ", ending="\n\n")

@@ -1,0 +1,1 @@
+"""Token ids in, token ids out: prefill, decode, sampling, sessions and batches. Knows no tokenizer."""

@@ -1,0 +1,243 @@
+"""A running generation: the loop over decode steps, and which sequences are still in it."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxchat.engine import steps
+from jaxchat.engine.sampling import SamplingParams
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.options import Overflow
+
+if TYPE_CHECKING:
+    from jaxchat.engine.session import Session, State
+
+FinishReason = Literal["stop", "length", "context"]
+
+
+class Token(NamedTuple):
+    """One generated token of one sequence; `logprob` is the model's own, before temperature and penalties."""
+
+    row: int
+    id: int
+    logprob: float
+
+
+class _Step(NamedTuple):
+    """A decode step that has begun."""
+
+    lengths: dict[int, int]  # sequence -> its tokens before the one that the step begins with
+    tokens: jax.Array  # int32 [B], the next tokens
+    logprobs: jax.Array  # float32 [B]
+    state: "State"  # of the session
+
+
+@dataclass
+class Generation:
+    """A running generation: an iterator of `Token`s, in step order, finished sequences left out.
+
+    While a token is with the consumer, the device computes the next one. What the consumer does then counts:
+    a step that does not follow from it is left unused.
+
+    Attributes:
+      finish_reasons: per sequence, None while it runs; `stop` (a stop id or `stop()`), `length`
+        (max_new_tokens) or `context` (the context is full).
+    """
+
+    session: "Session"
+    max_new_tokens: int | None
+    params: SamplingParams
+    seeds: list[int]
+    stop_ids: frozenset[int]
+    overflow: Overflow
+    finish_reasons: list[FinishReason | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        session = self.session
+        self._check()
+        self.finish_reasons = [None] * session.batch
+        self._generated = [0] * session.batch
+        self._among: dict[int, np.ndarray] = {}
+        self._restricted = False  # whether the token drawn last was one of those
+        pad = session.padded_batch - session.batch
+        self._params = self.params
+        if pad:
+            self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in self.params))
+        seeds = np.asarray(self.seeds + [0] * pad, np.uint32)
+        self._seeds = jax.device_put(seeds, session.engine.placement)
+        if self.overflow == "truncate_oldest":
+            self._drop_oldest(range(session.batch))
+
+    def _check(self) -> None:
+        batch = self.session.batch
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"--max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if any(not ids for ids in self.session.ids):
+            raise UsageError("an empty prompt: give at least one token")
+        for name, values in (*self.params._asdict().items(), ("seeds", np.asarray(self.seeds))):
+            if values.shape != (batch,):
+                raise UsageError(
+                    f"{name}: got values of shape {values.shape}, expected one for each of {batch}"
+                )
+        if bad := [seed for seed in self.seeds if not 0 <= seed < 1 << 32]:
+            raise UsageError(f"--seed is {bad[0]}; it must be at least 0 and below {1 << 32}")
+
+    def stop(self, row: int) -> None:
+        """Ends a sequence after the token last yielded for it."""
+        self.finish_reasons[row] = self.finish_reasons[row] or "stop"
+
+    def allow(self, row: int, allowed: np.ndarray) -> None:
+        """Draws a sequence's next token, and only that one, among those with `allowed` (bool [V]) set."""
+        self._among[row] = allowed
+
+    def uncount(self, row: int) -> None:
+        """Takes a sequence's last token out of the count that `max_new_tokens` limits."""
+        self._generated[row] -= 1
+        if self.finish_reasons[row] == "length":
+            self.finish_reasons[row] = None
+
+    def __iter__(self) -> Iterator[Token]:
+        session = self.session
+        logits = session.prefill()
+        self._prompt_mask, counts, self._all = self._vocabulary_state()
+        generated = self._generated
+        tokens, logprobs = self._drawn(logits, self._positions(), counts)
+        first = True
+        while True:
+            counts = steps.count(counts, tokens, self._int_active())
+            # The first token is not to wait for the step's compilation.
+            ahead = None if first else self._run_ahead(tokens, counts)
+            first = False
+            ids, values = np.asarray(tokens), np.asarray(logprobs)
+            if not np.isfinite(values[self._active()]).all():
+                session.drop_cache()  # broken values would outlive a rollback
+                raise JaxchatError(
+                    "the model's logits are not finite (NaN or infinity): the checkpoint is broken "
+                    "or the dtype too narrow; try --dtype float32"
+                )
+            for row in range(session.batch):
+                if self.finish_reasons[row]:  # before this step, or stopped by the consumer during it
+                    continue
+                token = int(ids[row])
+                session.ids[row].append(token)
+                generated[row] += 1
+                if token in self.stop_ids:
+                    self.finish_reasons[row] = "stop"
+                elif self.max_new_tokens is not None and generated[row] >= self.max_new_tokens:
+                    self.finish_reasons[row] = "length"
+                yield Token(row, token, float(values[row]))
+            if not self._make_room():
+                return
+            if ahead is not None and self._continues(ahead, ids):
+                tokens, logprobs = self._end(ahead)
+            else:
+                tokens, logprobs = self._step(counts)
+
+    def _step(self, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Computes the last token of every running sequence and samples the next."""
+        session, rows = self.session, self._active()
+        # Usually just the last token is new; not after a truncation, or if the consumer changed the session.
+        moved = [
+            r
+            for r in rows
+            if len(session.ids[r]) - session.cached[r] != 1 or not session.keeps_rope(r, len(session.ids[r]))
+        ]
+        if moved:
+            for r in moved:
+                session.follow_rope(r)
+            return self._drawn(session.fill(rows), self._positions(), counts)
+        last = session.int_rows({r: session.ids[r][-1] for r in rows})
+        return self._end(self._begin(last, {r: session.cached[r] for r in rows}, counts))
+
+    def _begin(self, tokens: jax.Array | np.ndarray, lengths: dict[int, int], counts: jax.Array) -> _Step:
+        logits, state = self.session.decode(tokens, lengths)
+        positions = self.session.int_rows({r: n + 1 for r, n in lengths.items()})
+        return _Step(lengths, *self._drawn(logits, positions, counts), state)
+
+    def _end(self, step: _Step) -> tuple[jax.Array, jax.Array]:
+        for row in self._active():
+            self.session.cached[row] += 1
+        return step.tokens, step.logprobs
+
+    def _run_ahead(self, tokens: jax.Array, counts: jax.Array) -> _Step | None:
+        """Begins the step after `tokens` before they are read: the device does not wait for the host.
+
+        None where they probably are not what the next step begins with.
+        """
+        session = self.session
+        lengths = {
+            row: len(session.ids[row])
+            for row in self._active()
+            if self._generated[row] + 1 != self.max_new_tokens
+            and len(session.ids[row]) + 1 < session.engine.max_length
+        }
+        as_expected = all(session.cached[r] == n and session.keeps_rope(r, n + 1) for r, n in lengths.items())
+        if not lengths or not as_expected or self._restricted:
+            return None
+        return self._begin(tokens, lengths, counts)
+
+    def _continues(self, step: _Step, ids: np.ndarray) -> bool:
+        """Whether a step that began before `ids` were read is the next, whatever the consumer did."""
+        session = self.session
+        return (
+            not self._among
+            and all(now is then for now, then in zip(session.state, step.state, strict=True))
+            and all(
+                step.lengths.get(row) == session.cached[row] == len(session.ids[row]) - 1
+                and session.ids[row][-1] == ids[row]
+                for row in self._active()
+            )
+        )
+
+    def _drawn(
+        self, logits: jax.Array, positions: np.ndarray, counts: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Each sequence's next token, at its position, and its logprob, from float32 [B, V] logits."""
+        allowed = self._all
+        self._restricted = bool(self._among)
+        if self._among:
+            some = np.ones(allowed.shape, bool)
+            for row, mask in self._among.items():
+                some[row] = mask
+            self._among.clear()
+            allowed = jax.device_put(some, self.session.engine.placement)
+        return steps.sample(logits, self._params, self._seeds, positions, self._prompt_mask, counts, allowed)
+
+    def _make_room(self) -> bool:
+        """Applies the overflow policy; false when no sequence is left running."""
+        if self.overflow == "truncate_oldest":
+            self._drop_oldest(self._active())
+        for row in self._active():
+            if len(self.session.ids[row]) >= self.session.engine.max_length:
+                self.finish_reasons[row] = "context"
+        return bool(self._active())
+
+    def _drop_oldest(self, rows: Iterable[int]) -> None:
+        """Halves the contexts that are full; half, so as not to drop again at the next token."""
+        limit = self.session.engine.max_length
+        for row in rows:
+            if len(self.session.ids[row]) >= limit:
+                self.session.truncate_oldest(row, max(1, limit // 2))
+
+    def _active(self) -> list[int]:
+        return [r for r in range(self.session.batch) if self.finish_reasons[r] is None]
+
+    def _int_active(self) -> np.ndarray:
+        return self.session.int_rows(dict.fromkeys(self._active(), 1))
+
+    def _positions(self) -> np.ndarray:
+        """The position of each sequence's next token: what its key is folded with."""
+        return self.session.int_rows({r: len(ids) for r, ids in enumerate(self.session.ids)})
+
+    def _vocabulary_state(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of all ids [B, V]: whether the prompt has them, how often drawn, and all of them allowed."""
+        shape = self.session.padded_batch, self.session.engine.config.vocab_size
+        prompt_mask = np.zeros(shape, bool)
+        for row, ids in enumerate(self.session.ids):
+            prompt_mask[row, ids] = True
+        state = prompt_mask, np.zeros(shape, np.int32), np.ones(shape, bool)
+        return jax.device_put(state, self.session.engine.placement)

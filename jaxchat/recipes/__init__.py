@@ -1,0 +1,1 @@
+"""mergekit recipes -> assemblies and layer plans."""

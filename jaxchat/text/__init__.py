@@ -1,0 +1,1 @@
+"""Text <-> token ids, chat templates, and where texts meet and part. Knows no model."""

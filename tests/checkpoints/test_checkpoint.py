@@ -1,0 +1,569 @@
+"""Loading model directories: what is read, what is refused and with which words, and what it costs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxchat.checkpoints.load import load_params
+from jaxchat.checkpoints.safetensors_file import PAD_PREFIX, SafetensorsFile, SafetensorsWriter
+from jaxchat.checkpoints.source import fold_layers, open_source
+from jaxchat.checkpoints.write import convert
+from jaxchat.errors import JaxchatError, UsageError
+from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
+
+ROOT = Path(__file__).resolve().parents[2]
+bfloat16 = ml_dtypes.bfloat16
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, np.ndarray]], None]) -> None:
+    path = directory / "model.safetensors"
+    tensors = {name: value.copy() for name, value in load_file(path).items()}
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def shard(directory: Path, count: int = 3) -> dict[str, str]:
+    """Splits the model into shards with an index; returns the index's weight map."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    weight_map = {name: names[i % count] for i, name in enumerate(sorted(tensors))}
+    for file in names:
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, directory / file)
+    write_index(directory, weight_map)
+    return weight_map
+
+
+def write_index(directory: Path, weight_map: dict[str, str]) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def error_of(directory: Path, **arguments: str) -> str:
+    with pytest.raises(JaxchatError) as caught:
+        load_params(directory, **arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_equal(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
+
+
+# What is read.
+
+
+def test_layers_are_stacked_in_order(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    hf = load_file(tmp_path / "model.safetensors")
+    config, params = load_params(tmp_path)
+    assert config.num_layers == 3
+    expected = np.stack([hf[f"model.layers.{i}.self_attn.k_proj.weight"] for i in range(3)])
+    np.testing.assert_array_equal(params["layers.k.weight"], expected)
+    np.testing.assert_array_equal(params["embed.weight"], hf["model.embed_tokens.weight"])
+
+
+def test_phi3_fused_tensors_are_cut(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "phi3")  # 4 heads and 2 key/value heads of 6, feed-forward 44
+    hf = load_file(tmp_path / "model.safetensors")
+    _, params = load_params(tmp_path)
+    qkv, gate_up = (
+        hf["model.layers.1.self_attn.qkv_proj.weight"],
+        hf["model.layers.1.mlp.gate_up_proj.weight"],
+    )
+    for name, part in {
+        "q": qkv[:24],
+        "k": qkv[24:36],
+        "v": qkv[36:],
+        "gate": gate_up[:44],
+        "up": gate_up[44:],
+    }.items():
+        np.testing.assert_array_equal(params[f"layers.{name}.weight"][1], part)
+
+
+def test_gpt2_conv1d_is_cut_and_turned(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "gpt2")
+    hf = load_file(tmp_path / "model.safetensors")
+    _, params = load_params(tmp_path)
+    np.testing.assert_array_equal(
+        params["layers.v.weight"][2], hf["transformer.h.2.attn.c_attn.weight"][:, 48:].T
+    )
+    np.testing.assert_array_equal(params["layers.k.bias"][2], hf["transformer.h.2.attn.c_attn.bias"][24:48])
+
+
+@pytest.mark.parametrize("model_type", TINY_CONFIGS)
+def test_native_loads_what_hugging_face_loads(tmp_path: Path, model_type: str) -> None:
+    write_tiny_hf(tmp_path / "hf", model_type, dtype="bfloat16")
+    convert(tmp_path / "hf", tmp_path / "native")
+    config, params = load_params(tmp_path / "hf")
+    native_config, native = load_params(tmp_path / "native")
+    assert native_config == config
+    assert_equal(native, params)
+
+
+def test_bfloat16_is_bits_on_the_cpu(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama", dtype="bfloat16")
+    hf = load_file(tmp_path / "model.safetensors")
+    _, params = load_params(tmp_path)
+    assert params["norm.weight"].dtype == np.uint16
+    assert np.asarray(params["norm.weight"]).view(bfloat16).tobytes() == hf["model.norm.weight"].tobytes()
+
+
+def test_shards_load_as_one_file_does(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "qwen3")
+    _, whole = load_params(tmp_path)
+    shard(tmp_path)
+    assert_equal(load_params(tmp_path)[1], whole)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "start", "replacement"),
+    [
+        ("gpt2", "transformer.", ""),
+        ("gemma3_text", "", "language_model."),
+        ("gemma3_text", "model.", "model.language_model."),
+    ],
+)
+def test_other_prefixes_are_recognised(tmp_path: Path, model_type: str, start: str, replacement: str) -> None:
+    write_tiny_hf(tmp_path, model_type)
+    _, params = load_params(tmp_path)
+
+    def rename(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            tensors[replacement + name.removeprefix(start)] = tensors.pop(name)
+
+    edit_tensors(tmp_path, rename)
+    assert_equal(load_params(tmp_path)[1], params)
+    assert open_source(tmp_path).manifest.rename == (start, replacement)
+
+
+def test_buffers_of_any_dtype_are_ignored(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "gpt2")
+    edit_tensors(tmp_path, lambda t: t.update({"transformer.h.0.attn.bias": np.ones((1, 1, 4, 4), np.bool_)}))
+    load_params(tmp_path)
+
+
+def test_progress_reaches_the_total(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "phi3")
+    calls: list[tuple[int, int]] = []
+    load_params(tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls == sorted(calls)
+    assert (
+        calls[-1][0]
+        == calls[-1][1]
+        == sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
+    )
+
+
+# Tied heads, as transformers 5 decides.
+
+
+def test_tied_head_stored_as_a_copy_is_accepted(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "qwen2")
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    config, params = load_params(tmp_path)
+    assert config.tied_embeddings
+    assert "lm_head.weight" not in params
+
+
+def test_tied_model_that_stores_only_the_head_is_read(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "qwen2")
+    _, params = load_params(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert_equal(load_params(tmp_path)[1], params)
+
+
+def test_tied_head_that_differs_is_not_tied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tiny_hf(tmp_path / "hf", "qwen2")
+    edit_tensors(tmp_path / "hf", lambda t: t.update({"lm_head.weight": -t["model.embed_tokens.weight"]}))
+    config, params = load_params(tmp_path / "hf")
+    assert not config.tied_embeddings
+    np.testing.assert_array_equal(params["lm_head.weight"], -params["embed.weight"])
+    assert "tie_word_embeddings" in caplog.text
+    convert(tmp_path / "hf", tmp_path / "native")
+    assert load_params(tmp_path / "native")[0] == config
+
+
+# Dtypes.
+
+
+def test_conversion_to_bfloat16_rounds_to_nearest_even(tmp_path: Path) -> None:
+    # 8 bits of significand: 1 + 2^-8 lies between 1 and 1 + 2^-7, 1 + 3 * 2^-8 between 1 + 2^-7 and 1 + 2^-6.
+    values = {0: 1 + 2**-8, 1: 1 + 3 * 2**-8, 2: 1 + 2**-8 + 2**-20, 3: np.inf, 4: -np.inf, 5: 1e-40}
+    expected = {0: 1.0, 1: 1 + 2**-6, 2: 1 + 2**-7, 3: np.inf, 4: -np.inf, 5: float(bfloat16(1e-40))}
+
+    def put(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.norm.weight"][list(values)] = list(values.values())
+        tensors["model.norm.weight"][6] = np.nan
+
+    write_tiny_hf(tmp_path, "llama")
+    edit_tensors(tmp_path, put)
+    norm = np.asarray(load_params(tmp_path, dtype="bfloat16")[1]["norm.weight"]).view(bfloat16)
+    assert [float(norm[i]) for i in expected] == list(expected.values())
+    assert np.isnan(norm[6])
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
+def test_every_conversion_equals_numpys(tmp_path: Path, stored: str, wanted: str) -> None:
+    write_tiny_hf(tmp_path, "gpt2", dtype=stored)
+    target = np.dtype(bfloat16 if wanted == "bfloat16" else wanted)
+    hf = load_file(tmp_path / "model.safetensors")["transformer.h.1.mlp.c_fc.weight"].T.astype(target)
+    found = np.asarray(load_params(tmp_path, dtype=wanted)[1]["layers.up.weight"][1])
+    assert found.tobytes() == hf.tobytes()
+
+
+def test_float16_overflow_names_the_tensor(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+
+    def put(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 70000
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = np.inf
+
+    edit_tensors(tmp_path, put)
+    assert error_of(tmp_path, dtype="float16") == (
+        "layers.up.weight[1]: 70000 is too large for float16 (largest 65504); use bfloat16"
+    )
+
+
+def test_layers_of_unlike_dtypes_share_the_widest(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama", dtype="bfloat16")
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(tmp_path, lambda t: t.update({name: t[name].astype(np.float32)}))
+    assert load_params(tmp_path)[1]["layers.up.weight"].dtype == np.float32
+
+
+def test_unknown_dtype_flag() -> None:
+    with pytest.raises(UsageError, match="dtype 'int7' is not one of float32, bfloat16, float16"):
+        load_params("anywhere", dtype="int7")
+
+
+# What is refused.
+
+
+def test_all_mismatches_are_reported_at_once(tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        for i in range(3):
+            del tensors[f"model.layers.{i}.mlp.up_proj.weight"]
+        tensors["model.layers.3.extra.weight"] = np.ones(3, np.float32)
+        tensors["model.norm.weight"] = np.ones(25, np.float32)
+        tensors["lm_head.weight"] = np.ones((67, 24), np.int8)
+
+    write_tiny_hf(tmp_path, "llama")
+    edit_tensors(tmp_path, spoil)
+    assert error_of(tmp_path) == (
+        f"{tmp_path}/model.safetensors: does not fit its config.json: "
+        "missing tensors: model.layers.{0-2}.mlp.up_proj.weight [44, 24] | "
+        "unexpected tensors: model.layers.3.extra.weight | "
+        "wrong shapes: model.norm.weight: expected [24], found [25] | "
+        "unreadable dtypes (readable: F32, F16, BF16): lm_head.weight: I8"
+    )
+
+
+def test_native_mismatches_are_reported_too(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path / "hf", "llama")
+    convert(tmp_path / "hf", tmp_path / "native")
+    config = json.loads((tmp_path / "native/config.json").read_text())
+    (tmp_path / "native/config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    assert "layers.q.weight: expected [4, 24, 24], found [3, 24, 24]" in error_of(tmp_path / "native")
+
+
+@pytest.mark.parametrize(
+    ("names", "folded"),
+    [
+        (["h.0.w", "h.1.w", "h.2.w"], ["h.{0-2}.w"]),
+        (["h.0.w", "h.2.w", "h.3.w"], ["h.{0,2-3}.w"]),
+        (["h.7.w", "h.7.v"], ["h.7.w", "h.7.v"]),
+        (["norm", "h.1.w"], ["norm", "h.1.w"]),
+    ],
+)
+def test_names_of_layers_are_folded(names: list[str], folded: list[str]) -> None:
+    assert fold_layers(names) == folded
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    shard(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert error_of(tmp_path) == (
+        f"{tmp_path}/model.safetensors.index.json: 1 of 3 shards are missing: "
+        "model-00002-of-00003.safetensors"
+    )
+
+
+def test_index_that_names_a_tensor_its_shard_lacks(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    weight_map = shard(tmp_path)
+    write_index(tmp_path, {**weight_map, "model.norm.weight": weight_map["lm_head.weight"]})
+    found = error_of(tmp_path)
+    assert "not in the shard" in found
+    assert "model.norm.weight" in found
+
+
+def test_index_that_leaves_the_directory(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    write_index(tmp_path, {"a": "../secret.safetensors"})
+    assert "'../secret.safetensors' is not a plain file name" in error_of(tmp_path)
+
+
+def test_pytorch_file_says_to_convert(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert "convert it to safetensors" in error_of(tmp_path)
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    assert "no such model directory" in error_of(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    assert "not a directory" in error_of(tmp_path / "file")
+    assert "config.json: no such file" in error_of(tmp_path)
+    write_tiny_hf(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    assert "neither model.safetensors nor model.safetensors.index.json" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"format_version": 9}, "format_version is 9, this jaxchat reads up to 2"),
+        ({"format": "zip"}, "format is 'zip'; expected 'native' or 'orbax'"),
+        ({"rename": []}, "not a checkpoint description"),
+    ],
+)
+def test_damaged_description(tmp_path: Path, edit: dict[str, object], message: str) -> None:
+    write_tiny_hf(tmp_path / "hf", "llama")
+    convert(tmp_path / "hf", tmp_path / "native")
+    path = tmp_path / "native/jaxchat.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **edit}))
+    assert message in error_of(tmp_path / "native")
+
+
+# The file format.
+
+
+def header_of(path: Path) -> tuple[dict[str, dict], bytes]:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def rewrite(path: Path, header: object, data: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -4000, -1])
+def test_truncated_file(tmp_path: Path, keep: int) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:keep])
+    found = error_of(tmp_path)
+    assert found.startswith(f"{path}: truncated")
+    assert re.search(rf"expected .*\d+ bytes, found {len(content[:keep])}", found)
+
+
+def test_trailing_bytes(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    path = tmp_path / "model.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"more")
+    assert f"expected {size} bytes, found {size + 4}" in error_of(tmp_path)
+
+
+def test_overlapping_tensors_and_holes(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for start, what in ((4, "overlaps"), (12, "leaves a hole after")):
+        entries = {
+            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [2], "data_offsets": [start, start + 8]},
+        }
+        rewrite(path, entries, bytes(start + 8))
+        with pytest.raises(JaxchatError, match=f"tensor b {what} a: expected to start at byte"):
+            SafetensorsFile(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}, "has 9 bytes; expected 8"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}, "has -8 bytes; expected 8"),
+        ({"dtype": "F32", "shape": [2]}, "expected dtype, shape and data_offsets"),
+        ({"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}, "expected dtype, shape and data_offsets"),
+        ({"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}, "expected dtype, shape and data_offsets"),
+        (17, "expected dtype, shape and data_offsets"),
+    ],
+)
+def test_corrupt_entries(tmp_path: Path, entry: object, message: str) -> None:
+    path = tmp_path / "x.safetensors"
+    rewrite(path, {"a": entry}, bytes(8))
+    with pytest.raises(JaxchatError, match=message) as caught:
+        SafetensorsFile(path)
+    assert str(caught.value).startswith(f"{path}: corrupt header: tensor a")
+
+
+def test_corrupt_headers(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for content, message in (
+        (b"\xff" * 16, "not a safetensors file"),
+        (b"\x03" + bytes(7) + b"{]}", "corrupt header: the 3 bytes at byte 8 are no JSON"),
+        (b"\x02" + bytes(7) + b"[]", "expected a JSON object, found list"),
+        (b"\x02" + bytes(7) + b"\xff\xfe", "are no JSON"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(JaxchatError, match=message):
+            SafetensorsFile(path)
+
+
+def test_written_file_is_aligned_and_official(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    values = {
+        "a": np.arange(3, dtype=np.int8),
+        "b": np.ones((2, 5), bfloat16),
+        "c": np.zeros((0, 4), np.float32),
+    }
+    with SafetensorsWriter(path, {n: (v.dtype, v.shape) for n, v in values.items()}, alignment=64) as writer:
+        writer.write("b", values["b"][1], 1)
+        writer.write("b", values["b"][0], 0)
+        writer.write("a", values["a"])
+        with pytest.raises(ValueError, match="announced"):
+            writer.write("a", values["a"].astype(np.float32))
+    read = SafetensorsFile(path)
+    assert all(entry.start % 64 == 0 for entry in read.entries.values())
+    official = load_file(path)
+    assert {name for name in official if not name.startswith(PAD_PREFIX)} == set(values)
+    for name, value in values.items():
+        np.testing.assert_array_equal(read.view(name), value)
+        np.testing.assert_array_equal(official[name], value)
+
+
+# What it costs.
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_native_arrays_are_the_mapped_file(tmp_path: Path, dtype: str) -> None:
+    write_tiny_hf(tmp_path / "hf", "phi3", dtype=dtype)
+    convert(tmp_path / "hf", tmp_path / "native")
+    _, params = load_params(tmp_path / "native")
+    ranges = [
+        tuple(int(number, 16) for number in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(tmp_path / "native/model.safetensors"))
+    ]
+    for name, value in params.items():
+        pointer = value.unsafe_buffer_pointer()
+        assert any(start <= pointer < stop for start, stop in ranges), name
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+import jax, numpy as np
+from jaxchat.checkpoints.assembly import under, whole
+from jaxchat.checkpoints.load import load_assembly, load_params
+from jaxchat.checkpoints.write import convert, to_hf
+from jaxchat.layer_plan import LayerPlan
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+jax.device_put(np.ones(4)).block_until_ready()
+before = peak()
+if sys.argv[1] == "convert":
+    convert(sys.argv[2], sys.argv[3], dtype="bfloat16")
+elif sys.argv[1] == "export":
+    to_hf(sys.argv[2], sys.argv[3], layer_spec="[[0, 0.5, 0.5], 9, 15, 9]")
+elif sys.argv[1] == "assemble":
+    plan = LayerPlan.parse("0,8:15,9", 16)
+    params = load_assembly(under(whole(sys.argv[2], plan), plan))[1]
+else:
+    params = load_params(sys.argv[2])[1]
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's memory counters")
+def test_peak_memory_is_the_stack_plus_a_layer(tmp_path: Path) -> None:
+    # 16 layers of 6 MiB; a layer's largest tensor has 1.5 MiB.
+    write_tiny_hf(
+        tmp_path / "hf",
+        "llama",
+        hidden_size=512,
+        intermediate_size=768,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    size = (tmp_path / "hf/model.safetensors").stat().st_size / 2**20
+    assert size > 90
+    assert run_python(MEASURE, "convert", tmp_path / "hf", tmp_path / "native") < 12
+    assert run_python(MEASURE, "load", tmp_path / "hf") < size + 12
+    assert run_python(MEASURE, "load", tmp_path / "native") < 12
+    assert run_python(MEASURE, "export", tmp_path / "hf", tmp_path / "out") < 12
+    assert run_python(MEASURE, "assemble", tmp_path / "hf") < size / 2 + 12  # 8 of the layers
+
+
+def run_python(code: str, *arguments: object) -> float:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+# Onto meshes.
+
+SHARDED = """
+import sys, pathlib
+import jax, numpy as np
+from jax.sharding import AxisType, PartitionSpec as P
+from jaxchat.checkpoints.load import load_params
+from jaxchat.checkpoints.write import convert
+from jaxchat.families import parameter_table
+from jaxchat.sharding import param_sharding, shard_params
+assert jax.device_count() == 8
+root = pathlib.Path(sys.argv[1])
+mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+convert(root / "hf", root / "native")
+convert(root / "hf", root / "orbax", format="orbax")
+config, single = load_params(root / "hf")
+specs = {p.name: param_sharding(p, config, mesh) for p in parameter_table(config)}
+for source in ("hf", "native", "orbax"):
+    for dtype in (None, "float32"):
+        want = load_params(root / "hf", dtype=dtype)[1]
+        config, params = load_params(root / source, mesh=mesh, dtype=dtype)
+        for name, value in params.items():
+            assert value.sharding == specs[name], (source, name, value.sharding)
+            assert value.dtype == want[name].dtype, (source, name, value.dtype)
+            assert np.array_equal(np.asarray(value), np.asarray(want[name])), (source, name)
+moved = shard_params(single, config, mesh)
+assert all(moved[name].sharding == specs[name] for name in moved)
+# 4 heads divide by 4 devices; 2 key/value heads do not, though their 20 rows would; 67 words do not.
+assert specs["layers.q.weight"].spec == P(None, "model", None)
+assert specs["layers.k.weight"].spec == P(None, None, None)
+assert specs["layers.o.weight"].spec == P(None, None, "model")
+assert specs["layers.down.weight"].spec == P(None, None, "model")
+assert specs["embed.weight"].spec == P(None, None)
+assert params["layers.q.weight"].addressable_shards[0].data.shape == (3, 10, 24)
+plain = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+assert param_sharding(parameter_table(config)[0], config, plain).spec == P(None, None)
+print(1)
+"""
+
+
+def test_every_format_loads_straight_onto_a_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_hf(tmp_path / "hf", "qwen3", dtype="bfloat16")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    assert run_python(SHARDED, tmp_path) == 1

@@ -1,0 +1,367 @@
+"""The chat as a person has it: typed into a real pseudo-terminal, and read from an emulated screen."""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import sys
+
+import pytest
+
+import jaxchat
+from jaxchat import generate
+from jaxchat.cli.terminal import chat as chat_module
+from jaxchat.cli.terminal import commands
+from jaxchat.cli.terminal.history import MessageFile
+from jaxchat.cli.terminal.markdown import MarkdownSink
+from jaxchat.errors import UsageError
+from jaxchat.options import GenerateOptions, setting_text, with_setting
+from tests.support.emulator import CTRL_C, CTRL_D, CTRL_J, ENTER, ESCAPE, TAB, UP, Emulator
+from tests.support.tiny_chat import write_tiny_chat
+
+COMMAND = [sys.executable, "-m", "jaxchat.generate"]
+ENDLESS = {"max_position_embeddings": 1 << 20}  # with --ignore_eos it generates until it is stopped
+THINKING = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].split('</think>')[-1] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PROMPT = r"^You  >$"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_chat(tmp_path_factory.mktemp("model") / "tiny-chat", **ENDLESS)
+
+
+@pytest.fixture(scope="module")
+def thinking_model(tmp_path_factory):
+    return write_tiny_chat(tmp_path_factory.mktemp("model") / "thinker", template=THINKING, **ENDLESS)
+
+
+@pytest.fixture
+def open_chat(tmp_path):
+    """`open_chat(model, *flags, **environment)`: a chat in a terminal, with a history of its own."""
+
+    def start(model, *flags, columns=80, rows=30, **environment):
+        command = [*COMMAND, "-m", model, "-i", *flags]
+        where = {"XDG_STATE_HOME": str(tmp_path)}
+        return Emulator(*command, columns=columns, rows=rows, **{**where, **environment})
+
+    return start
+
+
+# --- in a terminal
+
+
+def test_messages_are_typed_pasted_edited_and_answered(model, open_chat, tmp_path):
+    chat = open_chat(model, "-p", "first", "--max_new_tokens", "3", "--layer_spec", "0,1")
+    chat.wait(r"^You are served by tiny-chat \(llama\),\nwith \d+ \([\d.]+K\) parameters\.$")
+    chat.wait(r"^You  > first\nA\.I\. > ")
+    chat.wait(PROMPT)
+    chat.wait(r"^3 tokens, [\d.]+ tokens/s · context 12 of 1048576 · plan 0,1$")
+
+    def send_and_undo(keys, message):
+        shown = message.replace("\n", "\n       ")  # under each other, beside the label
+        chat.send(keys)
+        chat.wait(rf"^You  > {shown}\nA\.I\. > ")
+        chat.wait(PROMPT)
+        chat.send("/undo" + ENTER)
+        chat.wait(rf"^forgot the last exchange, which began with: {message}$")
+        chat.wait(rf"^You  > {shown}$")  # to be edited
+        chat.send(CTRL_C)
+        chat.wait(PROMPT)
+
+    # Lines that are typed, with each key for a new one; wide characters; a paragraph that is pasted.
+    send_and_undo("grüß dich 你好 🦙" + ENTER, "grüß dich 你好 🦙")
+    send_and_undo(f"one{CTRL_J}two{ESCAPE}{ENTER}three\\{ENTER}four{ENTER}", "one\ntwo\nthree\nfour")
+    chat.paste("A paragraph.\n\n/quit is no command in it.\n")
+    chat.wait(r"^You  > A paragraph\.\n\n       /quit is no command in it\.$")
+    chat.send(ENTER)
+    chat.wait(PROMPT)
+
+    # The arrow keys bring back what was typed, the tab key completes.
+    chat.send(UP + " again")
+    chat.wait(r"^        again$")
+    chat.send(CTRL_C)
+    chat.wait(PROMPT)
+    chat.send("/st" + TAB)
+    chat.wait(r"^You  > /stats$")
+    chat.send(CTRL_C + "/set max_new" + TAB)
+    chat.wait(r"^You  > /set max_new_tokens=$")
+    chat.send("5" + ENTER)
+    chat.wait(r"^max_new_tokens=5$")
+
+    # Another size: the line that is being typed is laid out anew.
+    chat.send("x" * 60)
+    chat.wait(r"^You  > x{60}$")
+    chat.resize(40, 30)
+    chat.wait(r"^You  > x{33}\n +x{27}$")
+    chat.resize(100, 20)
+    chat.wait(r"^You  > x{60}$")
+    chat.send(CTRL_C)
+    chat.wait(PROMPT)
+
+    chat.send(CTRL_D)
+    assert chat.finish() == 0
+    kept = [json.loads(line) for line in (tmp_path / "jaxchat/history").read_text().splitlines()]
+    assert kept[:4] == ["grüß dich 你好 🦙", "/undo", "one\ntwo\nthree\nfour", "/undo"]
+
+
+def test_ctrl_c_stops_a_reply_which_can_be_continued_and_twice_leaves(model, open_chat):
+    chat = open_chat(model, "--ignore_eos", "--hide_banner", "--history_file", "")
+    chat.wait(PROMPT)
+    chat.send(CTRL_C)
+    chat.wait(r"^Ctrl-C again leaves")
+    chat.wait(PROMPT)
+    chat.send("hello" + ENTER)
+    chat.wait(r"^A\.I\. > .")
+    chat.send(CTRL_C)
+    chat.wait(r"^Stopped\. /continue goes on")
+    chat.wait(PROMPT)
+    before = int(chat.wait(r"context (\d+) of \d+$")[1])
+    chat.send("/set max_new_tokens=4" + ENTER + "/continue  and" + ENTER)
+    chat.wait(r"^A\.I\. >  and")
+    assert int(chat.wait(r"^4 tokens.*context (\d+) of \d+$")[1]) == before + 8
+    chat.send("/set max_new_tokens=none" + ENTER + "more" + ENTER)
+    chat.wait(r"^You  > more\nA\.I\. > .")
+    chat.send(CTRL_C)
+    chat.wait(r"^Stopped\.", count=2)
+    chat.wait(PROMPT)
+    chat.send(CTRL_C)
+    assert chat.finish() == 130
+    assert "Traceback" not in chat.text
+
+
+def test_nothing_the_model_writes_controls_the_terminal(model, open_chat):
+    evil = r"\e[31mred\e]0;title\a\x08\u009b2Jok"  # colour, the window's title, a bell, backspace, clearing
+    chat = open_chat(model, "-p", "hello", "--ai_prefix", evil, "--max_new_tokens", "1")
+    chat.wait(r"^A\.I\. > ␛\[31mred␛\]0;title␇␈\\x9b2Jok")
+    chat.send("/show" + ENTER + "/prefix " + evil + ENTER)
+    chat.wait(r"^the next reply begins with '\\x1b\[31m")
+    chat.send(CTRL_D)
+    assert chat.finish() == 0
+    reply = chat.output.decode().split("A.I. > \x1b[0m")[1].split("\r\n")[0]
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f]", reply)
+
+
+def test_reasoning_is_dim_and_apart(thinking_model, open_chat):
+    flags = ("--ai_prefix", "Hm.</think>Well", "--ai_prefix_in", "reasoning", "--max_new_tokens", "1")
+    chat = open_chat(thinking_model, "-p", "hello", *flags)
+    chat.wait(r"^A\.I\. > Hm\.\n\nWell")
+    assert b"\x1b[2mHm.\x1b[0m" in chat.output
+    chat.send(CTRL_D)
+    assert chat.finish() == 0
+
+
+def test_a_dumb_terminal_gets_plain_lines_and_no_sequences(model, open_chat):
+    chat = open_chat(model, "--max_new_tokens", "3", "--hide_banner", TERM="dumb")
+    chat.wait(PROMPT)
+    chat.send("one\\\n")
+    chat.wait(r"^You  > one\\\n     >$")
+    chat.send("two\n")
+    chat.wait(r"^You  > one\\\n     > two\nA\.I\. > ")
+    chat.wait(r"^\[3 tokens, .* · context \d+ of \d+\]\nYou  >$")
+    chat.send("/undo\n")
+    chat.wait(r"^forgot the last exchange, which began with: one\ntwo$")
+    chat.wait(PROMPT)
+    chat.send(CTRL_C)
+    chat.wait(r"^Ctrl-C again leaves")
+    chat.send("half a line" + CTRL_D + CTRL_D)  # the end in the middle of a line: answered, then left
+    chat.wait(r"^You  > half a line\nA\.I\. > ")
+    assert chat.finish() == 0
+    assert b"\x1b" not in chat.output
+    assert chat.text.count("You  >") == 4
+
+
+def test_markdown_is_rendered_while_it_grows_and_stays_as_text(model, open_chat):
+    text = r"# Title\n\nSome **bold** words.\n\n- one\n- two\n\n"
+    chat = open_chat(model, "-p", "hello", "--markdown", "--ai_prefix", text, "--max_new_tokens", "1")
+    chat.wait(r"^A\.I\. >\n(.*\n)*.*Title.*\n\nSome bold words\.\n\n • one\n • two")
+    chat.send(CTRL_D)
+    assert chat.finish() == 0
+
+
+def test_ctrl_c_ends_one_answer(model):
+    answer = Emulator(*COMMAND, "-m", model, "-p", "hello", "--ignore_eos", "--hide_banner")
+    answer.wait(r".{8}")
+    answer.send(CTRL_C)
+    assert answer.finish() == 130
+    assert "Traceback" not in answer.text
+
+
+# --- the commands, on lines from a pipe
+
+
+@pytest.fixture
+def talk(model, monkeypatch, capfd):
+    """`talk(*lines, flags=())`: what a chat with these lines prints on standard output and standard error."""
+
+    def run(*lines, flags=()):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        assert generate.main(["", "-m", str(model), "-i", "--max_new_tokens", "4", *map(str, flags)]) == 0
+        out, err = capfd.readouterr()
+        return out.split("\n")[:-1], err
+
+    return run
+
+
+def test_steering_commands(talk):
+    (plain,), _ = talk("hello")
+    replies, said = talk(
+        "/prefix Sure,\\x20",
+        "hello",
+        "/retry",
+        "/continue  and",
+        "/undo",
+        "hello",
+        "/prefix x",
+        "/prefix",
+        "hello",
+    )
+    assert replies[0] == replies[1]  # greedy
+    assert replies[0].startswith("Sure, ")
+    assert replies[2].startswith(" and")
+    assert replies[3] == plain  # the prefix was for one turn, and the exchange is forgotten
+    assert "the next reply begins with 'Sure, '" in said
+    assert "forgot the last exchange, which began with: hello" in said
+    assert "the next reply no longer begins with 'x'" in said
+    every, _ = talk("hello", "again", flags=["--ai_prefix", "Oh! ", "--ai_prefix_every_turn"])
+    assert [reply[:4] for reply in every] == ["Oh! ", "Oh! "]
+
+
+def test_commands_that_have_nothing_to_work_on_say_so(talk):
+    replies, said = talk(
+        "/continue", "/retry", "/undo", "/save", "/load nowhere", "/role pirate", "/set heat=1", "/set top_p",
+        "/set top_p=2", "/stts", "/help frob", "/set 'x", "/prefix \\xff",
+    )  # fmt: skip
+    errors = [line.removeprefix("jaxchat: error: ") for line in said.splitlines() if "error: " in line]
+    assert replies == []
+    expected = [
+        "there is no reply to continue",
+        "there is no reply to retry",
+        "there is nothing to undo",
+        "/save needs a file, e.g. /save talk.session",
+        "nowhere: no such session file",
+        "/role pirate: expected user or assistant",
+        "no option 'heat'; options: max_new_tokens, ",
+        "/set top_p: expected name=value, e.g. /set temperature=0.2",
+        "top_p: got 2.0, expected a number > 0 and <= 1",
+        "no command /stts; did you mean /stats",
+        "no command /frob; /help lists them",
+        "/set 'x: a quote is not closed",
+        "/prefix: ",
+    ]
+    assert len(errors) == len(expected)
+    assert [error[: len(start)] for error, start in zip(errors, expected, strict=True)] == expected
+
+
+def test_roles_system_prompt_and_sessions(talk, tmp_path):
+    file = tmp_path / "a b.session"
+    replies, said = talk(
+        "/system Be kind.", "/system", "hello", f"/save {file}", "/role user", "I am fine.", "/restart",
+        f"/load {file}", "/retry", '/system ""', "/role",
+    )  # fmt: skip
+    assert replies[0] == replies[2]
+    assert said.count("system prompt: Be kind.") == 2
+    assert "no system prompt" in said
+    assert "the model plays the user, you the assistant" in said
+    assert f"loaded {file}: " in said
+    assert said.count("the model plays the assistant") == 1  # as it did when the chat was saved
+
+
+def test_reversed_role_from_the_command_line(talk, model):
+    session = jaxchat.load(model).chat_session(reversed_role=True, opening="Tell me.")
+    expected = "".join(session.send("Once.", max_new_tokens=4))
+    assert talk("Once.", flags=["--reversed_role", "-p", "Tell me."])[0] == [expected]
+    opening = "".join(jaxchat.load(model).chat_session(reversed_role=True).send("", max_new_tokens=4))
+    assert talk(flags=["--reversed_role"])[0] == [opening]  # the model goes first
+
+
+def test_help_names_every_command(talk):
+    _, said = talk("/help", "/help plan")
+    assert all(f"  /{name} " in said for name in commands.COMMANDS)
+    assert said.count("  /plan ") == 2
+    expected = "help system plan show prefix continue retry undo role save load set stats restart quit"
+    assert list(commands.COMMANDS) == expected.split()
+
+
+def test_every_option_can_be_set_and_is_shown_as_it_is_read():
+    values = {"max_new_tokens": "5", "top_k": "40", "seed": "7", "stop": "END,\\n,a\\x2cb"}
+    values |= {"stop_token_ids": "1,2", "ignore_eos": "on", "overflow": "truncate_oldest"}
+    options = GenerateOptions()
+    for field in dataclasses.fields(options):
+        options = with_setting(options, field.name, values.get(field.name, "0.25"))
+        shown = setting_text(getattr(options, field.name))
+        assert with_setting(options, field.name, shown) == options
+    assert options.stop == ("END", "\n", "a,b")
+    assert options.min_p == 0.25
+    with pytest.raises(UsageError, match="seed=-1: expected an integer from 0 to 4294967295"):
+        with_setting(options, "seed", "-1")
+
+
+def test_what_the_tab_key_offers(tmp_path):
+    (tmp_path / "talk.session").touch()
+
+    def texts(text):
+        return [candidate.text for candidate in commands.completions(text)]
+
+    assert texts("/re") == ["/retry", "/restart"]
+    assert texts("/role a") == ["assistant"]
+    assert texts("/set temperature=1 rep") == ["repetition_penalty="]
+    assert texts(f"/load {tmp_path}/ta") == [f"{tmp_path}/talk.session"]
+    assert texts("hello") == texts("/nonsense ") == []
+
+
+# --- parts
+
+
+def test_the_second_ctrl_c_in_a_reply_interrupts():
+    class Stream:
+        stopped = False
+
+        def stop(self):
+            self.stopped = True
+
+    stream = Stream()
+    with chat_module._stoppable() as stop:
+        os.kill(os.getpid(), signal.SIGINT)  # before there is a stream: it is stopped when it comes
+        stop.set_stream(stream)
+        assert stream.stopped
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_markdown_in_a_pipe_is_plain_text_and_whole_for_every_way_it_is_cut():
+    text = "# Head\n\nA **bold** [link](http://x.org).\n\n1. one\n2. two\n\n```\ncode\n```\nend \x1b[2J"
+
+    def render(pieces):
+        out = io.StringIO()
+        sink = MarkdownSink(out)
+        for piece in pieces:
+            sink.write(piece)
+        sink.end()
+        return out.getvalue()
+
+    whole = render([text])
+    assert "\x1b" not in whole
+    words = ("Head", "A bold link (http://x.org).", " 1 one", " 2 two", "code", "end ␛[2J")
+    assert [word for word in words if word in whole] == list(words)
+    assert render(text) == render([text[:9], text[9:40], text[40:]]) == whole
+    assert render([]) == "\n"
+
+
+def test_typed_messages_are_kept_in_a_private_file_that_does_not_grow_for_ever(tmp_path):
+    path = tmp_path / "state" / "history"
+    file = MessageFile(path)
+    assert file.load() == []
+    for number in range(2001):
+        file.add(f"{number}\nzwei")
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text(path.read_text() + "broken\n[1]\n")
+    assert file.load()[-1] == "2000\nzwei"
+    assert len(file.load()) == 1000
+    for nowhere in (None, tmp_path / "state" / "history" / "below a file"):
+        MessageFile(nowhere).add("x")
+        assert MessageFile(nowhere).load() == []

@@ -1,0 +1,265 @@
+"""The GPU kernels compute what the definitions say, interpreted on CPU, and compile for GPUs that are absent.
+
+Interpreting copies a whole stack on every grid step: everything is tiny. Nothing here has run on a GPU.
+"""
+
+import functools
+import importlib.util
+import json
+import re
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxchat import model
+from jaxchat.errors import UsageError
+from jaxchat.layer_plan import LayerPlan
+from jaxchat.pallas.backends import REFERENCE, Kernels, pallas_gpu, select
+from jaxchat.pallas.cache_attention import gpu as attention
+from jaxchat.pallas.cache_attention.reference import quantize_rows
+from jaxchat.pallas.stacked_matmul import gpu as matmul
+from tests.pallas.test_tpu_kernels import (
+    ATTENTION_CASES,
+    FORMATS,
+    LAYERS,
+    attend_float64,
+    poisoned_cache,
+    quantize_params,
+    quantized,
+    random,
+    relative_error,
+    run_python,
+    two_steps,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def product(x, w, layer=1):
+    return jax.jit(functools.partial(matmul.stacked_matmul, interpret=True))(x, w, layer)
+
+
+# --- stacked_matmul
+
+
+@pytest.mark.parametrize(
+    ("fmt", "m", "o", "i", "dtype"),
+    [
+        *((fmt, 1, 200, 1100, "bfloat16") for fmt in FORMATS),
+        *((fmt, 3, 33, 300, "float32") for fmt in ("int4", "int8:128:affine")),
+        ("int4:64:affine", 8, 40, 96, "bfloat16"),
+        ("int8:channel", 9, 40, 300, "float32"),
+    ],
+)
+def test_prepared_weights_give_the_product_of_their_values(fmt, m, o, i, dtype):
+    q, values = quantized((LAYERS, o, i), fmt)
+    w = matmul.prepare({"w": q})["w"]
+    x = random((m, i), dtype)
+    assert w.shape == (LAYERS, o, i)
+    assert w.nbytes == q.nbytes
+    # The weights are not rounded, whatever x is.
+    assert relative_error(product(x, w), np.asarray(x, np.float64) @ values[1].T) < 2e-6
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("m", "o", "i"), [(1, 300, 1100), (3, 129, 41)])
+def test_float_weights_are_read_as_they_lie(weights, m, o, i):
+    w, x = random((LAYERS, o, i), weights), random((m, i))
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)[1].T
+    assert relative_error(product(x, w), expected) < 2e-6
+
+
+def test_leading_axes_of_x_are_kept():
+    q, values = quantized((LAYERS, 24, 64), "int4:affine")
+    x = random((2, 3, 64))
+    y = product(x, matmul.prepare({"w": q})["w"])
+    assert relative_error(y, np.asarray(x, np.float64) @ values[1].T) < 2e-6
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4:affine"])
+def test_an_embedding_is_looked_up_and_is_the_output_head(fmt):
+    q, values = quantized((301, 90), fmt)
+    embedding = matmul.prepare({"embed.weight": q})["embed.weight"]
+    for ids in (jnp.array([[7]]), jnp.array([[0, 300], [5, 5]]), jnp.int32(300)):
+        np.testing.assert_array_equal(embedding[ids], np.float32(values)[ids])
+    x = random((1, 90))
+    y = product(x, jax.tree.map(lambda part: part[None], embedding), 0)
+    assert relative_error(y, np.asarray(x, np.float64) @ values.T) < 2e-6
+
+
+@pytest.mark.parametrize("fmt", ["int4", "int8:channel"])
+def test_a_nan_reaches_its_own_row_of_the_product_only(fmt):
+    q, _ = quantized((LAYERS, 40, 300), fmt)
+    y = product(random((3, 300)).at[1, 299].set(jnp.nan), matmul.prepare({"w": q})["w"])
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(y[jnp.array([0, 2])]).all()
+
+
+@given(st.integers(1, 200_000), st.integers(1, 40_000), st.sampled_from([1, 2, 4, 16]), st.integers(1, 8))
+def test_programs_cover_every_row_and_column_with_blocks_of_powers_of_two(rows, columns, width, m):
+    sizes = matmul._Sizes.choose(rows, columns, width, m)
+    for block in (sizes.row_block, sizes.column_block):
+        assert block & (block - 1) == 0
+    covered = sizes.splits * sizes.steps * sizes.column_block
+    assert columns <= covered
+    assert (sizes.splits - 1) * sizes.steps * sizes.column_block < columns  # no program without work
+    assert sizes.ragged == (covered != columns)
+
+
+def test_weights_on_several_gpus_are_refused():
+    spread = types.SimpleNamespace(sharding=types.SimpleNamespace(device_set={0, 1}))
+    with pytest.raises(UsageError, match="--kernels pallas runs on one GPU; on several give"):
+        matmul.prepare({"w": spread})
+
+
+# --- cache attention
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "tolerance"),
+    [
+        *((case, "float32", 1e-5) for case in ATTENTION_CASES),
+        ("decode, window", "bfloat16", 2e-2),
+        ("prefill, several blocks", "bfloat16", 2e-2),
+    ],
+)
+def test_attention_sees_what_its_definition_says(case, dtype, tolerance):
+    lengths, t, n, kv, s, h, window, softcap = ATTENTION_CASES[case]
+    k, v = (poisoned_cache(lengths, t, kv, s, h, dtype) for _ in range(2))
+    q = random((len(lengths), t, n, h), dtype)
+    attend = jax.jit(functools.partial(attention.attend, softcap=softcap, interpret=True))
+    y = attend(q, k, v, 1, jnp.array(lengths), scale=0.1, window=window)
+    expected = attend_float64(q, k, v, 1, lengths, 0.1, window, softcap)
+    assert np.abs(np.asarray(y) - expected).max() < tolerance
+
+
+@pytest.mark.parametrize("t", [1, 20])
+def test_8_bit_keys_and_values_stand_for_their_scaled_codes(t):
+    lengths, q = [3, 70], random((2, t, 6, 24))
+    k, v = (quantize_rows(random((2, 2, 3, 100, 24))) for _ in range(2))
+    y = attention.attend(
+        q, k, v, 1, jnp.array(lengths), scale=0.1, window=jnp.int32(9), softcap=0.0, interpret=True
+    )
+    wide = (np.asarray(c.codes, np.float64) * np.asarray(c.scale, np.float64)[..., None] for c in (k, v))
+    assert np.abs(np.asarray(y) - attend_float64(q, *wide, 1, lengths, 0.1, 9, 0.0)).max() < 1e-5
+
+
+def test_queries_beyond_the_cache_are_harmless():
+    k, v = (poisoned_cache([60], 4, 1, 64, 16, np.float32) for _ in range(2))
+    q = random((1, 16, 2, 16))
+    attend = functools.partial(attention.attend, scale=0.1, softcap=0.0, interpret=True)
+    y = attend(q, k, v, 1, jnp.array([60]), window=jnp.int32(3))  # 4 real tokens and 12 of padding
+    expected = attend_float64(q[:, :4], k, v, 1, [60], 0.1, 3, 0.0)
+    assert np.abs(np.asarray(y)[:, :4] - expected).max() < 1e-5
+
+
+# --- the whole model
+
+
+def test_a_model_computes_the_same_with_either_kernels(tiny_model, monkeypatch):
+    monkeypatch.setattr(matmul, "_MAX_ROWS", 2)  # so that prefill is as it is with a longer prompt
+    config, params = tiny_model("gemma2")  # windows, soft-caps, and a head that is the 8-bit embedding
+    params = quantize_params(config, params, "int8")
+    kernels = pallas_gpu()
+    wrap = functools.partial
+    interpreted = Kernels(
+        "pallas, interpreted",
+        stacked_matmul=wrap(kernels.stacked_matmul, interpret=True),
+        decode_attention=wrap(kernels.decode_attention, interpret=True),
+        prefill_attention=wrap(kernels.prefill_attention, interpret=True),
+        prepare=kernels.prepare,
+    )
+    expected = two_steps(config, params, REFERENCE)
+    assert np.abs(two_steps(config, params, interpreted) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_gpu_takes_the_pallas_kernels_only_when_asked():
+    assert select("auto", "gpu") is REFERENCE  # they have not been measured
+    assert select("pallas", "gpu") is pallas_gpu()
+
+
+# --- for GPUs that are not here
+
+
+def lowered(function, *arguments):
+    """What XLA for CUDA is given."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("fmt", ["int4:128:f32", "int4:channel:affine", "int8"])
+def test_products_lower_for_cuda_and_take_the_whole_stack(fmt):
+    q, _ = quantized((5, 301, 1100), fmt)
+    w = matmul.prepare({"w": q})["w"]
+    x = jax.ShapeDtypeStruct((3, 1100), jnp.bfloat16)
+    text = lowered(matmul.stacked_matmul, x, w, jnp.int32(2))
+    call = next(line for line in text.splitlines() if "triton" in line)
+    assert f"tensor<5x301x{w.words.shape[-1] // 4}x4xi32>" in call
+    assert "dynamic_slice" not in text
+
+
+@pytest.mark.parametrize("t", [1, 100])
+def test_attention_lowers_for_cuda_and_takes_the_whole_cache(t):
+    cache = jax.ShapeDtypeStruct((7, 2, 3, 130, 20), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((2, t, 15, 20), jnp.bfloat16)
+    attend = functools.partial(attention.attend, scale=0.1, window=jnp.int32(0), softcap=50.0)
+    text = lowered(attend, q, cache, cache, jnp.int32(3), jnp.zeros(2, jnp.int32))
+    call = next(line for line in text.splitlines() if "triton" in line)
+    assert call.count("tensor<7x2x3x130x20xbf16>") == 2
+
+
+needs_cuda = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    or shutil.which("ptxas") is None,
+    reason='needs the CUDA compiler: pip install "jaxchat[cuda]", and ptxas',
+)
+
+
+def compiled_for_sm_90(*flags):
+    # Three layers: copying a large weight of one would show.
+    command = ["-m", "benchmarks.aot", "--target", "sm_90", "--shape", "llama-3-8b", "--layers", "3"]
+    return json.loads(run_python([*command, *flags]))
+
+
+# Prefill dequantizes one layer's weight at a time: the largest is the MLP's.
+DEQUANTIZED = 2 * 14336 * 4096 * 4
+
+
+@needs_cuda
+@pytest.mark.parametrize("quantization", ["int4", "int8:channel", "int4:128:affine", "none"])
+def test_steps_compile_for_sm_90_and_copy_no_weights(quantization):
+    result = compiled_for_sm_90("--quant", quantization, "--context", "512")
+    assert result["ok"]
+    assert result["decode"]["large_copies"] == 0
+    assert result["decode"]["temp_bytes"] < 16 << 20
+    assert result["prefill"]["temp_bytes"] < DEQUANTIZED
+
+
+@needs_cuda
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_steps_for_sm_90_do_not_copy_the_cache(kv_dtype):
+    result = compiled_for_sm_90("--quant", "int8", "--kv_dtype", kv_dtype, "--context", "32768")
+    for step, activations in ((result["decode"], 16 << 20), (result["prefill"], DEQUANTIZED)):
+        assert step["large_copies"] == 0
+        assert step["temp_bytes"] < activations
+        assert step["alias_bytes"] > 0  # the cache
+
+
+@pytest.mark.parametrize("write_from", [None, jnp.zeros(1, jnp.int32)])
+def test_no_conditional_returns_the_cache(tiny_model, write_from):
+    # XLA for GPU copies what a branch changes.
+    config, params = tiny_model("llama")
+    cache = model.init_cache(config, slots=7, batch=1, capacity=77, dtype=jnp.dtype(jnp.float32))
+    shape = "x".join(map(str, cache.k.shape))
+    run = functools.partial(model.forward, config, dtype=jnp.dtype(jnp.float32), write_from=write_from)
+    plan = LayerPlan.identity(config.num_layers).arrays(7)
+    text = lowered(run, params, cache, plan, jnp.zeros((1, 4), jnp.int32), *[jnp.ones(1, jnp.int32)] * 3)
+    results = re.findall(r"^ *}\) : \(tensor<i32>\) -> (.*)", text, re.MULTILINE)
+    assert len(results) >= 3
+    assert f"tensor<{shape}xf32>" in text
+    assert not any(shape in result for result in results)

@@ -1,0 +1,124 @@
+"""The native library: an install has it, and one that does not fit costs one line and nothing else."""
+
+import ctypes.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxchat.pallas import native
+
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, **environment: str) -> str:
+    """What a fresh process prints: libraries are loaded once in a process."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_one_line(why: str, *words: str) -> None:
+    assert why.startswith("no native kernels: ")
+    assert "\n" not in why
+    for word in words:
+        assert word in why
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+def test_an_install_where_there_is_a_compiler_has_native_kernels():
+    assert native.available(), f"{native.why_not()}; make setup builds them"
+    assert native.why_not() == ""
+
+
+def test_the_best_instruction_set_of_the_processor_is_used():
+    if not native.available():
+        pytest.skip(native.why_not())
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    known = ("avx512", "avx2", "portable") if x86 else ("i8mm", "dotprod", "portable")
+    assert native.instruction_set() in known
+    show = "from jaxchat.pallas import native; print(native.instruction_set())"
+    assert python(show, JAXCHAT_CPU_ISA="portable") == "portable\n"
+
+
+def test_an_unknown_instruction_set_is_named():
+    if not native.available():
+        pytest.skip(native.why_not())
+    show = (
+        "from jaxchat.pallas import native\n"
+        "print(native.available(), native.instruction_set(), native.why_not())"
+    )
+    assert python(show, JAXCHAT_CPU_ISA="mmx") == (
+        "False  no native kernels: JAXCHAT_CPU_ISA=mmx names none that runs here\n"
+    )
+
+
+def test_without_the_library_one_line_says_so(monkeypatch):
+    monkeypatch.setattr(native, "_find", lambda: None)
+    loaded = native._native.__wrapped__()
+    assert_one_line(loaded.why_not, "no _native.so in", str(ROOT / "jaxchat"), "without a C++ compiler")
+    assert loaded.instruction_set == ""
+
+
+def test_a_damaged_library_is_named(tmp_path):
+    path = tmp_path / "_native.so"
+    path.write_bytes(b"\x7fELF")
+    assert_one_line(native.load(path).why_not, str(path), "reinstall jaxchat")
+
+
+def test_a_library_without_the_functions_is_refused():
+    other = ctypes.util.find_library("m")
+    if other is None:
+        pytest.skip("no shared library to try")
+    assert_one_line(native.load(Path(other)).why_not, "JaxchatInstructionSet", "reinstall jaxchat")
+
+
+OTHER_API = """
+#include "xla/ffi/api/c_api.h"
+#undef XLA_FFI_API_MAJOR
+#define XLA_FFI_API_MAJOR 99
+#include "xla/ffi/api/ffi.h"
+extern "C" const char* JaxchatInstructionSet() { return "portable"; }
+extern "C" int JaxchatMultipliesBfloat16() { return 0; }
+xla::ffi::Error Nothing() { return xla::ffi::Error::Success(); }
+"""
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+def test_a_library_built_for_another_jaxlib_leaves_xla_working(tmp_path):
+    source, path = tmp_path / "other.cc", tmp_path / "other.so"
+    handlers = [
+        f"XLA_FFI_DEFINE_HANDLER_SYMBOL({s}, Nothing, xla::ffi::Ffi::Bind());"
+        for s in native.TARGETS.values()
+    ]
+    source.write_text(OTHER_API + "\n".join(handlers))
+    options = ["-std=c++17", "-shared", "-fPIC", "-isystem", jax.ffi.include_dir(), "-o", path, source]
+    subprocess.run([COMPILER, *options], check=True)
+    shown = python(
+        "from pathlib import Path\n"
+        "from jaxchat.pallas import native\n"
+        f"print(native.load(Path({str(path)!r})).why_not)\n"
+        "import jax\n"
+        "print(jax.jit(lambda x: x + 1)(1))"
+    )
+    why, result = shown.splitlines()
+    assert_one_line(why, "API version (99.", "reinstall jaxchat")
+    assert result == "2"
+
+
+def test_a_failing_build_installs_plain_python():
+    """The setting that does it; running a whole install takes a network."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    assert settings["overrides"] == [{"if": {"failed": True}, "wheel": {"cmake": False}}]
