@@ -24,9 +24,10 @@ from jaxchat.analysis import cost
 from jaxchat.checkpoints.load import aligned_quantized
 from jaxchat.config import ModelConfig, Param
 from jaxchat.engine import steps
+from jaxchat.engine.generation import generate
 from jaxchat.engine.session import Engine, Session
 from jaxchat.errors import JaxchatError
-from jaxchat.families import parameter_table
+from jaxchat.families import parameter_table, read_config
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.model import Params
 from jaxchat.pallas import native
@@ -146,7 +147,7 @@ def model_line(result: dict[str, Any]) -> str:
 
 def shape_config(name: str) -> ModelConfig:
     """The configuration of a named shape."""
-    return ModelConfig.from_hf(SHAPES[name], source=f"shape {name}")
+    return read_config(SHAPES[name], source=f"shape {name}")
 
 
 def random_params(config: ModelConfig, dtype: str, fmt: QuantFormat | None = None, seed: int = 0) -> Params:
@@ -346,7 +347,7 @@ def decode_step_s(session: Session, prompt: int, new: int) -> float:
     """
     for row in range(session.batch):
         session.rollback(prompt, row)
-    times = [time.perf_counter() for token in session.generate(max_new_tokens=new) if token.row == 0]
+    times = [time.perf_counter() for token in generate(session, max_new_tokens=new) if token.row == 0]
     return (times[-1] - times[0]) / (len(times) - 1)
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks import common
 from jaxchat.config import ModelConfig
 from jaxchat.engine import steps
+from jaxchat.engine.generation import generate
 from jaxchat.engine.session import Engine, Session
 from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.layers.rope import rope_cos_sin, rotate
@@ -87,7 +88,7 @@ def measure_switching(engine: Engine, most: int, args: argparse.Namespace) -> di
     for number, plan in enumerate(plans):
         session.set_plan(plan)
         common.set_prompts(session, prompt)
-        for _ in session.generate(max_new_tokens=2):
+        for _ in generate(session, max_new_tokens=2):
             pass
         first = first if number else len(compiled)
     decodes = _executables(steps.decode) - decodes
@@ -195,7 +196,7 @@ def measure_plain(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     session = engine.session()
     prompts = common.random_prompts(engine.config, 1, args.prompt)
     common.prefill_s(session, prompts)
-    for _ in session.generate(max_new_tokens=args.new):
+    for _ in generate(session, max_new_tokens=args.new):
         pass
     ids = list(session.ids[0])
     plain = _PlainDecoder(engine, session)

@@ -1,16 +1,10 @@
 """What a model is: `ModelConfig` and its parts, plus the parameter table type every other room derives from.
 
-No I/O beyond reading `config.json`, no arrays on devices. The dimension alphabet is in `jaxchat/model.py`.
+No I/O, no arrays on devices. The dimension alphabet is in `jaxchat/model.py`.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from jaxchat.errors import UsageError
-from jaxchat.files import read_json
 
 EMBED, HEAD = "embed.weight", "lm_head.weight"
 """The parameters of the token embedding and of an output head that is not tied to it."""
@@ -114,32 +108,6 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any], *, source: str = "config.json") -> "ModelConfig":
-        """Builds the configuration from the contents of a Hugging Face `config.json`.
-
-        Raises:
-          UsageError: the `model_type` is not supported (the message lists those that are).
-          JaxchatError: a key is missing or impossible; `source` names the file in the message.
-        """
-        from jaxchat import families
-
-        return families.config_from_hf(config, source=source)
-
-    @classmethod
-    def from_directory(cls, directory: str | Path) -> "ModelConfig":
-        """Reads `config.json` (and `generation_config.json`'s end-of-sequence ids) of a model directory."""
-        directory = Path(directory)
-        if not directory.exists():
-            raise UsageError(f"{directory}: no such model directory; give the folder that holds config.json")
-        config = cls.from_hf(read_json(directory / "config.json"), source=str(directory / "config.json"))
-        generation_path = directory / "generation_config.json"
-        if generation_path.exists():
-            eos = _as_ids(read_json(generation_path).get("eos_token_id"))
-            merged = tuple(dict.fromkeys((*config.eos_ids, *eos)))
-            config = dataclasses.replace(config, eos_ids=merged)
-        return config
-
     @property
     def dims(self) -> dict[str, int]:
         """Size of each dimension letter used in parameter shapes (C: learned positions)."""
@@ -234,9 +202,3 @@ class Param:
 def size_of(term: str, config: ModelConfig) -> int:
     """The number a product of dimension letters stands for: `"N*H"` -> num_heads * head_dim."""
     return math.prod(config.dims[letter] for letter in term.split("*"))
-
-
-def _as_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(int(v) for v in (value if isinstance(value, list) else [value]))

@@ -7,13 +7,14 @@ import pytest
 
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.families import read_config
 from tests.support.parity_cases import CASES
 
 
 def read(case: str, **changes: Any) -> ModelConfig:
     """A parity case's configuration with keys changed; `...` removes one."""
     values = {**CASES[case], **changes}
-    return ModelConfig.from_hf({key: value for key, value in values.items() if value is not ...})
+    return read_config({key: value for key, value in values.items() if value is not ...})
 
 
 def same_rope(case: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -144,7 +145,7 @@ def test_multimodal_gemma3_files_state_only_what_differs_from_the_defaults():
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 1024,
     }
-    config = ModelConfig.from_hf({"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]})
+    config = read_config({"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106]})
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (8, 4, 256)
     assert (config.vocab_size, config.max_position_embeddings) == (262208, 131072)
     assert config.layer_windows[:7] == (1024, 1024, 1024, 1024, 1024, 0, 1024)

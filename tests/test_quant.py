@@ -14,9 +14,8 @@ from hypothesis.extra.numpy import arrays
 from jax import lax
 
 from jaxchat import quant
-from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families import parameter_table
+from jaxchat.families import parameter_table, read_config
 from jaxchat.quant import QuantFormat, dequantize, quantize, unpack_codes
 from tests.support.tiny import TINY_CONFIGS
 
@@ -83,7 +82,7 @@ def test_an_unknown_format_is_an_error_that_lists_the_forms(text):
 
 
 def test_norms_stay_and_embedding_and_head_get_8_bits_under_int4():
-    config = ModelConfig.from_hf({"model_type": "llama", **TINY_CONFIGS["llama"]})
+    config = read_config({"model_type": "llama", **TINY_CONFIGS["llama"]})
     formats = {p.name: str(quant.format_for(p, parse("int4:64"))) for p in parameter_table(config)}
     assert formats["layers.q.weight"] == "int4:64"
     assert formats["embed.weight"] == formats["lm_head.weight"] == "int8:64"
@@ -92,7 +91,7 @@ def test_norms_stay_and_embedding_and_head_get_8_bits_under_int4():
 
 def test_every_family_quantizes_matrices_only_and_never_positions():
     for model_type, hf in TINY_CONFIGS.items():
-        for p in parameter_table(ModelConfig.from_hf({"model_type": model_type, **hf})):
+        for p in parameter_table(read_config({"model_type": model_type, **hf})):
             fmt = quant.format_for(p, parse("int8"))
             keeps = p.name.endswith((".bias", "norm.weight")) or p.name == "positions.weight"
             assert fmt == (None if keeps else parse("int8")), p.name

@@ -12,6 +12,7 @@ import pytest
 
 from jaxchat.checkpoints.load import load_params
 from jaxchat.engine import steps
+from jaxchat.engine.generation import generate
 from jaxchat.engine.session import Engine
 
 # (data, model). Of tiny Gemma 3's 4 query and 2 key/value heads the former divide by 4, and neither by 8.
@@ -55,7 +56,7 @@ def run(directory, mesh):
     session = engine.session(batch=len(PROMPTS))
     for row, ids in enumerate(PROMPTS):
         session.set_ids(ids, row)
-    tokens = list(session.generate(max_new_tokens=8))
+    tokens = list(generate(session, max_new_tokens=8))
     logits = session.prefill()
     after = steps.prefill._cache_size(), steps.decode._cache_size()
     return {

@@ -47,9 +47,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 
 from jaxchat.cli.command_line import HELP, LOG_LEVEL, Flag, exit_process, run
-from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families import parameter_table
+from jaxchat.families import parameter_table, read_config
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.tokenizer_files import load_tokenizer
 from jaxchat.training import steps
@@ -345,7 +344,7 @@ class Run:
           JaxchatError: the run in `out` is one of another model.
         """
         self._out, self._corpus, self._hf, self._seed, self._tokens = out, corpus, hf, seed, batch_tokens
-        self.config = ModelConfig.from_hf(hf)
+        self.config = read_config(hf)
         self._encode = Encoder(out / "tokenizer")
         if self._encode.tokenizer.vocab_size != self.config.vocab_size:
             raise JaxchatError(f"{out}: its vocabulary is not {self.config.vocab_size}; give another --out")

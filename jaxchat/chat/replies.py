@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxchat.chat.conversation import Opening
-from jaxchat.engine.generation import FinishReason, Generation
+from jaxchat.engine.generation import FinishReason, Generation, generate
 from jaxchat.engine.sampling import SamplingParams
 from jaxchat.engine.session import Session
 from jaxchat.errors import UsageError
@@ -291,7 +291,8 @@ class Batch:
         if self.message:
             session.set_ids(self.message.start_ids)
         started = time.perf_counter()
-        self.generation: Generation = session.generate(
+        self.generation: Generation = generate(
+            session,
             max_new_tokens=options.max_new_tokens,
             params=sampling_params(options, session.batch),
             seeds=[(options.seed + number) % 2**32 for number in numbers or range(session.batch)],

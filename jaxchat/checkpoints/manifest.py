@@ -14,7 +14,9 @@ import numpy as np
 
 from jaxchat.config import ModelConfig, RopeConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import read_json
+from jaxchat.families import read_config
+from jaxchat.families.hf_config import HfConfig
+from jaxchat.files import read_json, read_optional_json
 from jaxchat.layer_plan import LayerPlan, PlanError
 
 MANIFEST = "jaxchat.json"
@@ -99,10 +101,18 @@ class Manifest:
         return result
 
 
+def stated_config(directory: Path) -> ModelConfig:
+    """What `config.json` says, and `generation_config.json` of the tokens that end a text."""
+    path, generation = directory / "config.json", directory / "generation_config.json"
+    config = read_config(read_json(path), source=str(path))
+    eos = HfConfig(read_optional_json(generation), str(generation)).ids("eos_token_id")
+    return dataclasses.replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *eos))))
+
+
 def load_config(directory: str | Path) -> ModelConfig:
     """The configuration of a model directory of any format, without opening its tensors."""
     directory = check_directory(directory)
-    config = ModelConfig.from_directory(directory)
+    config = stated_config(directory)
     return config_of(Manifest.read(directory), config) if (directory / MANIFEST).exists() else config
 
 

@@ -20,6 +20,7 @@ from jaxchat.checkpoints.manifest import (
     Manifest,
     check_directory,
     config_of,
+    stated_config,
 )
 from jaxchat.checkpoints.quantized import Storage, TensorSpec, from_arrays, stored_format_of, tensor_specs
 from jaxchat.checkpoints.safetensors_file import DTYPES, NAMES, SafetensorsFile
@@ -237,7 +238,7 @@ def open_source(
       wanted: all that will be read; of a Hugging Face directory nothing else needs to be there.
     """
     directory = check_directory(directory)
-    config = config or ModelConfig.from_directory(directory)
+    config = config or stated_config(directory)
     if not (directory / MANIFEST).exists():
         return HfSource(directory, config, wanted)
     manifest = Manifest.read(directory)

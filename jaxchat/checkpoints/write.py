@@ -28,6 +28,7 @@ from jaxchat.checkpoints.manifest import (
     load_plan,
     recorded_plan,
     stack_entry,
+    stated_config,
     weight_dtype,
 )
 from jaxchat.checkpoints.quantized import (
@@ -255,7 +256,7 @@ def _recorded(model: _Model) -> Manifest:
     manifest, config = model.source.manifest, model.source.config
     plan = None if model.plan in (None, LayerPlan.identity(config.num_layers)) else str(model.plan)
     stack = stack_entry(config)
-    ordinary = stack_entry(ModelConfig.from_directory(model.base))
+    ordinary = stack_entry(stated_config(model.base))
     return dataclasses.replace(manifest, plan=plan, stack=None if stack == ordinary else stack)
 
 

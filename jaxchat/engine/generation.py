@@ -1,8 +1,8 @@
 """A running generation: the loop over decode steps, and which sequences are still in it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,9 @@ import numpy as np
 
 from jaxchat.engine import steps
 from jaxchat.engine.sampling import SamplingParams
+from jaxchat.engine.session import Session, State
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.options import Overflow
-
-if TYPE_CHECKING:
-    from jaxchat.engine.session import Session, State
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -33,7 +31,7 @@ class _Step(NamedTuple):
     lengths: dict[int, int]  # sequence -> its tokens before the one that the step begins with
     tokens: jax.Array  # int32 [B], the next tokens
     logprobs: jax.Array  # float32 [B]
-    state: "State"  # of the session
+    state: State  # of the session
 
 
 @dataclass
@@ -48,7 +46,7 @@ class Generation:
         (max_new_tokens) or `context` (the context is full).
     """
 
-    session: "Session"
+    session: Session
     max_new_tokens: int | None
     params: SamplingParams
     seeds: list[int]
@@ -241,3 +239,36 @@ class Generation:
             prompt_mask[row, ids] = True
         state = prompt_mask, np.zeros(shape, np.int32), np.ones(shape, bool)
         return jax.device_put(state, self.session.engine.placement)
+
+
+def generate(
+    session: Session,
+    *,
+    max_new_tokens: int | None = None,
+    params: SamplingParams | None = None,
+    seeds: Sequence[int] | None = None,
+    stop_ids: Sequence[int] = (),
+    overflow: Overflow = "error",
+) -> Generation:
+    """Continues every sequence of a session; iterate the result for the tokens as they come.
+
+    Args:
+      session: what to continue.
+      max_new_tokens: at most so many per sequence; default until the context is full.
+      params: one entry a sequence; default greedy.
+      seeds: one a sequence; the same seed, context and position draw the same token.
+      stop_ids: token ids that end a sequence; the id is still yielded and kept in `ids`.
+      overflow: what happens when the context is full. `error`: a prompt that does not fit is an error,
+        and a generation that fills the context ends with the reason `context`. `truncate_oldest`: the
+        oldest tokens are dropped, and the rest is computed anew.
+    """
+    if params is None:
+        params = SamplingParams.make(session.batch, temperature=0.0)
+    return Generation(
+        session,
+        max_new_tokens,
+        params,
+        list(range(session.batch) if seeds is None else seeds),
+        frozenset(stop_ids),
+        overflow,
+    )

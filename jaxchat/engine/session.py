@@ -15,13 +15,11 @@ import numpy as np
 from jaxchat import model, pallas
 from jaxchat.config import ModelConfig
 from jaxchat.engine import steps
-from jaxchat.engine.generation import Generation
-from jaxchat.engine.sampling import SamplingParams
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays, Slot
 from jaxchat.lengths import common_prefix, next_power_of_two
 from jaxchat.model import KVCache, Params
-from jaxchat.options import KV_DTYPES, Overflow
+from jaxchat.options import KV_DTYPES
 from jaxchat.pallas.cache_attention import QuantizedRows
 from jaxchat.sharding import cache_sharding
 
@@ -503,37 +501,6 @@ class Session:
         for row in rows:
             self.cached[row] = done[row]
         return [np.concatenate(parts[row]) for row in rows]
-
-    def generate(
-        self,
-        *,
-        max_new_tokens: int | None = None,
-        params: SamplingParams | None = None,
-        seeds: Sequence[int] | None = None,
-        stop_ids: Sequence[int] = (),
-        overflow: Overflow = "error",
-    ) -> Generation:
-        """Continues every sequence; iterate the result for the tokens as they come.
-
-        Args:
-          max_new_tokens: at most so many per sequence; default until the context is full.
-          params: one entry a sequence; default greedy.
-          seeds: one a sequence; the same seed, context and position draw the same token.
-          stop_ids: token ids that end a sequence; the id is still yielded and kept in `ids`.
-          overflow: what happens when the context is full. `error`: a prompt that does not fit is an error,
-            and a generation that fills the context ends with the reason `context`. `truncate_oldest`: the
-            oldest tokens are dropped, and the rest is computed anew.
-        """
-        if params is None:
-            params = SamplingParams.make(self.batch, temperature=0.0)
-        return Generation(
-            self,
-            max_new_tokens,
-            params,
-            list(range(self.batch) if seeds is None else seeds),
-            frozenset(stop_ids),
-            overflow,
-        )
 
     def _reserve(self, length: int) -> None:
         """Makes room for `length` rows of every slot: allocates the cache or grows it by powers of two."""

@@ -8,7 +8,8 @@ from typing import Any
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import gemma, gpt2, llama, mistral, phi3, qwen
-from jaxchat.families.base import Family, HfConfig
+from jaxchat.families.hf_config import HfConfig
+from jaxchat.families.tables import Family
 
 FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
@@ -21,8 +22,17 @@ FAMILIES: tuple[Family, ...] = (
 BY_MODEL_TYPE: dict[str, Family] = {t: family for family in FAMILIES for t in family.model_types}
 
 
-def config_from_hf(config: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
-    """See `ModelConfig.from_hf`."""
+def read_config(config: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
+    """The configuration in a Hugging Face `config.json`.
+
+    Args:
+      config: what the file says.
+      source: names the file in messages.
+
+    Raises:
+      UsageError: the `model_type` is not supported (the message lists those that are).
+      JaxchatError: a key is missing or impossible.
+    """
     model_type = config.get("model_type")
     family = BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -46,7 +56,7 @@ def relayered_config(values: Mapping[str, Any], config: ModelConfig, *, source: 
     """
     family = family_of(config)
     result = {**family.relayer(values, config), "tie_word_embeddings": config.tied_embeddings}
-    found = config_from_hf(result, source=source)
+    found = read_config(result, source=source)
     for field in dataclasses.fields(ModelConfig):
         said, meant = getattr(found, field.name), getattr(config, field.name)
         if said != meant and field.name not in ("model_type", "bos_id", "eos_ids"):
@@ -120,9 +130,9 @@ __all__ = [
     "BY_MODEL_TYPE",
     "FAMILIES",
     "Family",
-    "config_from_hf",
     "count_parameters",
     "family_of",
     "parameter_table",
+    "read_config",
     "relayered_config",
 ]

@@ -4,15 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.config import ModelConfig
-from jaxchat.families.base import (
-    Family,
-    HfConfig,
-    llama_config,
-    llama_params,
-    read_rope,
-    relayer_types,
-    windows_of,
-)
+from jaxchat.families.hf_config import HfConfig, llama_config, read_rope, windows_of
+from jaxchat.families.tables import Family, llama_params, relayer_types
 
 
 def gemma1_config(hf: HfConfig) -> ModelConfig:

@@ -1,7 +1,8 @@
 """GPT-2: learned positions, LayerNorm with bias, fused qkv, weights stored [in, out] (Conv1D)."""
 
 from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param
-from jaxchat.families.base import Family, HfConfig
+from jaxchat.families.hf_config import HfConfig
+from jaxchat.families.tables import Family
 
 _QKV = ("N*H", "K*H", "K*H")
 

@@ -1,7 +1,8 @@
 """Llama 1, 2, 3, 3.1, 3.2 and everything published with `model_type: llama`."""
 
 from jaxchat.config import ModelConfig
-from jaxchat.families.base import Family, HfConfig, llama_config, llama_params
+from jaxchat.families.hf_config import HfConfig, llama_config
+from jaxchat.families.tables import Family, llama_params
 
 
 def config(hf: HfConfig) -> ModelConfig:

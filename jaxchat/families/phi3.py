@@ -3,15 +3,8 @@
 import dataclasses
 
 from jaxchat.config import ModelConfig, Param
-from jaxchat.families.base import (
-    Family,
-    HfConfig,
-    llama_config,
-    llama_params,
-    read_rope,
-    rope_dictionary,
-    windows_of,
-)
+from jaxchat.families.hf_config import HfConfig, llama_config, read_rope, rope_dictionary, windows_of
+from jaxchat.families.tables import Family, llama_params
 
 
 def config(hf: HfConfig) -> ModelConfig:

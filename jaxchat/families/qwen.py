@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.config import GLOBAL_WINDOW, ModelConfig
-from jaxchat.families.base import Family, HfConfig, llama_config, llama_params, relayer_types, windows_of
+from jaxchat.families.hf_config import HfConfig, llama_config, windows_of
+from jaxchat.families.tables import Family, llama_params, relayer_types
 
 
 def qwen2_config(hf: HfConfig) -> ModelConfig:

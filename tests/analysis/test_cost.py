@@ -3,13 +3,12 @@
 import pytest
 
 from jaxchat.analysis import cost
-from jaxchat.config import ModelConfig
 from jaxchat.errors import UsageError
-from jaxchat.families import count_parameters, parameter_table
+from jaxchat.families import count_parameters, parameter_table, read_config
 from jaxchat.layer_plan import LayerPlan
 from tests.analysis.test_show import LLAMA3_8B
 
-CONFIG = ModelConfig.from_hf(LLAMA3_8B)
+CONFIG = read_config(LLAMA3_8B)
 ATTENTION = 2 * 4096 * 4096 + 2 * 1024 * 4096  # q and o, k and v
 MLP = 3 * 14336 * 4096
 HEAD = 128256 * 4096
@@ -36,7 +35,7 @@ def test_a_step_reads_every_weight_but_the_embedding_of_which_it_reads_a_row():
 
 
 def test_a_tied_head_is_read():
-    tied = ModelConfig.from_hf({**LLAMA3_8B, "tie_word_embeddings": True})
+    tied = read_config({**LLAMA3_8B, "tie_word_embeddings": True})
     assert weight_bytes("all", tied) == 2 * count_parameters(tied)
 
 
@@ -51,7 +50,7 @@ def test_a_layer_is_read_as_often_as_it_runs_and_a_half_scaled_by_0_is_not():
 def test_attention_reads_the_keys_and_values_of_its_slots_within_their_windows():
     row = 2 * 8 * 128 * 2
     assert cost.kv_bytes_read(CONFIG, plan("[0, [1, 0, 1], 2, [3, 0, 0]]"), 10, "bfloat16") == 2 * 10 * row
-    windowed = ModelConfig.from_hf(
+    windowed = read_config(
         {**LLAMA3_8B, "model_type": "gemma2", "sliding_window": 4, "head_dim": 128, "num_hidden_layers": 32}
     )
     assert cost.kv_bytes_read(windowed, plan("0,1"), 10, "bfloat16") == (4 + 10) * row

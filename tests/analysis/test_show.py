@@ -6,8 +6,8 @@ import json
 import pytest
 
 from jaxchat.analysis import show
-from jaxchat.config import ModelConfig
 from jaxchat.errors import UsageError
+from jaxchat.families import read_config
 from jaxchat.layer_plan import LayerPlan
 
 LLAMA3_8B = {
@@ -136,7 +136,7 @@ def test_the_report_as_json_has_every_field(describe):
 
 
 def test_a_context_longer_than_the_learned_positions_is_refused():
-    config = ModelConfig.from_hf(
+    config = read_config(
         {"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
     )
     with pytest.raises(UsageError, match=r"--max_length is 17, .* at most 16"):

@@ -21,7 +21,6 @@ from jaxchat.checkpoints.load import load_params
 from jaxchat.checkpoints.manifest import MANIFEST, Manifest, load_config, load_plan
 from jaxchat.checkpoints.source import open_source
 from jaxchat.checkpoints.write import convert, to_hf
-from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantFormat
@@ -65,7 +64,7 @@ def source(tiny_directory):
 def test_an_exported_plan_is_an_ordinary_model_with_the_same_logits(source, tmp_path: Path, model_type: str):
     directory = source(model_type)
     to_hf(directory, tmp_path / "out", layer_spec=SPEC)
-    config = ModelConfig.from_directory(tmp_path / "out")
+    config = load_config(tmp_path / "out")
     before = load_config(directory)
     layers = [3, 0, 1, 1, 3, 0]
     assert config.num_layers == 6
@@ -371,7 +370,7 @@ def test_a_recipe_is_converted_with_its_remarks(tiny_directory, tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "filter 'oproj' matches no tensor" in done.stderr
-    assert ModelConfig.from_directory(tmp_path / "out").num_layers == 4
+    assert load_config(tmp_path / "out").num_layers == 4
     assert done.stdout.startswith(f"{tmp_path}/out: ")
 
 

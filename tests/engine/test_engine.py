@@ -11,6 +11,7 @@ from jaxchat import model
 from jaxchat.engine import generation as generation_module
 from jaxchat.engine import session as engine_module
 from jaxchat.engine import steps as executables_module
+from jaxchat.engine.generation import generate
 from jaxchat.engine.sampling import SamplingParams
 from jaxchat.engine.session import ContextOverflowError, Engine
 from jaxchat.errors import JaxchatError, UsageError
@@ -74,7 +75,7 @@ def new_session(engine, *prompts, plan="all"):
 
 def generated(session, row=0, **options):
     """The ids that `generate` yields for one sequence."""
-    return [token.id for token in session.generate(**options) if token.row == row]
+    return [token.id for token in generate(session, **options) if token.row == row]
 
 
 def fresh_logits(engine, ids, plan="all"):
@@ -242,7 +243,7 @@ def test_a_generation_left_midway_resumes_identically(engine, temperature):
     options = {"params": SamplingParams.make(1, temperature=temperature), "seeds": [11]}
     whole = generated(new_session(engine, PROMPT), max_new_tokens=9, **options)
     session = new_session(engine, PROMPT)
-    steps = iter(session.generate(max_new_tokens=9, **options))
+    steps = iter(generate(session, max_new_tokens=9, **options))
     first = [next(steps).id for _ in range(4)]
     steps.close()
     assert session.ids[0] == PROMPT + first
@@ -252,7 +253,7 @@ def test_a_generation_left_midway_resumes_identically(engine, temperature):
 def test_a_sequence_may_be_rolled_back_while_it_is_generated(engine):
     whole = generated(new_session(engine, PROMPT), max_new_tokens=6)
     session = new_session(engine, PROMPT)
-    steps = iter(session.generate())
+    steps = iter(generate(session))
     assert [next(steps).id for _ in range(4)] == whole[:4]
     session.rollback(len(PROMPT) + 3)  # the token whose keys are not cached yet
     assert [next(steps).id for _ in range(2)] == whole[3:5]
@@ -294,7 +295,8 @@ def test_each_sequence_of_a_ragged_batch_equals_its_single_run(make_engine, vari
     ]
     stop = singles[1][4]  # sequence 1 ends there at the latest, the others where they happen to draw it
     session = new_session(engine, *RAGGED)
-    generation = session.generate(
+    generation = generate(
+        session,
         max_new_tokens=10,
         params=SamplingParams.make(3, temperature=temperature, top_p=0.9),
         seeds=seeds,
@@ -318,13 +320,13 @@ def test_a_truncated_neighbour_does_not_touch_a_sequence(make_engine):
         generated(new_session(engine, ids), max_new_tokens=10, overflow="truncate_oldest") for ids in prompts
     ]
     session = new_session(engine, *prompts)
-    tokens = list(session.generate(max_new_tokens=10, overflow="truncate_oldest"))
+    tokens = list(generate(session, max_new_tokens=10, overflow="truncate_oldest"))
     assert [[token.id for token in tokens if token.row == row] for row in (0, 1)] == singles
 
 
 def test_stop_ends_a_sequence_that_comes_later_in_the_same_step(engine):
     session = new_session(engine, PROMPT, [1, 2])
-    generation = session.generate(max_new_tokens=5)
+    generation = generate(session, max_new_tokens=5)
     for token in generation:
         if token.row == 0 and len(session.ids[0]) == len(PROMPT) + 3:
             generation.stop(1)
@@ -339,7 +341,7 @@ def test_a_sequence_that_ended_cannot_fail_its_neighbour(engine):
     expected = generated(new_session(engine, PROMPT), max_new_tokens=6)
     assert 0 not in expected
     session = new_session(Engine(engine.config, broken, max_length=MAX_LENGTH), [1, 2], PROMPT)
-    generation = session.generate(max_new_tokens=6)
+    generation = generate(session, max_new_tokens=6)
     tokens = []
     for token in generation:
         generation.stop(0)
@@ -365,14 +367,14 @@ def begun(monkeypatch):
 
 def test_the_next_step_has_begun_when_a_token_comes(engine, begun):
     session = new_session(engine, PROMPT)
-    after = [len(begun) for _ in session.generate(max_new_tokens=6)]
+    after = [len(begun) for _ in generate(session, max_new_tokens=6)]
     # Not with the first token, which is not to wait for the step's compilation, and no step for nothing.
     assert after == [0, 2, 3, 4, 5, 5]
 
 
 def test_no_step_begins_beyond_the_context(make_engine, begun):
     session = new_session(make_engine(max_length=12), PROMPT, PROMPT[:3])
-    generation = session.generate()
+    generation = generate(session)
     assert len(list(generation)) == 4 + 9
     assert generation.finish_reasons == ["context", "context"]
     assert begun == [[0, 1]] * 3 + [[1]] * 5
@@ -403,7 +405,7 @@ def test_what_the_consumer_changes_between_two_tokens_counts(engine, interfere, 
     def run():
         session = new_session(engine, PROMPT, PROMPT[:3], [5])
         params = SamplingParams.make(3, temperature=temperature, frequency_penalty=0.5)
-        generation = session.generate(max_new_tokens=9, params=params, seeds=[1, 2, 3])
+        generation = generate(session, max_new_tokens=9, params=params, seeds=[1, 2, 3])
         tokens = []
         for token in generation:
             tokens.append((token.row, token.id, round(token.logprob, 4)))
@@ -426,7 +428,7 @@ def test_interleaved_generations_of_two_plans_over_one_set_of_parameters_do_not_
     assert expected[0] != expected[1]
     other = Engine(engine.config, engine.params, max_length=MAX_LENGTH)
     sessions = [new_session(e, PROMPT, plan=plan) for e, plan in zip((engine, other), plans, strict=True)]
-    pairs = zip(*(session.generate(max_new_tokens=8) for session in sessions), strict=True)
+    pairs = zip(*(generate(session, max_new_tokens=8) for session in sessions), strict=True)
     assert [[token.id for token in tokens] for tokens in zip(*pairs, strict=True)] == expected
 
 
@@ -557,14 +559,14 @@ def test_any_changes_of_plan_and_rollbacks_of_a_ragged_batch_equal_a_fresh_run(e
             slots = (slots[:keep] + tail)[:SLOTS]
             session.set_plan(LayerPlan(tuple(slots), 3))
             if computes:
-                list(session.generate(max_new_tokens=2))
+                list(generate(session, max_new_tokens=2))
             session.rollback(max(1, min(length, len(session.ids[1]))), 1)
             session.set_ids([*session.ids[2][: length + 1], 5, length], 2)
         fresh = new_session(engine, *session.ids)
         fresh.set_plan(LayerPlan(tuple(slots), 3))
         for actual, expected in zip(session.prefill()[:3], fresh.prefill()[:3], strict=True):
             assert_same_logits(actual, expected)
-        ids = [[token[:2] for token in one.generate(max_new_tokens=3)] for one in (session, fresh)]
+        ids = [[token[:2] for token in generate(one, max_new_tokens=3)] for one in (session, fresh)]
         assert ids[0] == ids[1]
 
     check()
@@ -578,7 +580,7 @@ def assert_continues_alike(session, other):
     for _ in range(2):
         for one in (session, other):
             one.set_ids([*one.ids[0], 3, 4])
-        tokens = [list(one.generate(max_new_tokens=5, params=params, seeds=[7])) for one in (session, other)]
+        tokens = [list(generate(one, max_new_tokens=5, params=params, seeds=[7])) for one in (session, other)]
         assert tokens[0] == tokens[1]  # log-probabilities included: not one bit differs
 
 
@@ -617,7 +619,7 @@ def test_a_restored_sequence_leaves_its_neighbours_alone(engine):
     neighbour = generated(new_session(engine, [1, 40, 7]), max_new_tokens=4)
     source.rollback(len(PROMPT) + 4)
     session.restore(source.ids[0], source.cached_rows(), 1)
-    tokens = list(session.generate(max_new_tokens=4))
+    tokens = list(generate(session, max_new_tokens=4))
     assert [token.id for token in tokens if token.row == 1] == expected[4:]
     assert [token.id for token in tokens if token.row == 0] == neighbour
 
@@ -707,7 +709,7 @@ def test_a_stop_id_ends_a_sequence_and_is_kept_in_it(engine):
     tokens = generated(new_session(engine, PROMPT), max_new_tokens=8)
     stop = tokens[3]
     session = new_session(engine, PROMPT)
-    generation = session.generate(max_new_tokens=8, stop_ids=[stop])
+    generation = generate(session, max_new_tokens=8, stop_ids=[stop])
     expected = tokens[: tokens.index(stop) + 1]
     assert [token.id for token in generation] == expected
     assert session.ids[0] == PROMPT + expected
@@ -716,7 +718,7 @@ def test_a_stop_id_ends_a_sequence_and_is_kept_in_it(engine):
 
 def test_max_new_tokens_ends_with_the_reason_length(engine):
     session = new_session(engine, PROMPT)
-    generation = session.generate(max_new_tokens=1)
+    generation = generate(session, max_new_tokens=1)
     assert len(list(generation)) == 1
     assert generation.finish_reasons == ["length"]
 
@@ -724,13 +726,13 @@ def test_max_new_tokens_ends_with_the_reason_length(engine):
 @pytest.mark.parametrize("max_new_tokens", [0, -3])
 def test_fewer_than_one_new_token_is_refused(engine, max_new_tokens):
     with pytest.raises(UsageError, match=f"--max_new_tokens is {max_new_tokens}; it must be at least 1"):
-        new_session(engine, PROMPT).generate(max_new_tokens=max_new_tokens)
+        generate(new_session(engine, PROMPT), max_new_tokens=max_new_tokens)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt2"])
 def test_a_generation_that_fills_the_context_ends_with_the_reason_context(make_engine, variant):
     session = new_session(make_engine(variant, max_length=32), random_ids(25))
-    generation = session.generate()
+    generation = generate(session)
     assert len(list(generation)) == 7
     assert generation.finish_reasons == ["context"]
     assert len(session.ids[0]) == 32
@@ -739,7 +741,7 @@ def test_a_generation_that_fills_the_context_ends_with_the_reason_context(make_e
 def test_a_prompt_longer_than_the_context_is_an_error_that_says_what_to_do(make_engine):
     session = new_session(make_engine(max_length=32), random_ids(33))
     with pytest.raises(ContextOverflowError, match=r"33 tokens but the context holds 32; .*truncate_oldest"):
-        list(session.generate())
+        list(generate(session))
     with pytest.raises(ContextOverflowError, match="33 tokens but the context holds 32"):
         session.score()
 
@@ -760,7 +762,7 @@ def test_a_generation_beyond_the_context_equals_fresh_runs_on_the_truncated_ids(
     engine = make_engine(variant, max_length=32)
     ids = [1, *random_ids(27)]
     session = new_session(engine, ids)
-    generation = session.generate(max_new_tokens=24, overflow="truncate_oldest")  # truncates twice
+    generation = generate(session, max_new_tokens=24, overflow="truncate_oldest")  # truncates twice
     tokens = [token.id for token in generation]
     for token in tokens:
         if len(ids) >= 32:
@@ -796,7 +798,7 @@ def test_penalties_count_prompt_and_output_through_a_whole_generation(engine):
         frequency_penalty=frequency,
     )
     session, ids, counts = new_session(engine, PROMPT), list(PROMPT), np.zeros(67)
-    for token in session.generate(max_new_tokens=20, params=params):
+    for token in generate(session, max_new_tokens=20, params=params):
         logits = fresh_logits(engine, ids).astype(np.float64)
         seen = np.unique(ids)
         logits[seen] = np.where(logits[seen] > 0, logits[seen] / repetition, logits[seen] * repetition)
@@ -827,7 +829,7 @@ def test_a_text_of_one_token_has_no_scores(engine):
 def test_a_generated_token_carries_the_models_own_log_probability(engine):
     session = new_session(engine, PROMPT)
     params = SamplingParams.make(1, temperature=3.0, top_k=20, repetition_penalty=1.5)
-    logprobs = [token.logprob for token in session.generate(max_new_tokens=6, params=params)]
+    logprobs = [token.logprob for token in generate(session, max_new_tokens=6, params=params)]
     assert logprobs == pytest.approx(session.score()[-6:].tolist(), abs=1e-4)
 
 
@@ -836,7 +838,7 @@ def test_logits_that_are_not_finite_are_reported_and_leave_nothing_behind(engine
     broken["embed.weight"] = broken["embed.weight"].at[66].set(np.nan)
     session = new_session(Engine(engine.config, broken, max_length=MAX_LENGTH), [*PROMPT, 66, 3])
     with pytest.raises(JaxchatError, match="logits are not finite"):
-        list(session.generate(max_new_tokens=3))
+        list(generate(session, max_new_tokens=3))
     session.rollback(len(PROMPT))
     expected = generated(new_session(engine, PROMPT), max_new_tokens=4)
     assert generated(session, max_new_tokens=4) == expected
@@ -850,9 +852,9 @@ def test_token_ids_outside_the_vocabulary_are_refused(engine, token):
 
 def test_an_empty_prompt_is_refused(engine):
     with pytest.raises(UsageError, match="an empty prompt: give at least one token"):
-        new_session(engine, []).generate()
+        generate(new_session(engine, []))
     with pytest.raises(UsageError, match="an empty prompt: give at least one token"):
-        new_session(engine, [1], []).generate()
+        generate(new_session(engine, [1], []))
     with pytest.raises(UsageError, match="nothing to prefill"):
         new_session(engine).prefill()
     with pytest.raises(UsageError, match="nothing to prefill"):
@@ -862,11 +864,11 @@ def test_an_empty_prompt_is_refused(engine):
 def test_seeds_and_sampling_parameters_must_match_the_batch(engine):
     session = new_session(engine, [1], [2])
     with pytest.raises(UsageError, match=r"seeds: got values of shape \(1,\), expected one for each of 2"):
-        session.generate(seeds=[3])
+        generate(session, seeds=[3])
     with pytest.raises(UsageError, match=r"temperature: got values of shape \(1,\)"):
-        session.generate(params=SamplingParams.make(1))
+        generate(session, params=SamplingParams.make(1))
     with pytest.raises(UsageError, match="--seed is -1; it must be at least 0"):
-        session.generate(seeds=[0, -1])
+        generate(session, seeds=[0, -1])
 
 
 # --- narrow weights

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import jaxchat
-from jaxchat import generate
+from jaxchat import generate as generate_command
 from jaxchat.analysis import cost, show
 from jaxchat.engine import session as session_module
 from jaxchat.engine import steps
+from jaxchat.engine.generation import generate
 from jaxchat.engine.sampling import SamplingParams
 from jaxchat.engine.session import Engine
 from jaxchat.errors import UsageError
@@ -51,7 +52,7 @@ def logits_of(session, ids):
 
 
 def generated(session, count, **options):
-    return [token.id for token in session.generate(max_new_tokens=count, **options)]
+    return [token.id for token in generate(session, max_new_tokens=count, **options)]
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -92,7 +93,7 @@ def test_a_changed_plan_and_a_restored_session_keep_the_rows_bit_for_bit(make_se
     other = make_session(kv_dtype, plan="0,1,2")
     other.restore(session.ids[0], session.cached_rows())
     params = SamplingParams.make(1, temperature=0.8)
-    tokens = [list(one.generate(max_new_tokens=6, params=params, seeds=[2])) for one in (session, other)]
+    tokens = [list(generate(one, max_new_tokens=6, params=params, seeds=[2])) for one in (session, other)]
     assert tokens[0] == tokens[1]
     after = session.cached_rows()
     for name in ("k", "v", "k_scale", "v_scale"):
@@ -163,10 +164,10 @@ def test_an_unknown_dtype_is_refused_before_anything_is_loaded(make_session, tmp
 def test_the_command_line_takes_it(tmp_path, capsys):
     write_tiny_chat(tmp_path)
     asked = ["generate", "-m", str(tmp_path), "--kv_dtype", "int8"]
-    assert generate.main([*asked, "-p", "hello", "--max_new_tokens", "4", "--json"]) == 0
+    assert generate_command.main([*asked, "-p", "hello", "--max_new_tokens", "4", "--json"]) == 0
     expected = jaxchat.load(tmp_path, kv_dtype="int8").chat("hello", max_new_tokens=4)
     assert json.loads(capsys.readouterr().out)["token_ids"] == expected.token_ids
-    assert generate.main([*asked, "--show"]) == 0
+    assert generate_command.main([*asked, "--show"]) == 0
     assert "int8; grows as it fills" in capsys.readouterr().out
     command = [sys.executable, "-m", "jaxchat.generate", *asked[1:4], "int4", "-p", "hello"]
     refused = subprocess.run(command, capture_output=True, text=True)

@@ -17,7 +17,8 @@ transformers = pytest.importorskip("transformers")
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
-from jaxchat.config import ModelConfig  # noqa: E402
+from jaxchat.checkpoints.manifest import load_config  # noqa: E402
+from jaxchat.families import read_config  # noqa: E402
 from jaxchat.layers.rope import inverse_frequencies  # noqa: E402
 from tests.support.make_goldens import reference, reference_greedy, reference_logits, reference_model  # noqa: E402
 from tests.support.parity_cases import (  # noqa: E402
@@ -94,8 +95,8 @@ def test_greedy_continuation_of_a_ragged_batch_equals_the_reference_of_each_prom
 
 
 def test_config_saved_by_transformers_reads_like_the_one_it_was_made_from(pair: Pair):
-    saved = dataclasses.replace(ModelConfig.from_directory(pair.directory), bos_id=None, eos_ids=())
-    original = dataclasses.replace(ModelConfig.from_hf(CASES[pair.case]), bos_id=None, eos_ids=())
+    saved = dataclasses.replace(load_config(pair.directory), bos_id=None, eos_ids=())
+    original = dataclasses.replace(read_config(CASES[pair.case]), bos_id=None, eos_ids=())
     assert saved == original
 
 
@@ -134,7 +135,7 @@ def test_rope_frequencies_of_real_sizes_equal_the_reference(name: str, length: i
     else:
         kind = ROPES[name]["rope_type"]
         expected, factor = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"), seq_len=length)
-    rope = ModelConfig.from_hf(hf.to_dict()).ropes[0]
+    rope = read_config(hf.to_dict()).ropes[0]
     ours = inverse_frequencies(rope, jnp.array([length]))[0]
     np.testing.assert_allclose(ours, expected.numpy(), rtol=2e-6)
     assert rope.attention_factor == pytest.approx(factor)

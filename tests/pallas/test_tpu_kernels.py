@@ -312,7 +312,7 @@ def test_a_tpu_takes_the_pallas_kernels_by_default():
 SHARDED = """
 import functools, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-import test_tpu_kernels as t
+from tests.pallas import test_tpu_kernels as t
 from jaxchat.pallas.cache_attention import tpu as attention
 from jaxchat.pallas.stacked_matmul import tpu as matmul
 mesh = jax.make_mesh((1, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -417,7 +417,8 @@ def test_steps_compile_ahead_of_time_and_copy_neither_weights_nor_cache(
 @pytest.mark.parametrize("target", ["v5e", "v6e", "tpu7x"])
 def test_kernels_compile_for_every_format_and_odd_shapes(target):
     assert (
-        run_python(["-c", f"import test_tpu_kernels; test_tpu_kernels.compile_kernels({target!r})"]) == "ok"
+        run_python(["-c", f"from tests.pallas import test_tpu_kernels as t; t.compile_kernels({target!r})"])
+        == "ok"
     )
 
 

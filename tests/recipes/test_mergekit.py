@@ -25,7 +25,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from jaxchat.checkpoints.load import load_assembly, load_params
-from jaxchat.config import ModelConfig
+from jaxchat.checkpoints.manifest import load_config
 from jaxchat.recipes.recipe import read_recipe
 from tests.checkpoints.test_assembly import expansion, logits
 
@@ -190,7 +190,7 @@ def retyped(merged: Path, **changes: object) -> Path:
 
 
 def types(directory: Path) -> tuple[int, ...]:
-    return ModelConfig.from_directory(directory).layer_windows
+    return load_config(directory).layer_windows
 
 
 def test_mergekit_fails_on_alternating_layers_and_we_do_not(tmp_path: Path):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxchat.checkpoints.assembly import LayerSource
-from jaxchat.config import ModelConfig
+from jaxchat.checkpoints.manifest import load_config
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import count_parameters, parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanError, Slot
@@ -138,7 +138,7 @@ def test_the_seeds_recipe_is_a_plan_with_four_slots_that_are_not_executed(opench
 
 def test_the_seeds_recipe_has_8_114_196_480_parameters(openchat):
     recipe, paths = openchat
-    config = ModelConfig.from_directory(paths["openchat/openchat-3.5-0106"])
+    config = load_config(paths["openchat/openchat-3.5-0106"])
     assert count_parameters(config, len(read_recipe(recipe, paths).plan)) == 8_114_196_480
 
 
@@ -508,7 +508,7 @@ def test_every_tensor_has_the_scale_that_mergekit_gives_it(read, models, model_t
     from mergekit.merge_methods import get
 
     recipe = {"merge_method": "passthrough", "slices": slices, "parameters": whole}
-    table = parameter_table(ModelConfig.from_directory(models("a", model_type)))
+    table = parameter_table(load_config(models("a", model_type)))
     models("b", model_type)
     assembly = read(yaml.safe_dump(recipe))
     theirs = MergeConfiguration.model_validate(recipe)
@@ -550,7 +550,7 @@ def test_every_tensor_has_the_scale_that_mergekit_gives_it(read, models, model_t
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(plan=plans(num_layers=8))
 def test_a_plan_written_as_a_recipe_is_read_as_itself(read, models, model_type, plan):
-    config = ModelConfig.from_directory(models("a model: #1", model_type))
+    config = load_config(models("a model: #1", model_type))
     assembly = read(to_mergekit(plan, "a model: #1", config, "bfloat16"))
     assert source_plan(assembly, 8) == plan
     assert assembly.dtype == "bfloat16"

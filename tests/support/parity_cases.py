@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from jaxchat import model
 from jaxchat.checkpoints.load import load_params
 from jaxchat.config import ModelConfig
-from jaxchat.families import parameter_table
+from jaxchat.families import parameter_table, read_config
 from jaxchat.layer_plan import LayerPlan
 
 TOLERANCE = 2e-5
@@ -291,7 +291,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def hf_tensors(case: str) -> dict[str, np.ndarray]:
     """A case's weights under their Hugging Face names; norms and biases are as random as the rest."""
-    config = ModelConfig.from_hf(CASES[case])
+    config = read_config(CASES[case])
     rng = np.random.RandomState(zlib.crc32(case.encode()))
     tensors: dict[str, np.ndarray] = {}
     for param in parameter_table(config):

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxchat.config import ModelConfig, Param
-from jaxchat.families import parameter_table
+from jaxchat.families import parameter_table, read_config
 
 _LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": 67,
@@ -125,7 +125,7 @@ def write_tiny_hf(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(random_hf_tensors(ModelConfig.from_hf(config), seed, dtype), directory / "model.safetensors")
+    save_file(random_hf_tensors(read_config(config), seed, dtype), directory / "model.safetensors")
     return config
 
 
