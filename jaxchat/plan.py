@@ -14,7 +14,8 @@ from absl import flags
 
 from jaxchat.analysis import cost, show
 from jaxchat.checkpoints.assembly import Assembly, assembled_config
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, load_config, load_plan
+from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
 from jaxchat.cli import command_line
 from jaxchat.cli.command_line import Flag
 from jaxchat.config import ModelConfig, Param
@@ -211,14 +212,15 @@ def _subject(values: flags.FlagValues) -> _Subject:
     if values.recipe is not None:
         paths = command_line.model_paths(values)
         assembly = read_recipe(values.recipe, paths, keep_identity=values.keep_identity)
-        config = assembled_config(assembly, [load_config(path) for path in assembly.models])
+        config = assembled_config(assembly, [model.config for model in assembly.models])
         if values.layer_spec is not None:
             assembly = dataclasses.replace(assembly, plan=assembly.plan.select(values.layer_spec))
         return _Subject(assembly.plan, config, assembly, Path(values.recipe).name)
     spec = "all" if values.layer_spec is None else values.layer_spec
     if values.model is None:
         return _Subject(LayerPlan.parse(spec, values.num_layers), None, None, None)
-    return _Subject(load_plan(values.model).select(spec), load_config(values.model), None, values.model)
+    model = ModelDirectory.at(values.model)
+    return _Subject(model.plan.select(spec), model.config, None, values.model)
 
 
 # --- conversion
@@ -230,8 +232,8 @@ def _converted(subject: _Subject, kind: str, model_name: str | None) -> str:
         return "\n".join(show.slot_table(_rows(subject)))
     plan, config, name = subject.plan, subject.config, subject.name
     if subject.assembly is not None:
-        name = str(subject.assembly.models[subject.assembly.base])
-        config = load_config(name)
+        base = subject.assembly.models[subject.assembly.base]
+        name, config = str(base), base.config
         plan = source_plan(subject.assembly, config.num_layers)
     if kind != "mergekit":
         return plan.to_notation(kind)

@@ -14,8 +14,8 @@ from jaxchat.chat import session_file
 from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.replies import Batch, Result, Score, TextStream
 from jaxchat.chat.session import ChatSession
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import Progress, load_assembly, load_params
-from jaxchat.checkpoints.manifest import load_plan
 from jaxchat.checkpoints.quantized import Quant
 from jaxchat.config import ModelConfig
 from jaxchat.engine.compile_cache import enable_compilation_cache
@@ -29,7 +29,6 @@ from jaxchat.recipes.recipe import read_recipe
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.reasoning import ThoughtTags
 from jaxchat.text.tokenizer import Tokenizer
-from jaxchat.text.tokenizer_files import has_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +266,7 @@ class Model:
 
 
 def load(
-    path: str | Path | None = None,
+    path: str | Path | ModelDirectory | None = None,
     plan: str | LayerPlan | None = None,
     *,
     recipe: str | Path | None = None,
@@ -314,8 +313,8 @@ def load(
     if (path is None) == (recipe is None):
         raise UsageError("give a model directory or a recipe, one of them")
     if recipe is None:
-        assembly, directory = None, Path(path or "")
-        base_plan = load_plan(directory)
+        assembly, directory = None, ModelDirectory.at(path or "")
+        base_plan = directory.plan
     else:
         assembly = read_recipe(recipe, model_paths, keep_identity=keep_identity)
         directory, base_plan = assembly.models[assembly.tokenizer], assembly.plan
@@ -326,8 +325,7 @@ def load(
     select_kernels(kernels, jax.default_backend())
     if kv_dtype is not None:
         checked_kv_dtype(kv_dtype)
-    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
-    template = ChatTemplate.load(directory, tokenizer) if tokenizer else None
+    tokenizer, template = directory.tokenizer, directory.template
     weights: dict[str, Any] = {"dtype": dtype, "quant": wanted, "mesh": mesh, "progress": progress}
     if assembly is None:
         config, params = load_params(directory, **weights)

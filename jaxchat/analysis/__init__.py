@@ -7,33 +7,8 @@
 `Sweep` evaluates any plans of one's own the same way; `python -m jaxchat.analyze` is the command line.
 """
 
-from jaxchat.analysis.measure import (
-    HALVES,
-    PARTS,
-    Analysis,
-    Lens,
-    Questions,
-    analyze,
-    perplexity,
-    repeated,
-    repeats,
-    skipped,
-)
-from jaxchat.analysis.sweep import Sweep, Windows, cut_windows, windows_at_once
+import lazy_loader
 
-__all__ = [
-    "HALVES",
-    "PARTS",
-    "Analysis",
-    "Lens",
-    "Questions",
-    "Sweep",
-    "Windows",
-    "analyze",
-    "cut_windows",
-    "perplexity",
-    "repeated",
-    "repeats",
-    "skipped",
-    "windows_at_once",
-]
+# Names are listed once, in the stub beside this file. `cost.py` and `show.py` need no JAX, whose import takes
+# half a second.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,11 +10,11 @@ from typing import Any
 
 from jaxchat.analysis import cost
 from jaxchat.checkpoints.assembly import Assembly, LayerSource, assembled_config
-from jaxchat.checkpoints.manifest import MANIFEST, WEIGHT_DTYPES, Manifest, load_config, load_plan
+from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest
 from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param
 from jaxchat.errors import UsageError
 from jaxchat.families import count_parameters, parameter_table
-from jaxchat.files import read_json
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import KV_DTYPES
 
@@ -96,7 +96,7 @@ class Report:
 
 
 def describe_directory(
-    directory: str | Path,
+    directory: str | Path | ModelDirectory,
     plan: str | LayerPlan | None = None,
     *,
     max_length: int | None = None,
@@ -115,14 +115,12 @@ def describe_directory(
       UsageError: no such directory, or a bad plan, length or format.
       JaxchatError: a file is missing or malformed.
     """
-    directory = Path(directory)
-    config = load_config(directory)
+    directory = ModelDirectory.at(directory)
+    config = directory.config
     if not isinstance(plan, LayerPlan):
-        recorded = load_plan(directory)
-        plan = recorded if plan is None else recorded.select(plan)
-    stored_dtype = _stored_dtype(directory)
+        plan = directory.plan if plan is None else directory.plan.select(plan)
     report = describe(
-        config, plan, name=directory.resolve().name, max_length=max_length, stored_dtype=stored_dtype
+        config, plan, name=directory.name, max_length=max_length, stored_dtype=directory.stored_dtype
     )
     return _with_quantization(report, directory, config, quant)
 
@@ -143,14 +141,14 @@ def describe_assembly(
       name: what to call it.
       max_length, quant: as for `describe_directory`.
     """
-    config = assembled_config(assembly, [load_config(path) for path in assembly.models])
+    config = assembled_config(assembly, [model.config for model in assembly.models])
     base = assembly.models[assembly.base]
     report = describe(
         config,
         assembly.plan if layer_spec is None else assembly.plan.select(layer_spec),
         name=name,
         max_length=max_length,
-        stored_dtype=assembly.dtype or _stored_dtype(base),
+        stored_dtype=assembly.dtype or base.stored_dtype,
     )
     sources = [_source(assembly, layer) for layer in assembly.layers]
     rows = report.layers
@@ -167,8 +165,10 @@ def _source(assembly: Assembly, layer: LayerSource) -> str:
     return f"{name}{layer.layer}{scales}"
 
 
-def _with_quantization(report: Report, directory: Path, config: ModelConfig, quant: str | None) -> Report:
-    manifest = Manifest.read(directory) if (directory / MANIFEST).exists() else None
+def _with_quantization(
+    report: Report, directory: ModelDirectory, config: ModelConfig, quant: str | None
+) -> Report:
+    manifest = directory.manifest
     if quant is None and (manifest is None or manifest.quantization is None):
         return report
     manifest = manifest or Manifest(
@@ -179,7 +179,9 @@ def _with_quantization(report: Report, directory: Path, config: ModelConfig, qua
     return dataclasses.replace(report, **_quantized(directory, config, manifest, quant))
 
 
-def _quantized(directory: Path, config: ModelConfig, manifest: Manifest, quant: str | None) -> dict[str, Any]:
+def _quantized(
+    directory: ModelDirectory, config: ModelConfig, manifest: Manifest, quant: str | None
+) -> dict[str, Any]:
     """The fields of a report that a format decides."""
     # Imports JAX, half a second that `--show` without a format does not need.
     from jaxchat.checkpoints.quantized import choose_format, stored_bytes
@@ -315,23 +317,6 @@ def _shapes(config: ModelConfig) -> dict[str, int | bool]:
         "trained context": config.max_position_embeddings,
         "tied embeddings": config.tied_embeddings,
     }
-
-
-def _stored_dtype(directory: Path) -> str | None:
-    """What a converted model's description, or `config.json`, says of the weights."""
-    if (directory / MANIFEST).exists():
-        manifest = Manifest.read(directory)
-        if manifest.quantization is not None:
-            return str(manifest.quantization.get("format"))
-        found = set(manifest.dtypes.values())
-        return found.pop() if len(found) == 1 else None
-    config = read_json(directory / "config.json")
-    text = config.get("text_config")
-    for values in (config, text if isinstance(text, dict) else {}):
-        for key in ("dtype", "torch_dtype"):
-            if values.get(key) in WEIGHT_DTYPES:
-                return str(values[key])
-    return None
 
 
 def _slot_row(config: ModelConfig, plan: LayerPlan, position: int) -> SlotRow:

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from jaxchat.checkpoints.assembly import Assembly, Tensor, assembled_config, global_tensor, stack_of
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, load_config, stack_entry
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, stack_entry
 from jaxchat.checkpoints.quantized import stored_format, stored_format_of
-from jaxchat.checkpoints.source import Source, convert_into, open_source, row_blocks
+from jaxchat.checkpoints.source import Source, convert_into, row_blocks
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import count_parameters, parameter_table
@@ -43,11 +43,10 @@ class AssembledSource:
         """
         self.assembly = assembly
         self._dtype = dtype or (None if assembly.dtype is None else WEIGHT_DTYPES[assembly.dtype])
-        stated = [load_config(path) for path in assembly.models]
+        stated = [model.config for model in assembly.models]
         assembled_config(assembly, stated)  # models that do not fit are refused before they are opened
         self._sources = [
-            open_source(path, wanted=_wanted(assembly, stated, model))
-            for model, path in enumerate(assembly.models)
+            model.source(_wanted(assembly, stated, number)) for number, model in enumerate(assembly.models)
         ]
         configs = [source.config for source in self._sources]
         self.config = assembled_config(assembly, configs)
@@ -59,7 +58,7 @@ class AssembledSource:
     def _describe(self) -> Manifest:
         base, names = (
             self._sources[self.assembly.base],
-            [path.resolve().name for path in self.assembly.models],
+            [model.name for model in self.assembly.models],
         )
         formats = [source.manifest.quantization for source in self._sources]
         for path, found in zip(self.assembly.models, formats, strict=True):

@@ -1,7 +1,7 @@
 """A stack assembled from the layers of one or several model directories: what to load from where.
 
 Says which source layer becomes which row of the stack, what is scaled while it is read, and which
-configuration results; opens no file. `recipe.py` reads recipes, `checkpoint_assembled.py` the weights.
+configuration results; opens no file. `recipes/` reads recipes, `assembled.py` the weights.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.config import EMBED, HEAD, ModelConfig, RopeConfig
 from jaxchat.errors import UsageError
 from jaxchat.families import parameter_table
@@ -49,7 +50,7 @@ class Assembly:
       notes: what the user should know, a line each: warnings, and which scales became copies of tensors.
     """
 
-    models: tuple[Path, ...]
+    models: tuple[ModelDirectory, ...]
     layers: tuple[LayerSource, ...]
     plan: LayerPlan
     globals: tuple[tuple[str, tuple[int, float]], ...]
@@ -67,10 +68,10 @@ class Tensor(NamedTuple):
     scale: float
 
 
-def whole(directory: str | Path, plan: LayerPlan) -> Assembly:
+def whole(model: str | Path | ModelDirectory, plan: LayerPlan) -> Assembly:
     """The assembly that is one model under a plan over its stacked layers."""
     layers = tuple(LayerSource(0, layer) for layer in range(plan.num_layers))
-    return Assembly((Path(directory),), layers, plan, (), base=0, tokenizer=0, dtype=None, notes=())
+    return Assembly((ModelDirectory.at(model),), layers, plan, (), base=0, tokenizer=0, dtype=None, notes=())
 
 
 def under(assembly: Assembly, plan: LayerPlan) -> Assembly:
@@ -118,8 +119,8 @@ def assembled_config(assembly: Assembly, configs: Sequence[ModelConfig]) -> Mode
       UsageError: the models differ in architecture, vocabulary or a shape; the message has the first field.
     """
     base = configs[assembly.base]
-    for path, config in zip(assembly.models, configs, strict=True):
-        _check_equal(assembly.models[assembly.base], base, path, config)
+    for model, config in zip(assembly.models, configs, strict=True):
+        _check_equal(assembly.models[assembly.base], base, model, config)
     ropes = tuple(dict.fromkeys(rope for config in (base, *configs) for rope in config.ropes))
     _check_ropes(assembly, ropes)
     layers = [(configs[source.model], source.layer) for source in assembly.layers]
@@ -157,12 +158,14 @@ _MAY_DIFFER = frozenset({
 })  # fmt: skip
 
 
-def _check_equal(base_path: Path, base: ModelConfig, path: Path, config: ModelConfig) -> None:
+def _check_equal(
+    base_model: ModelDirectory, base: ModelConfig, model: ModelDirectory, config: ModelConfig
+) -> None:
     for field in dataclasses.fields(ModelConfig):
         found, expected = getattr(config, field.name), getattr(base, field.name)
         if found != expected and field.name not in may_differ(base):
             raise UsageError(
-                f"{base_path} and {path} cannot share a stack: {field.name} is {expected!r} in the one and "
+                f"{base_model} and {model} cannot share a stack: {field.name} is {expected!r} in the one and "
                 f"{found!r} in the other; layers stack only if architecture, shapes and vocabulary are equal"
             )
 
@@ -170,7 +173,7 @@ def _check_equal(base_path: Path, base: ModelConfig, path: Path, config: ModelCo
 def _check_ropes(assembly: Assembly, ropes: Sequence[RopeConfig]) -> None:
     dims = sorted({rope.dim for rope in ropes})
     if len(dims) > 1:
-        names = " and ".join(str(path) for path in assembly.models)
+        names = " and ".join(map(str, assembly.models))
         raise UsageError(f"{names} cannot share a stack: they rotate {dims[0]} and {dims[-1]} numbers a head")
 
 

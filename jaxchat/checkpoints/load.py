@@ -16,10 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jaxchat.checkpoints.assembled import AssembledSource
 from jaxchat.checkpoints.assembly import Assembly
-from jaxchat.checkpoints.manifest import load_config, weight_dtype
+from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.checkpoints.manifest import weight_dtype
 from jaxchat.checkpoints.quantized import Quant, Storage, choose_format, stored_bytes, stored_format_of
 from jaxchat.checkpoints.safetensors_file import ALIGNMENT
-from jaxchat.checkpoints.source import Source, convert_into, open_source
+from jaxchat.checkpoints.source import Source, convert_into
 from jaxchat.config import ModelConfig, Param
 from jaxchat.quant import QuantFormat, QuantizedTensor, empty, format_for, layer_slice, quantize
 from jaxchat.sharding import param_sharding
@@ -27,13 +28,10 @@ from jaxchat.sharding import param_sharding
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), counted in the stored dtype."""
 
-__all__ = ["Progress", "load_config", "load_params", "open_source"]
-
 
 def load_params(
-    directory: str | Path,
+    directory: str | Path | ModelDirectory,
     *,
-    config: ModelConfig | None = None,
     dtype: str | None = None,
     quant: Quant = "auto",
     mesh: Mesh | None = None,
@@ -47,7 +45,6 @@ def load_params(
 
     Args:
       directory: the model.
-      config: instead of the directory's `config.json`.
       dtype: `float32`, `bfloat16` or `float16` to convert what is not quantized to; None keeps what is
         stored.
       quant: the format to quantize to while loading, None for plain numbers, or `auto` for what is stored.
@@ -63,7 +60,8 @@ def load_params(
       JaxchatError: a file is missing, truncated or malformed, or a value does not fit the dtype.
     """
     target = None if dtype is None else weight_dtype(dtype)
-    source = open_source(directory, config=config)
+    directory = ModelDirectory.at(directory)
+    source = directory.source()
     fmt = choose_format(directory, source.manifest, quant)
     meter = Meter(source, progress)
     if source.manifest.format == "orbax" and fmt is None:

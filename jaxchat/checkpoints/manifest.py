@@ -1,4 +1,4 @@
-"""What a converted checkpoint says of itself (`jaxchat.json`), and how a model directory is recognised.
+"""What a converted checkpoint says of itself: `jaxchat.json`.
 
 Needs no JAX. The tensors are read in `source.py`.
 """
@@ -14,9 +14,7 @@ import numpy as np
 
 from jaxchat.config import ModelConfig, RopeConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families import read_config
-from jaxchat.families.hf_config import HfConfig
-from jaxchat.files import read_json, read_optional_json
+from jaxchat.files import read_json
 from jaxchat.layer_plan import LayerPlan, PlanError
 
 MANIFEST = "jaxchat.json"
@@ -101,31 +99,6 @@ class Manifest:
         return result
 
 
-def stated_config(directory: Path) -> ModelConfig:
-    """What `config.json` says, and `generation_config.json` of the tokens that end a text."""
-    path, generation = directory / "config.json", directory / "generation_config.json"
-    config = read_config(read_json(path), source=str(path))
-    eos = HfConfig(read_optional_json(generation), str(generation)).ids("eos_token_id")
-    return dataclasses.replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *eos))))
-
-
-def load_config(directory: str | Path) -> ModelConfig:
-    """The configuration of a model directory of any format, without opening its tensors."""
-    directory = check_directory(directory)
-    config = stated_config(directory)
-    return config_of(Manifest.read(directory), config) if (directory / MANIFEST).exists() else config
-
-
-def check_directory(directory: str | Path) -> Path:
-    """The path of an existing directory; anything else is a `UsageError`."""
-    directory = Path(directory)
-    if not directory.exists():
-        raise UsageError(f"{directory}: no such model directory; give the folder that holds config.json")
-    if not directory.is_dir():
-        raise UsageError(f"{directory}: not a directory; give the folder that holds config.json")
-    return directory
-
-
 def weight_dtype(name: str) -> np.dtype:
     """The dtype of a `--dtype` value."""
     if name not in WEIGHT_DTYPES:
@@ -177,19 +150,3 @@ def recorded_plan(manifest: Manifest, config: ModelConfig) -> LayerPlan | None:
     except PlanError as error:
         reason = str(error).splitlines()[0]
         raise JaxchatError(f"{MANIFEST}: the recorded plan is malformed ({reason}); convert again") from None
-
-
-def records_plan(directory: str | Path) -> bool:
-    """Whether a model directory is a stack that is not simply its model's layers in order."""
-    if not (Path(directory) / MANIFEST).exists():
-        return False
-    manifest = Manifest.read(Path(directory))
-    return manifest.plan is not None or manifest.stack is not None
-
-
-def load_plan(directory: str | Path) -> LayerPlan:
-    """The layer plan of a model directory: the recorded one, or every layer once."""
-    config = load_config(directory)
-    if not (Path(directory) / MANIFEST).exists():
-        return LayerPlan.identity(config.num_layers)
-    return recorded_plan(Manifest.read(Path(directory)), config) or LayerPlan.identity(config.num_layers)

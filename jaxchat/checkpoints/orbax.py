@@ -14,8 +14,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxchat.checkpoints.manifest import NATIVE_FILE, ORBAX_FOLDER, Manifest, config_of
+from jaxchat.checkpoints.native import NativeSource
 from jaxchat.checkpoints.safetensors_file import NAMES
-from jaxchat.checkpoints.source import NativeSource, verify
+from jaxchat.checkpoints.source import verify
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table

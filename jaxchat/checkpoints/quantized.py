@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -95,7 +94,7 @@ def _parsed(text: object) -> QuantFormat:
     raise JaxchatError(f"jaxchat.json: {text!r} is no quantization format; convert the model again")
 
 
-def choose_format(directory: str | Path, manifest: Manifest, wanted: Quant) -> QuantFormat | None:
+def choose_format(directory: object, manifest: Manifest, wanted: Quant) -> QuantFormat | None:
     """The format to load or convert to.
 
     Raises:

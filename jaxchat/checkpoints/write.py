@@ -19,16 +19,14 @@ import numpy as np
 
 from jaxchat.checkpoints.assembled import AssembledSource, BakedSource
 from jaxchat.checkpoints.assembly import Assembly, under, whole
+from jaxchat.checkpoints.directory import CONFIG, GENERATION_CONFIG, ModelDirectory
 from jaxchat.checkpoints.load import Meter, Progress, layers_of, storages
 from jaxchat.checkpoints.manifest import (
     MANIFEST,
     NATIVE_FILE,
     Manifest,
-    check_directory,
-    load_plan,
     recorded_plan,
     stack_entry,
-    stated_config,
     weight_dtype,
 )
 from jaxchat.checkpoints.quantized import (
@@ -42,11 +40,10 @@ from jaxchat.checkpoints.quantized import (
     tensor_specs,
 )
 from jaxchat.checkpoints.safetensors_file import ALIGNMENT, SafetensorsWriter
-from jaxchat.checkpoints.source import Source, convert_into, open_source
+from jaxchat.checkpoints.source import Source, convert_into
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import Family, family_of, relayered_config
-from jaxchat.files import read_json
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantizedTensor
 from jaxchat.quant import dequantize as dequantize_tensor
@@ -91,14 +88,14 @@ class _Model(NamedTuple):
 
     source: Source
     plan: LayerPlan | None
-    directories: tuple[Path, ...]
-    base: Path
-    words: Path
+    directories: tuple[ModelDirectory, ...]
+    base: ModelDirectory
+    words: ModelDirectory
     dtype: str | None
 
 
 def convert(
-    src: str | Path | Assembly,
+    src: str | Path | ModelDirectory | Assembly,
     dst: str | Path,
     *,
     layer_spec: str | None = None,
@@ -165,7 +162,7 @@ def convert(
 
 
 def to_hf(
-    src: str | Path | Assembly,
+    src: str | Path | ModelDirectory | Assembly,
     dst: str | Path,
     *,
     layer_spec: str | None = None,
@@ -226,19 +223,21 @@ def to_hf(
     return source.manifest
 
 
-def _open(src: str | Path | Assembly, layer_spec: str | None, dtype: np.dtype | None) -> _Model:
+def _open(
+    src: str | Path | ModelDirectory | Assembly, layer_spec: str | None, dtype: np.dtype | None
+) -> _Model:
     """Opens a directory as it is, or else what is assembled, without the layers that the plan leaves out."""
     if isinstance(src, Assembly):
         assembly = src
     else:
-        src = check_directory(src)
+        src = ModelDirectory.at(src)
         if layer_spec is None:
-            source = open_source(src)
+            source = src.source()
             plan = recorded_plan(source.manifest, source.config)
             if plan is None and source.manifest.stack is not None:  # no `config.json` describes its layers
                 plan = LayerPlan.identity(source.config.num_layers)
             return _Model(source, plan, (src,), src, src, None)
-        assembly = whole(src, load_plan(src))
+        assembly = whole(src, src.plan)
     if layer_spec is not None:
         assembly = under(assembly, assembly.plan.select(layer_spec))
     base, words = assembly.models[assembly.base], assembly.models[assembly.tokenizer]
@@ -247,8 +246,7 @@ def _open(src: str | Path | Assembly, layer_spec: str | None, dtype: np.dtype | 
 
 
 def _unrolled_config(model: _Model, config: ModelConfig) -> dict[str, Any]:
-    path = model.base / "config.json"
-    return relayered_config(read_json(path), config, source=str(path))
+    return relayered_config(model.base.config_values, config, source=str(model.base.path / CONFIG))
 
 
 def _recorded(model: _Model) -> Manifest:
@@ -256,7 +254,7 @@ def _recorded(model: _Model) -> Manifest:
     manifest, config = model.source.manifest, model.source.config
     plan = None if model.plan in (None, LayerPlan.identity(config.num_layers)) else str(model.plan)
     stack = stack_entry(config)
-    ordinary = stack_entry(stated_config(model.base))
+    ordinary = stack_entry(model.base.stated_config)
     return dataclasses.replace(manifest, plan=plan, stack=None if stack == ordinary else stack)
 
 
@@ -343,19 +341,19 @@ def _write_files(model: _Model, dst: Path, values: dict[str, Any] | None, dtype:
     `config.json` is the base model's, byte for byte if nothing is to be changed in it: `values` replaces its
     contents, a conversion's dtype is noted, and a tokenizer of another model brings its own special ids.
     """
-    shutil.copyfile(model.base / "config.json", dst / "config.json")
-    for name in ("generation_config.json", *TOKENIZER_FILES):
-        if (model.words / name).is_file():
-            shutil.copyfile(model.words / name, dst / name)
-    before = read_json(dst / "config.json")
+    shutil.copyfile(model.base.path / CONFIG, dst / CONFIG)
+    for name in (GENERATION_CONFIG, *TOKENIZER_FILES):
+        if (model.words.path / name).is_file():
+            shutil.copyfile(model.words.path / name, dst / name)
+    before = model.base.config_values
     config = before if values is None else values
     if dtype is not None:
-        config = config | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+        config = {**config, **{key: dtype for key in ("dtype", "torch_dtype") if key in config}}
     if model.words != model.base:
-        other = read_json(model.words / "config.json")
-        config = config | {key: other[key] for key in ("bos_token_id", "eos_token_id") if key in other}
+        other = model.words.config_values
+        config = {**config, **{key: other[key] for key in ("bos_token_id", "eos_token_id") if key in other}}
     if config != before:
-        _write_json(dst / "config.json", config)
+        _write_json(dst / CONFIG, config)
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -363,11 +361,11 @@ def _write_json(path: Path, value: object) -> None:
 
 
 @contextlib.contextmanager
-def _new_directory(sources: tuple[Path, ...], dst: Path, overwrite: bool) -> Iterator[Path]:
+def _new_directory(sources: tuple[ModelDirectory, ...], dst: Path, overwrite: bool) -> Iterator[Path]:
     """A directory to write into, which becomes `dst` if the block ends well and disappears otherwise."""
     dst = Path(os.path.abspath(dst))
     for src in sources:
-        _check_destination(src, dst, overwrite)
+        _check_destination(src.path, dst, overwrite)
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(dst)

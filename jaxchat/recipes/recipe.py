@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from jaxchat.checkpoints.assembly import Assembly, LayerSource, may_differ
-from jaxchat.checkpoints.manifest import load_config, records_plan
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.config import ModelConfig, Param
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanError, Slot
@@ -104,7 +104,7 @@ class _Models:
         self._recipe, self._paths = recipe, {name: Path(path) for name, path in model_paths.items()}
         self._places: list[mergekit_file.Place] = []
         self._by_name: dict[str, int] = {}
-        self.directories: list[Path] = []
+        self.directories: list[ModelDirectory] = []
         self.configs: list[ModelConfig] = []
         self.notes: list[str] = []
 
@@ -112,18 +112,19 @@ class _Models:
         """The number of a model; equal directories are one model."""
         if model.name not in self._by_name:
             directory = self._find(model)
-            resolved = [known.resolve() for known in self.directories]
+            resolved = [known.path.resolve() for known in self.directories]
             if directory.resolve() in resolved:
                 self._by_name[model.name] = resolved.index(directory.resolve())
             else:
                 self._by_name[model.name] = len(self.directories)
-                self.configs.append(load_config(directory))
-                if records_plan(directory):
+                found = ModelDirectory.at(directory)
+                self.configs.append(found.config)
+                if not found.is_plain:
                     model.place.fail(
                         f"{directory} records a layer plan, whose slots a recipe does not know; write them "
                         f"out: tools/convert.py --src {directory} --dst DIR --plan bake, or use the original"
                     )
-                self.directories.append(directory)
+                self.directories.append(found)
                 self._places.append(model.place)
         return self._by_name[model.name]
 

@@ -19,9 +19,9 @@ from jaxchat import model
 from jaxchat.analysis.show import describe_assembly
 from jaxchat.checkpoints.assembled import AssembledSource, scaled
 from jaxchat.checkpoints.assembly import Assembly, LayerSource, assembled_config, under, whole
+from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.checkpoints.hf import HfSource
 from jaxchat.checkpoints.load import load_assembly, load_params
-from jaxchat.checkpoints.manifest import load_config
-from jaxchat.checkpoints.source import HfSource, open_source
 from jaxchat.checkpoints.write import convert
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, Slot
@@ -57,7 +57,8 @@ def assembly_of(
     *models: Path, layers: list[LayerSource], slots: list[Slot] | None = None, **changes
 ) -> Assembly:
     plan = LayerPlan(tuple(slots or map(Slot, range(len(layers)))), len(layers))
-    result = Assembly(models, tuple(layers), plan, (), base=0, tokenizer=0, dtype=None, notes=())
+    directories = tuple(map(ModelDirectory.at, models))
+    result = Assembly(directories, tuple(layers), plan, (), base=0, tokenizer=0, dtype=None, notes=())
     return dataclasses.replace(result, **changes)
 
 
@@ -204,7 +205,7 @@ def test_files_that_hold_only_unused_layers_need_not_be_there(tiny_directory, tm
 def test_models_with_other_windows_and_rotations_keep_them_side_by_side(tiny_directory):
     a = tiny_directory("mistral", sliding_window=None, rope_theta=10000.0)
     b = tiny_directory("mistral", sliding_window=5, rope_theta=500000.0)
-    a_config = dataclasses.replace(load_config(a))
+    a_config = dataclasses.replace(ModelDirectory.at(a).config)
     config, params = load_assembly(assembly_of(a, b, layers=[LayerSource(0, 0), LayerSource(1, 1)]))
     assert config.layer_windows == (a_config.layer_windows[0], 5)
     assert config.layer_ropes == (0, 1)
@@ -344,7 +345,7 @@ def test_an_unknown_parameter_is_not_scaled_in_silence(tiny_directory):
 def test_neighbouring_layers_of_a_native_checkpoint_are_mapped(tiny_directory, tmp_path: Path):
     convert(tiny_directory("llama"), tmp_path / "native")
     source = AssembledSource(assembly_of(tmp_path / "native", layers=[LayerSource(0, 1), LayerSource(0, 2)]))
-    native = open_source(tmp_path / "native")
+    native = ModelDirectory.at(tmp_path / "native").source()
     for param in source.table:
         mapped = source.mapped(param)
         assert mapped is not None
@@ -459,7 +460,7 @@ def test_load_wants_a_directory_or_a_recipe(chat_models: Path):
 def test_sizes_shown_of_a_recipe_are_those_loaded(chat_models: Path):
     assembly = read_recipe(chat_models, {"first": chat_models.parent / "a"})
     config, params = load_assembly(assembly)
-    assert config == assembled_config(assembly, [load_config(path) for path in assembly.models])
+    assert config == assembled_config(assembly, [model.config for model in assembly.models])
     report = describe_assembly(assembly, name="r")
     assert report.stored_parameters == sum(value.size for value in params.values())
     layer = sum(value[0].size for name, value in params.items() if name.startswith("layers."))

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import load_params
 from jaxchat.checkpoints.safetensors_file import PAD_PREFIX, SafetensorsFile, SafetensorsWriter
-from jaxchat.checkpoints.source import fold_layers, open_source
+from jaxchat.checkpoints.source import fold_layers
 from jaxchat.checkpoints.write import convert
 from jaxchat.errors import JaxchatError, UsageError
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
@@ -146,7 +147,7 @@ def test_other_prefixes_are_recognised(tmp_path: Path, model_type: str, start: s
 
     edit_tensors(tmp_path, rename)
     assert_equal(load_params(tmp_path)[1], params)
-    assert open_source(tmp_path).manifest.rename == (start, replacement)
+    assert ModelDirectory.at(tmp_path).source().manifest.rename == (start, replacement)
 
 
 def test_buffers_of_any_dtype_are_ignored(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 import jaxchat
 from jaxchat.analysis.show import describe_directory
 from jaxchat.checkpoints.assembly import LayerSource
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import load_params
-from jaxchat.checkpoints.manifest import MANIFEST, Manifest, load_config, load_plan
-from jaxchat.checkpoints.source import open_source
+from jaxchat.checkpoints.manifest import MANIFEST, Manifest
 from jaxchat.checkpoints.write import convert, to_hf
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
@@ -48,7 +48,7 @@ SPEC = "[3, [0, 0.5, 2.0], [1, 0, 0], 1, [3, 1, 0.25], 0]"
 
 def planned(directory: Path, spec: str | None = None) -> np.ndarray:
     """The logits of a directory under a plan, by default its own."""
-    plan = load_plan(directory)
+    plan = ModelDirectory.at(directory).plan
     return logits(*load_params(directory), plan if spec is None else plan.select(spec))
 
 
@@ -64,8 +64,8 @@ def source(tiny_directory):
 def test_an_exported_plan_is_an_ordinary_model_with_the_same_logits(source, tmp_path: Path, model_type: str):
     directory = source(model_type)
     to_hf(directory, tmp_path / "out", layer_spec=SPEC)
-    config = load_config(tmp_path / "out")
-    before = load_config(directory)
+    config = ModelDirectory.at(tmp_path / "out").config
+    before = ModelDirectory.at(directory).config
     layers = [3, 0, 1, 1, 3, 0]
     assert config.num_layers == 6
     for name in ("layer_windows", "layer_ropes", "layer_attn_scales"):
@@ -126,7 +126,7 @@ def test_the_text_half_of_a_multimodal_model_is_exported_as_a_text_model(tmp_pat
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
     assert "vision_config" not in config
-    assert open_source(tmp_path / "out").config.num_layers == 2
+    assert ModelDirectory.at(tmp_path / "out").source().config.num_layers == 2
 
 
 def test_what_the_configuration_cannot_say_is_refused_before_anything_is_written(tmp_path: Path):
@@ -146,7 +146,7 @@ def test_two_rotations_in_one_stack_are_refused(tiny_directory, tmp_path: Path):
     with pytest.raises(UsageError, match="llama configuration cannot describe these layers: ropes would be"):
         to_hf(assembly, tmp_path / "out")
     convert(assembly, tmp_path / "native")
-    assert load_config(tmp_path / "native").layer_ropes == (0, 1)
+    assert ModelDirectory.at(tmp_path / "native").config.layer_ropes == (0, 1)
 
 
 @pytest.mark.parametrize(("factor", "tied"), [(2.0, True), (1.0, False)])
@@ -159,7 +159,7 @@ def test_a_tied_head_is_untied_only_where_it_is_scaled_otherwise(
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is tied
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert ("lm_head.weight" in tensors) is not tied
-    assert load_config(tmp_path / "out").tied_embeddings is tied
+    assert ModelDirectory.at(tmp_path / "out").config.tied_embeddings is tied
 
 
 def test_large_exports_are_written_in_shards_with_an_index(source, tmp_path: Path):
@@ -214,7 +214,7 @@ def test_transformers_gives_an_exported_plan_the_same_logits(tmp_path: Path, cas
     from tests.support.make_goldens import reference_logits
 
     parity_cases.write_hf(tmp_path / "m", case)
-    num_layers = load_config(tmp_path / "m").num_layers
+    num_layers = ModelDirectory.at(tmp_path / "m").config.num_layers
     spec = json.dumps([num_layers - 1, [0, 0.5, 2.0], [1, 0, 0], 1, [num_layers - 1, 1, 0.25], 0])
     to_hf(tmp_path / "m", tmp_path / "out", layer_spec=spec)
     reference = transformers.AutoModelForCausalLM.from_pretrained(
@@ -235,7 +235,10 @@ def test_recorded_and_baked_plans_are_the_same_model(source, tmp_path: Path, mod
     directory = source(model_type)
     convert(directory, tmp_path / "recorded", layer_spec=SPEC, format=format)
     convert(directory, tmp_path / "baked", layer_spec=SPEC, plan="bake", format=format)
-    assert (load_config(tmp_path / "recorded").num_layers, load_config(tmp_path / "baked").num_layers) == (
+    assert (
+        ModelDirectory.at(tmp_path / "recorded").config.num_layers,
+        ModelDirectory.at(tmp_path / "baked").config.num_layers,
+    ) == (
         3,
         6,
     )
@@ -273,7 +276,7 @@ def test_recorded_plans_survive_conversion_and_are_baked_later(source, tmp_path:
     directory = source("qwen2")
     convert(directory, tmp_path / "recorded", layer_spec=SPEC)
     convert(tmp_path / "recorded", tmp_path / "again", dtype="float32")
-    assert load_plan(tmp_path / "again") == load_plan(tmp_path / "recorded")
+    assert ModelDirectory.at(tmp_path / "again").plan == ModelDirectory.at(tmp_path / "recorded").plan
     convert(tmp_path / "recorded", tmp_path / "fewer", layer_spec="0,4")
     convert(tmp_path / "recorded", tmp_path / "baked", plan="bake")
     to_hf(tmp_path / "recorded", tmp_path / "hf")
@@ -345,7 +348,7 @@ def test_damaged_descriptions_are_one_line(source, tmp_path: Path, change: dict,
     path = tmp_path / "native" / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(JaxchatError) as caught:
-        load_plan(tmp_path / "native")
+        _ = ModelDirectory.at(tmp_path / "native").plan
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -370,7 +373,7 @@ def test_a_recipe_is_converted_with_its_remarks(tiny_directory, tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "filter 'oproj' matches no tensor" in done.stderr
-    assert load_config(tmp_path / "out").num_layers == 4
+    assert ModelDirectory.at(tmp_path / "out").config.num_layers == 4
     assert done.stdout.startswith(f"{tmp_path}/out: ")
 
 

@@ -14,9 +14,10 @@ import pytest
 from absl import flags
 from safetensors.numpy import load_file, save_file
 
-from jaxchat.checkpoints.load import load_config, load_params
+from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.checkpoints.load import load_params
+from jaxchat.checkpoints.manifest import Manifest
 from jaxchat.checkpoints.safetensors_file import PAD_PREFIX, SafetensorsFile
-from jaxchat.checkpoints.source import Manifest
 from jaxchat.checkpoints.write import convert, to_hf
 from jaxchat.errors import UsageError
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
@@ -171,7 +172,7 @@ def test_configuration_of_a_converted_model_has_its_own_head(tmp_path: Path) -> 
     tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
     save_file(tensors, tmp_path / "hf/model.safetensors")
     convert(tmp_path / "hf", tmp_path / "native")
-    assert not load_config(tmp_path / "native").tied_embeddings
+    assert not ModelDirectory.at(tmp_path / "native").config.tied_embeddings
 
 
 # All or nothing.

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
 
-from jaxchat.checkpoints.manifest import load_config  # noqa: E402
+from jaxchat.checkpoints.directory import ModelDirectory  # noqa: E402
 from jaxchat.families import read_config  # noqa: E402
 from jaxchat.layers.rope import inverse_frequencies  # noqa: E402
 from tests.support.make_goldens import reference, reference_greedy, reference_logits, reference_model  # noqa: E402
@@ -95,7 +95,7 @@ def test_greedy_continuation_of_a_ragged_batch_equals_the_reference_of_each_prom
 
 
 def test_config_saved_by_transformers_reads_like_the_one_it_was_made_from(pair: Pair):
-    saved = dataclasses.replace(load_config(pair.directory), bos_id=None, eos_ids=())
+    saved = dataclasses.replace(ModelDirectory.at(pair.directory).config, bos_id=None, eos_ids=())
     original = dataclasses.replace(read_config(CASES[pair.case]), bos_id=None, eos_ids=())
     assert saved == original
 

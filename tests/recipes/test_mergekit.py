@@ -24,8 +24,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import load_assembly, load_params
-from jaxchat.checkpoints.manifest import load_config
 from jaxchat.recipes.recipe import read_recipe
 from tests.checkpoints.test_assembly import expansion, logits
 
@@ -190,7 +190,7 @@ def retyped(merged: Path, **changes: object) -> Path:
 
 
 def types(directory: Path) -> tuple[int, ...]:
-    return load_config(directory).layer_windows
+    return ModelDirectory.at(directory).config.layer_windows
 
 
 def test_mergekit_fails_on_alternating_layers_and_we_do_not(tmp_path: Path):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxchat.checkpoints.assembly import LayerSource
-from jaxchat.checkpoints.manifest import load_config
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import count_parameters, parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanError, Slot
@@ -138,7 +138,7 @@ def test_the_seeds_recipe_is_a_plan_with_four_slots_that_are_not_executed(opench
 
 def test_the_seeds_recipe_has_8_114_196_480_parameters(openchat):
     recipe, paths = openchat
-    config = load_config(paths["openchat/openchat-3.5-0106"])
+    config = ModelDirectory.at(paths["openchat/openchat-3.5-0106"]).config
     assert count_parameters(config, len(read_recipe(recipe, paths).plan)) == 8_114_196_480
 
 
@@ -213,7 +213,10 @@ def test_models_are_sought_beside_the_recipe_and_then_in_the_working_directory(
     models("elsewhere/b")
     monkeypatch.chdir(tmp_path / "elsewhere")
     assembly = read(sources(("a", 0, 3), ("b", 0, 1)))
-    assert [path.resolve() for path in assembly.models] == [tmp_path / "a", tmp_path / "elsewhere" / "b"]
+    assert [model.path.resolve() for model in assembly.models] == [
+        tmp_path / "a",
+        tmp_path / "elsewhere" / "b",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -508,7 +511,7 @@ def test_every_tensor_has_the_scale_that_mergekit_gives_it(read, models, model_t
     from mergekit.merge_methods import get
 
     recipe = {"merge_method": "passthrough", "slices": slices, "parameters": whole}
-    table = parameter_table(load_config(models("a", model_type)))
+    table = parameter_table(ModelDirectory.at(models("a", model_type)).config)
     models("b", model_type)
     assembly = read(yaml.safe_dump(recipe))
     theirs = MergeConfiguration.model_validate(recipe)
@@ -550,7 +553,7 @@ def test_every_tensor_has_the_scale_that_mergekit_gives_it(read, models, model_t
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(plan=plans(num_layers=8))
 def test_a_plan_written_as_a_recipe_is_read_as_itself(read, models, model_type, plan):
-    config = load_config(models("a model: #1", model_type))
+    config = ModelDirectory.at(models("a model: #1", model_type)).config
     assembly = read(to_mergekit(plan, "a model: #1", config, "bfloat16"))
     assert source_plan(assembly, 8) == plan
     assert assembly.dtype == "bfloat16"
@@ -739,7 +742,9 @@ def test_a_model_path_must_be_a_directory_and_a_name_of_the_recipe(read, models,
 
 def test_a_model_path_may_name_what_looks_like_a_revision(read, models, tmp_path):
     models("a")
-    assert read(sources(("a@main", 0, 8)), {"a@main": tmp_path / "a"}).models == (tmp_path / "a",)
+    assert read(sources(("a@main", 0, 8)), {"a@main": tmp_path / "a"}).models == (
+        ModelDirectory.at(tmp_path / "a"),
+    )
 
 
 @pytest.mark.parametrize(

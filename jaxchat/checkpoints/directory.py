@@ -1,0 +1,208 @@
+"""All that is at a path: a model's configuration, plan, tokenizer, template, sampling advice and parameters.
+
+A `ModelDirectory` reads each of its small files once, when it is first asked for something in it; hand it on,
+and nobody opens them again. A format of files is a subclass here, in `FORMATS`, and a `Source` beside. Needs
+no JAX: what does (the parameters) is imported when it is asked for.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from jaxchat.checkpoints.manifest import MANIFEST, WEIGHT_DTYPES, Manifest, config_of, recorded_plan
+from jaxchat.config import ModelConfig
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.families import read_config
+from jaxchat.families.hf_config import HfConfig
+from jaxchat.files import read_json, read_optional_json
+from jaxchat.layer_plan import LayerPlan
+
+if TYPE_CHECKING:
+    from jaxchat.checkpoints.source import Source, Wanted
+    from jaxchat.text.chat_template import ChatTemplate
+    from jaxchat.text.tokenizer import Tokenizer
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+_RECOMMENDABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDirectory:
+    """A model directory in Hugging Face's layout; other formats say what differs.
+
+    Two are equal if their paths are. Every answer raises `JaxchatError` where its file is missing or broken.
+    """
+
+    path: Path
+
+    @staticmethod
+    def at(path: "str | Path | ModelDirectory") -> "ModelDirectory":
+        """What is at a path, in whatever format.
+
+        Raises:
+          UsageError: there is no such directory.
+        """
+        if isinstance(path, ModelDirectory):
+            return path
+        path = Path(path)
+        if not path.exists():
+            raise UsageError(f"{path}: no such model directory; give the folder that holds {CONFIG}")
+        if not path.is_dir():
+            raise UsageError(f"{path}: not a directory; give the folder that holds {CONFIG}")
+        return next(found for format in FORMATS if (found := format.recognized(path)) is not None)
+
+    @classmethod
+    def recognized(cls, path: Path) -> Self | None:
+        """What is in an existing directory, if it is of this format."""
+        return cls(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.path.resolve().name
+
+    @functools.cached_property
+    def config_values(self) -> Mapping[str, Any]:
+        """`config.json` as it is."""
+        return read_json(self.path / CONFIG)
+
+    @functools.cached_property
+    def _generation_values(self) -> Mapping[str, Any]:
+        return read_optional_json(self.path / GENERATION_CONFIG)
+
+    @functools.cached_property
+    def stated_config(self) -> ModelConfig:
+        """What `config.json` says, and `generation_config.json` of the tokens that end a text."""
+        config = read_config(self.config_values, source=str(self.path / CONFIG))
+        generation = HfConfig(self._generation_values, str(self.path / GENERATION_CONFIG))
+        eos = dict.fromkeys((*config.eos_ids, *generation.ids("eos_token_id")))
+        return dataclasses.replace(config, eos_ids=tuple(eos))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration of what is stored, as far as small files know it; `source` may know better."""
+        return self.stated_config
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """What a conversion of ours wrote of its result; None where it was none."""
+        return None
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The layer plan over the stacked layers that makes them the model: every layer once, in order."""
+        return LayerPlan.identity(self.config.num_layers)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the stacked layers are simply those of `config.json` in order."""
+        return True
+
+    @functools.cached_property
+    def stored_dtype(self) -> str | None:
+        """The weights' dtype or quantization format, as far as the small files say it."""
+        text = self.config_values.get("text_config")
+        for values in (self.config_values, text if isinstance(text, dict) else {}):
+            for key in ("dtype", "torch_dtype"):
+                if values.get(key) in WEIGHT_DTYPES:
+                    return str(values[key])
+        return None
+
+    @functools.cached_property
+    def tokenizer(self) -> "Tokenizer | None":
+        """Its tokenizer; None where there is none."""
+        from jaxchat.text.tokenizer_files import has_tokenizer, load_tokenizer
+
+        return load_tokenizer(self.path) if has_tokenizer(self.path) else None
+
+    @functools.cached_property
+    def template(self) -> "ChatTemplate | None":
+        """Its chat template; None where there is none, or no tokenizer."""
+        from jaxchat.text.chat_template import ChatTemplate
+
+        return None if self.tokenizer is None else ChatTemplate.load(self.path, self.tokenizer)
+
+    @functools.cached_property
+    def recommended_sampling(self) -> Mapping[str, float]:
+        """The sampling options that `generation_config.json` recommends, by name.
+
+        Nothing is recommended where the file does not say `do_sample` (transformers' GenerationConfig).
+        Ranges are checked where options are.
+        """
+        values = self._generation_values
+        if values.get("do_sample") is not True:
+            return {}
+        found = {name: values[name] for name in _RECOMMENDABLE if values.get(name) is not None}
+        for name, value in found.items():
+            if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else int | float):
+                raise JaxchatError(
+                    f"{self.path / GENERATION_CONFIG}: {name} is {value!r}, not a number; "
+                    "download the file again"
+                )
+        return found
+
+    def source(self, wanted: "Wanted | None" = None) -> "Source":
+        """The parameters, opened and verified; no tensor data is read.
+
+        Args:
+          wanted: all that will be read; where tensors are files of their own, nothing else needs to be there.
+        """
+        from jaxchat.checkpoints.hf import HfSource
+
+        return HfSource(self.path, self.stated_config, wanted)
+
+
+class ConvertedDirectory(ModelDirectory):
+    """A directory that `write.convert` wrote: `jaxchat.json`, and the stacks in a native file or in Orbax."""
+
+    @classmethod
+    def recognized(cls, path: Path) -> Self | None:
+        """See `ModelDirectory`."""
+        return cls(path) if (path / MANIFEST).exists() else None
+
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        """`jaxchat.json`."""
+        return Manifest.read(self.path)
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        """With what the checkpoint decides: its stack, and whether the head is the embedding."""
+        return config_of(self.manifest, self.stated_config)
+
+    @functools.cached_property
+    def plan(self) -> LayerPlan:
+        """The recorded plan, or every layer once."""
+        return recorded_plan(self.manifest, self.config) or LayerPlan.identity(self.config.num_layers)
+
+    @property
+    def is_plain(self) -> bool:
+        """See `ModelDirectory`."""
+        return self.manifest.plan is None and self.manifest.stack is None
+
+    @functools.cached_property
+    def stored_dtype(self) -> str | None:
+        """See `ModelDirectory`; None of several."""
+        if self.manifest.quantization is not None:
+            return str(self.manifest.quantization.get("format"))
+        found = set(self.manifest.dtypes.values())
+        return found.pop() if len(found) == 1 else None
+
+    def source(self, wanted: "Wanted | None" = None) -> "Source":
+        """See `ModelDirectory`; all of it is there."""
+        if self.manifest.format == "orbax":
+            from jaxchat.checkpoints.orbax import OrbaxSource  # half a second of imports
+
+            return OrbaxSource(self.path, self.stated_config, self.manifest)
+        from jaxchat.checkpoints.native import NativeSource
+
+        return NativeSource(self.path, self.stated_config, self.manifest)
+
+
+FORMATS: tuple[type[ModelDirectory], ...] = (ConvertedDirectory, ModelDirectory)
+"""The formats of model directories, in the order in which they are tried; the last takes all that is left."""

@@ -1,0 +1,197 @@
+"""Hugging Face directories as a `Source`: safetensors files with one tensor a layer."""
+
+import dataclasses
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest
+from jaxchat.checkpoints.safetensors_file import DTYPES, SafetensorsFile
+from jaxchat.checkpoints.source import Wanted, fold_layers, verify
+from jaxchat.config import EMBED, HEAD, ModelConfig, Param
+from jaxchat.errors import JaxchatError
+from jaxchat.families import Family, count_parameters, family_of, parameter_table
+from jaxchat.files import read_json
+
+_COMPARE_BYTES = 1 << 24
+
+logger = logging.getLogger(__name__)
+
+
+class HfSource:
+    """A Hugging Face directory: `model.safetensors`, or shards with `model.safetensors.index.json`."""
+
+    def __init__(self, directory: Path, config: ModelConfig, wanted: Wanted | None = None):
+        """Opens and verifies every file that holds something `wanted`; None is everything.
+
+        Raises:
+          JaxchatError: a file is missing or malformed, or names, shapes or dtypes are not the model's; the
+            message has all mismatches.
+        """
+        self._where, weight_map = _weight_map(directory)
+        family = family_of(config)
+        rename = _find_rename(family, config, weight_map)
+        self._wanted = wanted
+        if wanted is not None:
+            names = _wanted_names(family, config, rename, wanted)
+            weight_map = {name: path for name, path in weight_map.items() if name in names}
+        self._files = {
+            name: file
+            for file in _open_files(self._where, weight_map)
+            for name in file.entries
+            if wanted is None or name in weight_map
+        }
+        self._names: dict[str, str] = {}
+        self.config, tied_head = self._settle_head(family, config, rename)
+        self.table = parameter_table(self.config)
+        self._names |= {p.hf: family.rename(p.hf, rename) for p in self.table if p.hf not in self._names}
+        self._verify(family, extra={family.rename(HEAD, rename)} if tied_head == "copy" else set())
+        self.manifest = Manifest(
+            format="native",
+            dtypes={p.name: self.dtype(p).name for p in self.table if self._layers(p)},
+            rename=rename,
+            tied_head=tied_head,
+            source=directory.resolve().name,
+            parameters=count_parameters(self.config),
+        )
+
+    def _settle_head(
+        self, family: Family, config: ModelConfig, rename: tuple[str, str]
+    ) -> tuple[ModelConfig, str]:
+        """Whether the output head is tied, decided as transformers 5 does (`PreTrainedModel.tie_weights`)."""
+        if not config.tied_embeddings:
+            return config, "untied"
+        if self._wanted is not None and not self._wanted.keys() & {EMBED, HEAD}:
+            return config, "absent"
+        hf = next(p.hf for p in parameter_table(config) if p.name == EMBED)
+        embed, head = family.rename(hf, rename), family.rename(HEAD, rename)
+        if head not in self._files:
+            return config, "absent"
+        if embed not in self._files:
+            self._names[hf] = head
+            return config, "only"
+        if _same(self._files[embed].view(embed), self._files[head].view(head)):
+            return config, "copy"
+        logger.warning(
+            "%s: the configuration ties the output head to the embedding, but %s and %s differ; "
+            "the stored head is used. Set tie_word_embeddings to false in config.json to silence this.",
+            self._where,
+            embed,
+            head,
+        )
+        return dataclasses.replace(config, tied_embeddings=False), "untied"
+
+    def _verify(self, family: Family, extra: set[str]) -> None:
+        expected = {
+            self._names[p.hf].format(i): p.hf_shape(self.config) for p in self.table for i in self._layers(p)
+        }
+        entries = {
+            name: file.entries[name]
+            for name, file in self._files.items()
+            if name in expected or not (name in extra or any(part in name for part in family.ignored))
+        }
+        found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        verify(self._where, expected, found)
+
+    def _layers(self, param: Param) -> Collection[int]:
+        return range(param.rows(self.config)) if self._wanted is None else self._wanted.get(param.name, ())
+
+    def _name(self, param: Param, index: int) -> str:
+        return self._names[param.hf].format(index)
+
+    def _entry(self, param: Param, index: int) -> Any:
+        name = self._name(param, index)
+        return self._files[name].entries[name]
+
+    def dtype(self, param: Param) -> np.dtype:
+        """See `Source`. Layers of one stack stored in different dtypes share the widest."""
+        found = {DTYPES[self._entry(param, i).dtype] for i in self._layers(param)}
+        return found.pop() if len(found) == 1 else WEIGHT_DTYPES["float32"]
+
+    def layer(self, param: Param, index: int) -> np.ndarray:
+        """See `Source`: [out, in] of one layer, cut out of a fused tensor and turned where need be."""
+        name = self._name(param, index)
+        value = self._files[name].view(name)
+        if param.transposed:
+            value = value.T
+        return value[slice(*param.fused_range(self.config))] if param.fused else value
+
+    def mapped(self, param: Param) -> None:
+        """See `Source`: layers are tensors of their own."""
+
+    def release(self, param: Param, index: int) -> None:
+        """See `Source`."""
+        name = self._name(param, index)
+        self._files[name].release(name)
+
+
+def _find_rename(family: Family, config: ModelConfig, names: Iterable[str]) -> tuple[str, str]:
+    present = set(names)
+    hf_names = [param.hf.format(0) for param in parameter_table(config)]
+
+    def matches(rename: tuple[str, str]) -> int:
+        return sum(family.rename(name, rename) in present for name in hf_names)
+
+    return max(family.renames, key=matches)  # the first of the best
+
+
+def _wanted_names(family: Family, config: ModelConfig, rename: tuple[str, str], wanted: Wanted) -> set[str]:
+    names = {
+        family.rename(p.hf, rename).format(i) for p in parameter_table(config) for i in wanted.get(p.name, ())
+    }
+    return names | {family.rename(HEAD, rename)} if HEAD in wanted else names
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two matrices are equal bit by bit, compared in pieces so that no mask of their size is made."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    rows = max(1, _COMPARE_BYTES // max(1, a[:1].nbytes))
+    pieces = (slice(start, start + rows) for start in range(0, len(a), rows))
+    return all(np.array_equal(a[piece].view(np.uint8), b[piece].view(np.uint8)) for piece in pieces)
+
+
+def _weight_map(directory: Path) -> tuple[str, dict[str, Path]]:
+    """Where a Hugging Face directory keeps its tensors: the file that says so, and tensor -> file."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return str(single), dict.fromkeys(SafetensorsFile(single).entries, single)
+    if index.exists():
+        return str(index), _indexed(index)
+    hint = "download the model's *.safetensors files"
+    if (directory / "pytorch_model.bin").exists() or (directory / "pytorch_model.bin.index.json").exists():
+        hint = "pytorch_model.bin is not read; convert it to safetensors with transformers' save_pretrained"
+    raise JaxchatError(
+        f"{directory}: neither model.safetensors nor model.safetensors.index.json is there; {hint}"
+    )
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise JaxchatError(f"{index}: expected a weight_map of tensor names to file names")
+    outside = sorted(name for name in set(weight_map.values()) if Path(name).name != name)
+    if outside:
+        raise JaxchatError(f"{index}: shard {outside[0]!r} is not a plain file name")
+    return {tensor: index.parent / name for tensor, name in weight_map.items()}
+
+
+def _open_files(where: str, weight_map: Mapping[str, Path]) -> list[SafetensorsFile]:
+    paths = sorted(set(weight_map.values()))
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise JaxchatError(
+            f"{where}: {len(missing)} of {len(paths)} shards are missing: {', '.join(missing)}"
+        )
+    files = {path: SafetensorsFile(path) for path in paths}
+    lost = [
+        f"{tensor} (in {path.name})"
+        for tensor, path in weight_map.items()
+        if tensor not in files[path].entries
+    ]
+    if lost:
+        raise JaxchatError(f"{where}: tensors not in the shard it names: {'; '.join(fold_layers(lost))}")
+    return list(files.values())
