@@ -22,7 +22,7 @@ import numpy as np
 from jaxchat import pallas
 from jaxchat.analysis import cost
 from jaxchat.checkpoints.load import aligned_quantized
-from jaxchat.config import ModelConfig, Param
+from jaxchat.config import LAYERS, ModelConfig, Param
 from jaxchat.engine import steps
 from jaxchat.engine.generation import generate
 from jaxchat.engine.session import Engine, Session
@@ -172,7 +172,7 @@ def random_values(
             yield param, _random_quantized(rng, shape, chosen)
             continue
         values = tile / math.sqrt(shape[-1]) if param.quantizable else 0.1 * tile
-        if param.name.endswith("norm.weight"):
+        if param.init == "ones":
             values = values + 1
         yield param, _tiled(values.astype(DTYPES[dtype]), int(rng.integers(_TILE)), shape)
 
@@ -184,7 +184,7 @@ def gathered_params(params: Params, layers: Sequence[int]) -> Params:
         return to_device(_gathered(np.asarray(stack), layers))
 
     return {
-        name: jax.tree.map(gathered, value) if name.startswith("layers.") else value
+        name: jax.tree.map(gathered, value) if name.startswith(LAYERS) else value
         for name, value in params.items()
     }
 

@@ -5,9 +5,17 @@ No I/O, no arrays on devices. The dimension alphabet is in `jaxchat/model.py`.
 
 import dataclasses
 import math
+from typing import Literal
 
-EMBED, HEAD = "embed.weight", "lm_head.weight"
-"""The parameters of the token embedding and of an output head that is not tied to it."""
+EMBED, FINAL_NORM, HEAD = "embed.weight", "norm.weight", "lm_head.weight"
+"""The parameters of the token embedding, the last norm, and an output head that is not tied to the former."""
+
+LAYERS = "layers."
+"""What the names of stacked parameters begin with."""
+
+Role = Literal["weight", "bias", "norm", "embedding", "positions", "head"]
+Half = Literal["attention", "mlp"]
+Init = Literal["normal", "zeros", "ones"]
 
 GLOBAL_WINDOW = 0
 """The `layer_windows` entry of a layer whose attention sees the whole context."""
@@ -153,8 +161,12 @@ class Param:
         Linear weights are [out, in], Hugging Face's order.
       hf: the Hugging Face tensor name below the checkpoint's prefix; `{}` stands for the layer.
       axes: logical sharding axes, one a dimension: `"heads embed"`; `-` is never sharded.
-      quantizable: a linear weight or embedding, as opposed to a norm or bias.
-      part: (index, parts) of a tensor fused along its output axis, with `fused` giving all parts' sizes.
+      role: what its numbers are: `weight` (of a projection), `bias`, `norm`, `embedding`, `positions` or
+        `head`.
+      half: which half of a layer it is in, `attention` or `mlp`; None outside the layers.
+      is_output: it makes what the half adds to the residual stream: what a slot's scale multiplies.
+      init: what training begins with: `normal` (random), `zeros` or `ones`.
+      part: which part of a tensor fused along its output axis it is, from 0.
       fused: the output sizes of the fused tensor's parts, in order, in dimension letters.
       transposed: the Hugging Face tensor is [in, out] (GPT-2's Conv1D).
     """
@@ -163,7 +175,10 @@ class Param:
     shape: str
     hf: str
     axes: str
-    quantizable: bool = False
+    role: Role
+    half: Half | None = None
+    is_output: bool = False
+    init: Init = "normal"
     part: int = 0
     fused: tuple[str, ...] = ()
     transposed: bool = False
@@ -171,7 +186,22 @@ class Param:
     @property
     def per_layer(self) -> bool:
         """Whether there is one such tensor in every layer (stacked along L)."""
-        return self.name.startswith("layers.")
+        return self.half is not None
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether it is multiplied with or looked up in, as opposed to norms, biases and positions."""
+        return self.role in ("weight", "embedding", "head")
+
+    @property
+    def layer_name(self) -> str:
+        """The name within a layer: `q.weight`; of what is not per layer, the name."""
+        return self.name.removeprefix(LAYERS)
+
+    @property
+    def hf_layer_name(self) -> str:
+        """The Hugging Face name within a layer: `self_attn.q_proj.weight`."""
+        return self.hf.split("{}.")[-1]
 
     def layer_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The sizes of one layer's tensor (or of the whole, if it is not per layer)."""

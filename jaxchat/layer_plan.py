@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxchat import notations
+from jaxchat.config import Half
 from jaxchat.notations import PlanError
 
 __all__ = ["LayerPlan", "PlanArrays", "PlanError", "Slot"]
@@ -35,6 +36,10 @@ class Slot:
         object.__setattr__(self, "layer", operator.index(self.layer))
         object.__setattr__(self, "attn_scale", float(self.attn_scale))
         object.__setattr__(self, "mlp_scale", float(self.mlp_scale))
+
+    def scale_of(self, half: Half) -> float:
+        """The scale of one half's output."""
+        return self.attn_scale if half == "attention" else self.mlp_scale
 
     @property
     def is_identity(self) -> bool:

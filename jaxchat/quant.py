@@ -124,7 +124,7 @@ def format_for(param: Param, fmt: QuantFormat | None) -> QuantFormat | None:
     """
     if fmt is None or not param.quantizable:
         return None
-    if fmt.bits == 4 and param.name in ("embed.weight", "lm_head.weight"):
+    if fmt.bits == 4 and param.role in ("embedding", "head"):
         return dataclasses.replace(fmt, bits=8, affine=False)
     return fmt
 

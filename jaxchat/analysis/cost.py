@@ -8,12 +8,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from jaxchat.config import EMBED, ModelConfig, Param
+from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import UsageError
 from jaxchat.families import parameter_table
-from jaxchat.layer_plan import LayerPlan, Slot
+from jaxchat.layer_plan import LayerPlan
 
-_MLP_PARAMS = ("gate", "up", "down", "mlp_norm", "mlp_post_norm")
 _BANDWIDTH = re.compile(r"([0-9]*\.?[0-9]+)\s*(?:([GT])B/s)?", re.IGNORECASE)
 
 
@@ -108,16 +107,12 @@ def _times_read(config: ModelConfig, plan: LayerPlan) -> Iterator[tuple[Param, i
     """How often a decode step uses each parameter as a whole."""
     slots = plan.executed()
     for param in parameter_table(config):
-        if param.per_layer:
-            yield param, sum(_scale_of_half(param, slot) != 0 for slot in slots)
-        elif param.name == EMBED:
+        if param.half is not None:
+            yield param, sum(slot.scale_of(param.half) != 0 for slot in slots)
+        elif param.role == "embedding":
             yield param, int(config.tied_embeddings)
         else:
-            yield param, int(param.name != "positions.weight")
-
-
-def _scale_of_half(param: Param, slot: Slot) -> float:
-    return slot.mlp_scale if param.name.split(".")[1] in _MLP_PARAMS else slot.attn_scale
+            yield param, int(param.role != "positions")
 
 
 def _rows_attended(config: ModelConfig, plan: LayerPlan, context: float) -> float:

@@ -198,13 +198,20 @@ def _quantized(
     return {"quantization": str(fmt), "quantized_bytes": {**sizes, "total": sum(sizes.values())}}
 
 
+_GROUPS = {
+    "embedding": "embedding",
+    "positions": "embedding",
+    "head": "output head",
+    "norm": "norms and biases",
+    "bias": "norms and biases",
+}
+
+
 def _group(param: Param) -> str:
     """What a parameter is a part of, for people."""
-    if not param.per_layer and param.shape.startswith(("V ", "C ")):
-        return "output head" if param.name == "lm_head.weight" else "embedding"
-    if not param.quantizable:
-        return "norms and biases"
-    return "attention" if param.name.split(".")[1] in ("q", "k", "v", "o") else "MLP"
+    if param.role == "weight":
+        return "MLP" if param.half == "mlp" else "attention"
+    return _GROUPS[param.role]
 
 
 def describe(

@@ -165,9 +165,8 @@ class BakedSource:
         """See `Source`."""
         values = self._source.layer(param, self._row(param, index))
         factor = 1.0
-        if param.per_layer:
-            slot, part = self._plan.slots[index], param.name.split(".")[1]
-            factor = {"o": slot.attn_scale, "down": slot.mlp_scale}.get(part, 1.0)
+        if param.half is not None and param.is_output:
+            factor = self._plan.slots[index].scale_of(param.half)
         return scaled(values, factor, f"{param.name} of slot {index}")
 
     def mapped(self, param: Param) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxchat.checkpoints.directory import ModelDirectory
-from jaxchat.config import EMBED, HEAD, ModelConfig, RopeConfig
+from jaxchat.config import EMBED, HEAD, LAYERS, ModelConfig, RopeConfig
 from jaxchat.errors import UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
@@ -89,7 +89,7 @@ def stack_of(
 
     `configs` are those of `assembly.models`.
     """
-    name = parameter.removeprefix("layers.")
+    name = parameter.removeprefix(LAYERS)
     rows = [config.rows_of(parameter) for config in configs]
     wanted = [
         Tensor(source.model, rows[source.model][source.layer], dict(source.scales).get(name, 1.0))
@@ -180,5 +180,5 @@ def _check_ropes(assembly: Assembly, ropes: Sequence[RopeConfig]) -> None:
 def _check_scales(assembly: Assembly, names: Sequence[str]) -> None:
     for source in assembly.layers:
         for name, _ in source.scales:
-            if f"layers.{name}" not in names:
+            if f"{LAYERS}{name}" not in names:
                 raise ValueError(f"layer {source.layer} scales {name}, which the architecture does not have")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import model, pallas
-from jaxchat.config import ModelConfig
+from jaxchat.config import FINAL_NORM, ModelConfig
 from jaxchat.engine import steps
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays, Slot
@@ -131,7 +131,7 @@ class Engine:
 
 def platform_of(params: Params) -> str:
     """`cpu`, `gpu` or `tpu`: where the parameters are."""
-    platform = next(iter(params["norm.weight"].devices())).platform
+    platform = next(iter(params[FINAL_NORM].devices())).platform
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
@@ -145,7 +145,7 @@ def checked_kv_dtype(name: str) -> str:
 def default_dtype(params: Params) -> jnp.dtype:
     """float32 on CPU or with float32 weights, else bfloat16."""
     on_cpu = platform_of(params) == "cpu"
-    return jnp.dtype(jnp.float32 if on_cpu or params["norm.weight"].dtype == jnp.float32 else jnp.bfloat16)
+    return jnp.dtype(jnp.float32 if on_cpu or params[FINAL_NORM].dtype == jnp.float32 else jnp.bfloat16)
 
 
 def _placement(params: Params, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:
@@ -156,7 +156,7 @@ def _placement(params: Params, mesh: jax.sharding.Mesh | None) -> jax.sharding.S
     """
     if mesh is not None:
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    devices = params["norm.weight"].devices()
+    devices = params[FINAL_NORM].devices()
     return jax.sharding.SingleDeviceSharding(next(iter(devices))) if len(devices) == 1 else None
 
 

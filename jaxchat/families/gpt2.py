@@ -1,8 +1,10 @@
 """GPT-2: learned positions, LayerNorm with bias, fused qkv, weights stored [in, out] (Conv1D)."""
 
-from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param
+import dataclasses
+
+from jaxchat.config import GLOBAL_WINDOW, Half, ModelConfig, Param
 from jaxchat.families.hf_config import HfConfig
-from jaxchat.families.tables import Family
+from jaxchat.families.tables import Family, embedding, head, linear, norm
 
 _QKV = ("N*H", "K*H", "K*H")
 
@@ -45,65 +47,39 @@ def config(hf: HfConfig) -> ModelConfig:
 
 def params(config: ModelConfig) -> tuple[Param, ...]:
     """The GPT2LMHeadModel table."""
+    attention, mlp = "transformer.h.{}.attn.", "transformer.h.{}.mlp."
     rows = [
+        embedding("transformer.wte.weight"),
         Param(
-            name="embed.weight",
-            shape="V D",
-            hf="transformer.wte.weight",
-            axes="vocab embed",
-            quantizable=True,
+            name="positions.weight",
+            shape="C D",
+            hf="transformer.wpe.weight",
+            axes="- embed",
+            role="positions",
         ),
-        Param(name="positions.weight", shape="C D", hf="transformer.wpe.weight", axes="- embed"),
-        *_norm("layers.attn_norm", "transformer.h.{}.ln_1"),
+        *_norm("layers.attn_norm", "transformer.h.{}.ln_1", config, "attention"),
     ]
     for part, (name, axis) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
-        rows += _conv1d(
-            f"layers.{name}", "transformer.h.{}.attn.c_attn", _QKV[part], "D", axis, "embed", part, _QKV
+        fused = linear(
+            f"layers.{name}", attention + "c_attn", _QKV[part], "D", f"{axis} embed", "attention", bias=True
         )
-    rows += _conv1d("layers.o", "transformer.h.{}.attn.c_proj", "D", "N*H", "embed", "heads")
-    rows += _norm("layers.mlp_norm", "transformer.h.{}.ln_2")
-    rows += _conv1d("layers.up", "transformer.h.{}.mlp.c_fc", "F", "D", "ffn", "embed")
-    rows += _conv1d("layers.down", "transformer.h.{}.mlp.c_proj", "D", "F", "embed", "ffn")
-    rows += _norm("norm", "transformer.ln_f")
-    if not config.tied_embeddings:
-        rows.append(
-            Param(
-                name="lm_head.weight", shape="V D", hf="lm_head.weight", axes="vocab embed", quantizable=True
-            )
-        )
-    return tuple(rows)
+        rows += [dataclasses.replace(row, part=part, fused=_QKV) for row in fused]
+    hf = attention + "c_proj"
+    rows += linear("layers.o", hf, "D", "N*H", "embed heads", "attention", bias=True, is_output=True)
+    rows += _norm("layers.mlp_norm", "transformer.h.{}.ln_2", config, "mlp")
+    rows += linear("layers.up", mlp + "c_fc", "F", "D", "ffn embed", "mlp", bias=True)
+    rows += linear("layers.down", mlp + "c_proj", "D", "F", "embed ffn", "mlp", bias=True, is_output=True)
+    rows += _norm("norm", "transformer.ln_f", config, None)
+    turned = (
+        dataclasses.replace(row, transposed=row.role == "weight") for row in rows
+    )  # Conv1D is [in, out]
+    return (*turned, *head(config))
 
 
-def _norm(name: str, hf: str) -> list[Param]:
-    return [
-        Param(name=f"{name}.{kind}", shape="D", hf=f"{hf}.{kind}", axes="embed")
-        for kind in ("weight", "bias")
-    ]
-
-
-def _conv1d(
-    name: str,
-    hf: str,
-    out: str,
-    inp: str,
-    out_axis: str,
-    in_axis: str,
-    part: int = 0,
-    fused: tuple[str, ...] = (),
-) -> list[Param]:
-    return [
-        Param(
-            name=f"{name}.weight",
-            shape=f"{out} {inp}",
-            hf=f"{hf}.weight",
-            axes=f"{out_axis} {in_axis}",
-            quantizable=True,
-            part=part,
-            fused=fused,
-            transposed=True,
-        ),
-        Param(name=f"{name}.bias", shape=out, hf=f"{hf}.bias", axes=out_axis, part=part, fused=fused),
-    ]
+def _norm(name: str, hf: str, config: ModelConfig, half: Half | None) -> list[Param]:
+    weight = norm(name, hf, config, half)
+    bias = dataclasses.replace(weight, name=f"{name}.bias", hf=f"{hf}.bias", role="bias", init="zeros")
+    return [weight, bias]
 
 
 # The original `gpt2` checkpoint has no prefix; attn.bias and attn.masked_bias are causal-mask buffers.

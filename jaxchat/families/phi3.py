@@ -34,11 +34,11 @@ def config(hf: HfConfig) -> ModelConfig:
 
 
 _FUSED = {
-    "q": ("self_attn.qkv_proj", 0, ("N*H", "K*H", "K*H")),
-    "k": ("self_attn.qkv_proj", 1, ("N*H", "K*H", "K*H")),
-    "v": ("self_attn.qkv_proj", 2, ("N*H", "K*H", "K*H")),
-    "gate": ("mlp.gate_up_proj", 0, ("F", "F")),
-    "up": ("mlp.gate_up_proj", 1, ("F", "F")),
+    "q.weight": ("self_attn.qkv_proj", 0, ("N*H", "K*H", "K*H")),
+    "k.weight": ("self_attn.qkv_proj", 1, ("N*H", "K*H", "K*H")),
+    "v.weight": ("self_attn.qkv_proj", 2, ("N*H", "K*H", "K*H")),
+    "gate.weight": ("mlp.gate_up_proj", 0, ("F", "F")),
+    "up.weight": ("mlp.gate_up_proj", 1, ("F", "F")),
 }
 
 
@@ -46,10 +46,9 @@ def params(config: ModelConfig) -> tuple[Param, ...]:
     """Llama's table with q, k, v and gate, up cut out of Phi-3's fused tensors."""
 
     def fuse(row: Param) -> Param:
-        key = row.name.removeprefix("layers.").removesuffix(".weight")
-        if key not in _FUSED:
+        if row.layer_name not in _FUSED:
             return row
-        hf, part, fused = _FUSED[key]
+        hf, part, fused = _FUSED[row.layer_name]
         return dataclasses.replace(row, hf=f"model.layers.{{}}.{hf}.weight", part=part, fused=fused)
 
     return tuple(fuse(row) for row in llama_params(config))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param
+from jaxchat.config import EMBED, GLOBAL_WINDOW, HEAD, Half, ModelConfig, Param
 from jaxchat.families.hf_config import HfConfig
 
 
@@ -64,58 +64,87 @@ class Family:
 def llama_params(config: ModelConfig) -> tuple[Param, ...]:
     """The parameter table of Llama and of every family that names its tensors alike."""
     layer = "model.layers.{}."
+    attention, mlp = layer + "self_attn.", layer + "mlp."
     rows = [
-        Param(
-            name="embed.weight",
-            shape="V D",
-            hf="model.embed_tokens.weight",
-            axes="vocab embed",
-            quantizable=True,
-        )
-    ]
-    rows += [
-        Param(name="layers.attn_norm.weight", shape="D", hf=layer + "input_layernorm.weight", axes="embed")
+        embedding("model.embed_tokens.weight"),
+        norm("layers.attn_norm", layer + "input_layernorm", config, "attention"),
     ]
     for name, out, axis in (("q", "N*H", "heads"), ("k", "K*H", "kv_heads"), ("v", "K*H", "kv_heads")):
-        hf = layer + f"self_attn.{name}_proj"
-        rows += linear(f"layers.{name}", hf, out, "D", axis, "embed", config.qkv_bias)
+        hf = f"{attention}{name}_proj"
+        rows += linear(f"layers.{name}", hf, out, "D", f"{axis} embed", "attention", bias=config.qkv_bias)
     if config.qk_norm:
         for name in ("q", "k"):
-            hf = layer + f"self_attn.{name}_norm.weight"
-            rows.append(Param(name=f"layers.{name}_norm.weight", shape="H", hf=hf, axes="-"))
-    rows += linear("layers.o", layer + "self_attn.o_proj", "D", "N*H", "embed", "heads", config.o_bias)
-    norms = [("mlp_norm", "post_attention_layernorm")]
+            hf = f"{attention}{name}_norm"
+            rows.append(norm(f"layers.{name}_norm", hf, config, "attention", shape="H", axes="-"))
+    hf = attention + "o_proj"
+    rows += linear("layers.o", hf, "D", "N*H", "embed heads", "attention", bias=config.o_bias, is_output=True)
+    norms: list[tuple[str, str, Half]] = [("mlp_norm", "post_attention_layernorm", "mlp")]
     if config.post_norms:
         norms = [
-            ("attn_post_norm", "post_attention_layernorm"),
-            ("mlp_norm", "pre_feedforward_layernorm"),
-            ("mlp_post_norm", "post_feedforward_layernorm"),
+            ("attn_post_norm", "post_attention_layernorm", "attention"),
+            ("mlp_norm", "pre_feedforward_layernorm", "mlp"),
+            ("mlp_post_norm", "post_feedforward_layernorm", "mlp"),
         ]
-    rows += [
-        Param(name=f"layers.{n}.weight", shape="D", hf=layer + f"{hf}.weight", axes="embed")
-        for n, hf in norms
-    ]
+    rows += [norm(f"layers.{name}", layer + hf, config, half) for name, hf, half in norms]
     for name in ("gate", "up"):
-        rows += linear(
-            f"layers.{name}", layer + f"mlp.{name}_proj", "F", "D", "ffn", "embed", config.mlp_bias
-        )
-    rows += linear("layers.down", layer + "mlp.down_proj", "D", "F", "embed", "ffn", config.mlp_bias)
-    rows += [Param(name="norm.weight", shape="D", hf="model.norm.weight", axes="embed")]
-    if not config.tied_embeddings:
-        rows += [
-            Param(
-                name="lm_head.weight", shape="V D", hf="lm_head.weight", axes="vocab embed", quantizable=True
-            )
-        ]
-    return tuple(rows)
+        hf = f"{mlp}{name}_proj"
+        rows += linear(f"layers.{name}", hf, "F", "D", "ffn embed", "mlp", bias=config.mlp_bias)
+    hf = mlp + "down_proj"
+    rows += linear("layers.down", hf, "D", "F", "embed ffn", "mlp", bias=config.mlp_bias, is_output=True)
+    rows.append(norm("norm", "model.norm", config, None))
+    return (*rows, *head(config))
 
 
-def linear(name: str, hf: str, out: str, inp: str, out_axis: str, in_axis: str, bias: bool) -> list[Param]:
+def embedding(hf: str) -> Param:
+    """The token embedding [V, D]."""
+    return Param(name=EMBED, shape="V D", hf=hf, axes="vocab embed", role="embedding")
+
+
+def head(config: ModelConfig) -> tuple[Param, ...]:
+    """The output head [V, D], where it is not the embedding."""
+    row = Param(name=HEAD, shape="V D", hf=HEAD, axes="vocab embed", role="head")
+    return () if config.tied_embeddings else (row,)
+
+
+def norm(
+    name: str, hf: str, config: ModelConfig, half: Half | None, *, shape: str = "D", axes: str = "embed"
+) -> Param:
+    """The weight of a norm; where it is stored as an offset from 1, it begins at 0."""
+    return Param(
+        name=f"{name}.weight",
+        shape=shape,
+        hf=f"{hf}.weight",
+        axes=axes,
+        role="norm",
+        half=half,
+        init="zeros" if config.norm_offset else "ones",
+    )
+
+
+def linear(
+    name: str, hf: str, out: str, inp: str, axes: str, half: Half, *, bias: bool, is_output: bool = False
+) -> list[Param]:
     """The rows of one linear layer: its weight [out, in] and, where it has one, its bias [out]."""
-    axes = f"{out_axis} {in_axis}"
-    rows = [
-        Param(name=f"{name}.weight", shape=f"{out} {inp}", hf=f"{hf}.weight", axes=axes, quantizable=True)
+    weight = Param(
+        name=f"{name}.weight",
+        shape=f"{out} {inp}",
+        hf=f"{hf}.weight",
+        axes=axes,
+        role="weight",
+        half=half,
+        is_output=is_output,
+    )
+    if not bias:
+        return [weight]
+    return [
+        weight,
+        dataclasses.replace(
+            weight,
+            name=f"{name}.bias",
+            shape=out,
+            hf=f"{hf}.bias",
+            axes=axes.split()[0],
+            role="bias",
+            init="zeros",
+        ),
     ]
-    if bias:
-        rows.append(Param(name=f"{name}.bias", shape=out, hf=f"{hf}.bias", axes=out_axis))
-    return rows

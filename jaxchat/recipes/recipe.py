@@ -14,7 +14,7 @@ import yaml
 
 from jaxchat.checkpoints.assembly import Assembly, LayerSource, may_differ
 from jaxchat.checkpoints.directory import ModelDirectory
-from jaxchat.config import ModelConfig, Param
+from jaxchat.config import EMBED, FINAL_NORM, HEAD, Half, ModelConfig, Param
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanError, Slot
 from jaxchat.recipes import mergekit_file
@@ -23,11 +23,17 @@ from jaxchat.recipes.mergekit_file import ModelName, Recipe, RecipeError, Rule, 
 __all__ = ["RecipeError", "read_recipe", "source_plan", "to_mergekit"]
 
 _BASE_DECIDES = ("max_position_embeddings", "norm_eps")
-_GLOBALS_FIRST = ("embed.weight", "positions.weight")
-"""Read from the first slice's model with its parameters; the other globals are the last slice's."""
+_GLOBALS_FIRST = ("embedding", "positions")
+"""Roles of what is read from the first slice's model with its parameters; the others are the last slice's."""
 
-_SLOT_SCALES = {"o": "attn_scale", "down": "mlp_scale"}
-_BEFORE_POST_NORM = {"o": "attention", "v": "attention", "down": "MLP", "up": "MLP"}
+_HALVES: tuple[Half, ...] = ("attention", "mlp")
+_BEFORE_POST_NORM = {
+    "o.weight": "attention",
+    "v.weight": "attention",
+    "down.weight": "MLP",
+    "up.weight": "MLP",
+}
+_BEFORE_QK_NORM = {"q.weight": "queries", "k.weight": "keys"}
 
 
 def read_recipe(
@@ -222,21 +228,21 @@ class _Scales:
             for number in range(count):
                 layer = part.first + number
                 t = number / (count - 1) if count > 1 else 1.0
-                factors = {p.name: self._scale(part, p.hf.format(layer), t, count) for p in table}
+                factors = {p.layer_name: self._scale(part, p.hf.format(layer), t, count) for p in table}
                 yield _Layer(
-                    model, layer, {n.removeprefix("layers."): f for n, f in factors.items() if f != 1.0}
+                    model, layer, {name: factor for name, factor in factors.items() if factor != 1.0}
                 )
 
     def globals(self, config: ModelConfig) -> Iterator[tuple[str, tuple[int, float]]]:
         """Model and scale of the tensors that are not per layer."""
         for param in parameter_table(config):
             if not param.per_layer:
-                part = self._recipe.slices[0 if param.name in _GLOBALS_FIRST else -1]
+                part = self._recipe.slices[0 if param.role in _GLOBALS_FIRST else -1]
                 yield param.name, (self._models.add(part.model), self._scale(part, param.hf, 0.0, None))
 
     def head_scale(self) -> float:
         """What the recipe says for `lm_head.weight`, which a model with a tied head does not have."""
-        found = _first_match(self._levels(self._recipe.slices[-1]), "lm_head.weight")
+        found = _first_match(self._levels(self._recipe.slices[-1]), HEAD)
         return _interpolated(found.values, 0.0) if found else 1.0
 
     def _levels(self, part: Slice) -> tuple[tuple[Rule, ...], ...]:
@@ -264,7 +270,7 @@ class _Scales:
         )
         for rule in rules:
             if rule.filter is not None and rule not in self._matched:
-                names = (self._example(name) for name in ("layers.o.weight", "layers.down.weight"))
+                names = self._examples()
                 yield (
                     f"{rule.place}: filter {rule.filter!r} matches no tensor it could apply to, so it has no "
                     f"effect; tensors are called {', '.join(names)} and so on"
@@ -284,10 +290,11 @@ class _Scales:
         for rule, tensors in self._global_gradients.items():
             yield f"{rule.place}: {', '.join(tensors)} get the first of the values, as in mergekit"
 
-    def _example(self, name: str) -> str:
+    def _examples(self) -> list[str]:
+        """The names of tensors that a filter could apply to."""
         part = self._recipe.slices[0]
-        table = parameter_table(self._models.configs[self._models.add(part.model)])
-        return next(p.hf for p in table if p.name == name).format(part.first)
+        config = self._models.configs[self._models.add(part.model)]
+        return [_output_weight(half, config).hf.format(part.first) for half in _HALVES]
 
 
 def _first_match(levels: Iterable[Iterable[Rule]], tensor: str) -> Rule | None:
@@ -312,17 +319,17 @@ def _stack(
     found: list[tuple[LayerSource, float, float]] = []
     for slot in slots:
         scales = dict(slot.scales)
-        halves = {half: _take_half(scales, half, models.configs[slot.model]) for half in _SLOT_SCALES}
+        halves = {half: _take_half(scales, half, models.configs[slot.model]) for half in _HALVES}
         if keep_identity and not any(halves.values()):
             scales |= {
                 name: 0.0
                 for half in halves
-                for name in _halfs_parameters(half, models.configs[slot.model])
+                for name in _outputs(half, models.configs[slot.model])
             }  # fmt: skip
             halves = dict.fromkeys(halves, 1.0)
         notes.about_slot(slot, halves, scales)
         source = LayerSource(slot.model, slot.layer, tuple(sorted(scales.items())))
-        found.append((source, halves["o"], halves["down"]))
+        found.append((source, halves["attention"], halves["mlp"]))
     sources = sorted(
         {source for source, *_ in found}, key=lambda s: (bool(s.scales), s.model, s.layer, s.scales)
     )
@@ -331,14 +338,22 @@ def _stack(
     return tuple(sources), plan
 
 
-def _halfs_parameters(half: str, config: ModelConfig) -> list[str]:
-    names = (param.name.removeprefix("layers.") for param in parameter_table(config))
-    return [name for name in names if name in (f"{half}.weight", f"{half}.bias")]
+def _outputs(half: Half, config: ModelConfig) -> list[str]:
+    """The layer names of the projection that makes a half's output."""
+    return [param.layer_name for param in parameter_table(config) if param.half == half and param.is_output]
 
 
-def _take_half(scales: dict[str, float], half: str, config: ModelConfig) -> float:
+def _output_weight(half: Half, config: ModelConfig) -> Param:
+    return next(
+        param
+        for param in parameter_table(config)
+        if param.half == half and param.is_output and param.role == "weight"
+    )
+
+
+def _take_half(scales: dict[str, float], half: Half, config: ModelConfig) -> float:
     """The scale of a half's output, taken out of `scales`; 1 if weight and bias disagree and stay there."""
-    names = _halfs_parameters(half, config)
+    names = _outputs(half, config)
     factors = {scales.get(name, 1.0) for name in names}
     if len(factors) > 1:
         return 1.0
@@ -366,21 +381,24 @@ class _Notes:
         self._counts: dict[str, int] = {}
         self._lines: list[str] = []
 
-    def about_slot(self, slot: _Layer, halves: Mapping[str, float], copies: Mapping[str, float]) -> None:
+    def about_slot(self, slot: _Layer, halves: Mapping[Half, float], copies: Mapping[str, float]) -> None:
         """What became of the scales of one slot."""
         config = self._models.configs[slot.model]
-        hf = {p.name.removeprefix("layers."): p.hf.split("{}.")[-1] for p in parameter_table(config)
-              if p.per_layer}  # fmt: skip
+        hf = {p.layer_name: p.hf_layer_name for p in parameter_table(config) if p.per_layer}
+        outputs = {half: _output_weight(half, config) for half in halves}
         if not any(halves.values()):
             self._count("{} with both scales 0: counted and exported, but not executed (--keep_identity runs "
                         "them)")  # fmt: skip
         elif any(scale != 1 for scale in halves.values()):
-            names = [hf[f"{half}.weight"].removesuffix(".weight") for half, s in halves.items() if s != 1]
+            names = [
+                outputs[half].hf_layer_name.removesuffix(".weight") for half, s in halves.items() if s != 1
+            ]
             self._count(f"{{}} with {' and '.join(names)} scaled by the plan, without a copy")
         if copies:
             names = list(dict.fromkeys(hf[name] for name in hf if name in copies))
             self._count(f"{{}} with scaled copies of {', '.join(names)}")
-        for name, scale in {**copies, **{f"{half}.weight": s for half, s in halves.items()}}.items():
+        scales = {**copies, **{outputs[half].layer_name: scale for half, scale in halves.items()}}
+        for name, scale in scales.items():
             if abs(scale) not in (0, 1) and (norm := _norm_after(name, config)):
                 self._count(
                     f"{{}} where a scale on {hf[name]} has next to no effect: {norm} normalizes it away"
@@ -397,7 +415,7 @@ class _Notes:
             self._lines.append(f"scaled copies of {', '.join(scaled)}")
         if not config.tied_embeddings:
             return
-        embedding, factor = found["embed.weight"]
+        embedding, factor = found[EMBED]
         if factor != 1:
             self._lines.append(f"the output head is the embedding (tied), so the scale {factor:g} is on both")
         if head_scale not in (1, factor):
@@ -405,10 +423,10 @@ class _Notes:
                 f"the output head is the embedding (tied): the scale {head_scale:g} for lm_head.weight has "
                 "no effect, as in mergekit"
             )
-        if embedding != found["norm.weight"][0]:
+        if embedding != found[FINAL_NORM][0]:
             self._lines.append(
                 f"the output head is the embedding (tied), of {directories[embedding]}; the final norm is of "
-                f"{directories[found['norm.weight'][0]]}"
+                f"{directories[found[FINAL_NORM][0]]}"
             )
 
     @property
@@ -419,13 +437,10 @@ class _Notes:
 
 def _norm_after(name: str, config: ModelConfig) -> str | None:
     """The norm right after the parameter, up to linear operations, that makes a scale meaningless."""
-    part, kind = name.split(".")
-    if kind != "weight":
-        return None
-    if config.post_norms and part in _BEFORE_POST_NORM:
-        return f"the norm after the {_BEFORE_POST_NORM[part]}"
-    if config.qk_norm and part in ("q", "k"):
-        return f"the norm of {'queries' if part == 'q' else 'keys'}"
+    if config.post_norms and name in _BEFORE_POST_NORM:
+        return f"the norm after the {_BEFORE_POST_NORM[name]}"
+    if config.qk_norm and name in _BEFORE_QK_NORM:
+        return f"the norm of {_BEFORE_QK_NORM[name]}"
     return None
 
 
@@ -443,7 +458,7 @@ def to_mergekit(
       config: the model's, for the names of its tensors; None takes Llama's.
       dtype: `dtype` of the recipe; None leaves the key out.
     """
-    names = ("o_proj", "down_proj") if config is None else _filters(parameter_table(config))
+    names = ("o_proj", "down_proj") if config is None else _filters(config)
     slices: list[dict[str, Any]] = []
     for run in _runs(plan):
         first, last = run[0], run[-1]
@@ -459,12 +474,12 @@ def to_mergekit(
     return yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _filters(table: Sequence[Param]) -> tuple[str, str]:
+def _filters(config: ModelConfig) -> tuple[str, str]:
     """Substrings that only the attention output projection and only the MLP down projection have."""
-    stems = {p.hf.split("{}.")[-1].rsplit(".", 1)[0] for p in table if p.per_layer}
+    stems = {p.hf_layer_name.rsplit(".", 1)[0] for p in parameter_table(config) if p.per_layer}
     found = []
-    for name in ("layers.o.weight", "layers.down.weight"):
-        stem = next(p.hf for p in table if p.name == name).split("{}.")[-1].rsplit(".", 1)[0]
+    for half in _HALVES:
+        stem = _output_weight(half, config).hf_layer_name.rsplit(".", 1)[0]
         short = stem.rsplit(".", 1)[-1]
         found.append(short if sum(short in other for other in stems) == 1 else stem)
     return found[0], found[1]

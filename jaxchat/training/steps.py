@@ -39,14 +39,11 @@ def initial_params(config: ModelConfig, key: jax.Array) -> Params:
     table = parameter_table(config)
     for param, own in zip(table, jax.random.split(key, len(table)), strict=True):
         shape = param.stacked_shape(config)
-        if param.name.endswith("norm.weight"):
-            params[param.name] = jnp.full(shape, 1 - config.norm_offset, jnp.float32)
-        elif param.name.endswith(".bias"):
-            params[param.name] = jnp.zeros(shape, jnp.float32)
-        else:
-            adds = param.name in ("layers.o.weight", "layers.down.weight")
-            deviation = 0.02 / np.sqrt(2 * config.num_layers) if adds else 0.02
+        if param.init == "normal":
+            deviation = 0.02 / np.sqrt(2 * config.num_layers) if param.is_output else 0.02
             params[param.name] = deviation * jax.random.normal(own, shape, jnp.float32)
+        else:
+            params[param.name] = jnp.full(shape, float(param.init == "ones"), jnp.float32)
     return params
 
 
@@ -66,10 +63,10 @@ def token_losses(
 
 
 def optimizer(
-    params: Params, *, weight_decay: float = 0.1, clip: float = 1.0
+    config: ModelConfig, *, weight_decay: float = 0.1, clip: float = 1.0
 ) -> optax.GradientTransformation:
     """AdamW without its learning rate, which `train_step` takes; only matrices decay, not norms or biases."""
-    decayed = {name: not name.endswith(("norm.weight", ".bias")) for name in params}
+    decayed = {param.name: param.role not in ("norm", "bias") for param in parameter_table(config)}
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-8),
@@ -80,7 +77,7 @@ def optimizer(
 def initial_state(config: ModelConfig, seed: int) -> State:
     """Random parameters and empty moments."""
     params = initial_params(config, jax.random.key(seed))
-    return State(params, optimizer(params).init(params), jnp.int32(0))
+    return State(params, optimizer(config).init(params), jnp.int32(0))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype", "dropout"), donate_argnums=1)
@@ -115,7 +112,7 @@ def train_step(
         return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1e-6)
 
     value, gradients = jax.value_and_grad(loss)(state.params)
-    updates, moments = optimizer(state.params).update(gradients, state.moments, state.params)
+    updates, moments = optimizer(config).update(gradients, state.moments, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: -learning_rate * u, updates))
     return State(params, moments, state.step + 1), value
 

@@ -299,9 +299,9 @@ def hf_tensors(case: str) -> dict[str, np.ndarray]:
             name = param.hf.format(layer)
             if name not in tensors:  # a fused tensor has several rows in the table
                 noise = rng.standard_normal(param.hf_shape(config))
-                mean = 1 - config.norm_offset if param.name.endswith("norm.weight") else 0.0
+                mean = float(param.init == "ones")
                 # Embeddings do not drown what the layers add, and a tied model does not only repeat itself.
-                scale = 0.2 / config.embedding_scale if param.name == "embed.weight" else 0.2
+                scale = 0.2 / config.embedding_scale if param.role == "embedding" else 0.2
                 tensors[name] = (mean + scale * noise).astype(np.float32)
     return tensors
 

@@ -143,6 +143,6 @@ def random_hf_tensors(config: ModelConfig, seed: int = 0, dtype: str = "float32"
 
 def _values(param: Param, config: ModelConfig, rng: np.random.Generator) -> np.ndarray:
     noise = rng.standard_normal(param.hf_shape(config), dtype=np.float32)
-    if param.name.endswith("norm.weight"):
-        return 1 - config.norm_offset + 0.1 * noise
+    if param.role == "norm":
+        return float(param.init == "ones") + 0.1 * noise
     return (0.2 if param.quantizable else 0.1) * noise
