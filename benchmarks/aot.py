@@ -36,7 +36,8 @@ from jaxchat.engine.sampling import SamplingParams
 from jaxchat.errors import UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.model import KVCache, Params, init_cache
+from jaxchat.layers.cache import KVCache, cache_sharding, empty_cache
+from jaxchat.layers.step import Params, Step
 from jaxchat.pallas import Kernels
 from jaxchat.pallas.backends import pallas_gpu, pallas_tpu
 
@@ -208,9 +209,9 @@ class Steps:
     def cache(self, batch: int, capacity: int) -> KVCache:
         """The KV cache [P, B, K, S, H], sharded as the engine does."""
         make = functools.partial(
-            init_cache, self.config, slots=self.config.num_layers, batch=batch, capacity=capacity
+            empty_cache, self.config, slots=self.config.num_layers, batch=batch, capacity=capacity
         )
-        where = sharding.cache_sharding(self.config, self.mesh, batch)
+        where = cache_sharding(self.config, self.mesh, batch)
         return self._placed(jax.eval_shape(lambda: make(dtype=self.kv_dtype)), where)
 
     def everywhere(self, tree: Any) -> Any:
@@ -223,14 +224,12 @@ class Steps:
     def compile_decode(self, batch: int, capacity: int) -> Any:
         """The executable that appends one token to each sequence."""
         ints = np.zeros(batch, np.int32)
-        state = (self._plan(), ints, ints, ints)
-        return self._compile(steps.decode, self.cache(batch, capacity), state)
+        return self._compile(steps.decode, self.cache(batch, capacity), ints, ints)
 
     def compile_prefill(self, batch: int, capacity: int, tokens: int) -> Any:
         """The executable that appends a chunk of a prompt."""
-        ints = np.zeros(batch, np.int32)
-        state = (self._plan(), np.zeros((batch, tokens), np.int32), ints, ints, ints, ints)
-        return self._compile(steps.prefill, self.cache(batch, capacity), state)
+        ids = np.zeros((batch, tokens), np.int32)
+        return self._compile(steps.prefill, self.cache(batch, capacity), ids, np.zeros(batch, np.int32))
 
     def compile_draw(self, batch: int) -> Any:
         """The executable that draws each sequence's next token."""
@@ -247,11 +246,20 @@ class Steps:
     def _plan(self) -> Any:
         return LayerPlan.identity(self.config.num_layers).arrays(self.config.num_layers)
 
-    def _compile(self, step: Any, cache: KVCache, state: Any) -> Any:
-        lowered = step.lower(
-            self.config, self.dtype, self.kernels, self.params, cache, *self.everywhere(state)
+    def _compile(self, run: Any, cache: KVCache, tokens: np.ndarray, rows: np.ndarray) -> Any:
+        plan, ids, ints = self.everywhere((self._plan(), tokens, rows))
+        step = Step(
+            config=self.config,
+            dtype=self.dtype,
+            kernels=self.kernels,
+            params=self.params,
+            plan=plan,
+            tokens=ids,
+            lengths=ints,
+            new=ints,
+            context=ints,
         )
-        return lowered.compile()
+        return run.lower(step, cache).compile()
 
 
 def large_copies(compiled: Any, least_bytes: int) -> list[str]:

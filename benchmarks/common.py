@@ -29,7 +29,7 @@ from jaxchat.engine.session import Engine, Session
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table, read_config
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.model import Params
+from jaxchat.layers.step import Params
 from jaxchat.pallas import native
 from jaxchat.quant import QuantFormat, QuantizedTensor, format_for
 
@@ -314,12 +314,9 @@ def compile_decode(session: Session) -> tuple[float, int]:
     Returns:
       Seconds it takes to trace and compile, and the bytes of temporaries the executable needs.
     """
-    rows = session.padded_batch
+    rows = np.zeros(session.padded_batch, np.int32)
     start = time.perf_counter()
-    compiled = steps.decode.lower(
-        *session.operands,
-        *(np.zeros(rows, np.int32) for _ in range(3)),
-    ).compile()
+    compiled = steps.decode.lower(session.step(rows, rows, rows, rows), session._cache).compile()
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
     assert memory is not None
     return seconds, memory.temp_size_in_bytes

@@ -11,6 +11,7 @@ Pallas kernels are interpreted in the second part and missing elsewhere. It has 
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -31,6 +32,7 @@ from jaxchat import model, quant
 from jaxchat.engine.session import Engine
 from jaxchat.errors import JaxchatError
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.layers.step import Step
 from jaxchat.quant import QuantFormat
 
 QUANTS = ("none", "int8", "int4")
@@ -236,18 +238,24 @@ def _unrolled_step(
     engine: Engine, layers: Any, top: Any, caches: Any, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, Any]:
     config, one = engine.config, jax.tree.map(jnp.asarray, LayerPlan.identity(1).arrays(1))
-    x = model.embed(config, top, tokens, lengths[:, None], dtype=engine.dtype)
+    step = Step(
+        config=config,
+        dtype=engine.dtype,
+        kernels=engine.kernels,
+        params=top,
+        plan=one,
+        tokens=tokens,
+        lengths=lengths,
+        new=jnp.ones_like(lengths),
+        context=lengths + 1,
+    )
+    x = model.embed(step)
     done = []
     for p, (own, cache) in enumerate(zip(layers, caches, strict=True)):
-        alone = unrolled_config(config, [p])
-        x, cache = model.run_plan(
-            alone, {**top, **own}, cache, one, x, lengths, jnp.ones_like(lengths), lengths + 1,
-            dtype=engine.dtype, kernels=engine.kernels,
-        )  # fmt: skip
+        alone = dataclasses.replace(step, config=unrolled_config(config, [p]), params={**top, **own})
+        x, cache = model.run_plan(alone, x, cache)
         done.append(cache)
-    hidden = model.final_norm(config, top, x)[:, 0]
-    logits = model.logits(config, top, hidden, dtype=engine.dtype, kernels=engine.kernels)
-    return logits.argmax(-1), done
+    return model.logits(step, model.final_norm(step, x)[:, 0]).argmax(-1), done
 
 
 def parts(args: argparse.Namespace) -> dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]]:

@@ -30,7 +30,7 @@ from jaxchat.engine.generation import generate
 from jaxchat.engine.session import Engine, Session
 from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.layers.rope import rope_cos_sin, rotate
-from jaxchat.model import Params
+from jaxchat.layers.step import Params
 from jaxchat.pallas.stacked_matmul.reference import embedding_rows, widen
 
 SWITCHES = 1000

@@ -52,6 +52,31 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
 
 
+PRE_NORMS = ("attn_norm", "mlp_norm")
+POST_NORMS = ("attn_post_norm", "mlp_post_norm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """A kind of layers: which halves it is made of, and how they are put together.
+
+    Attributes:
+      arrangement: how the halves read the residual stream and add to it, by its name in `layers/block.py`.
+      norms: the norms there are, of `PRE_NORMS` (of what a half reads) and `POST_NORMS` (of what it adds).
+      qk_norm: each query and key head is normed before its rotation.
+      softcap: tanh soft-cap of the attention scores; 0 is none.
+      mlp: by its name in `layers/mlp.py`: `gated`, down(act(gate(x)) * up(x)), or `plain`, down(act(up(x))).
+      activation: of the MLP: `silu`, `gelu`, `gelu_tanh`, `relu`, `quick_gelu`.
+    """
+
+    arrangement: str = "sequential"
+    norms: tuple[str, ...] = PRE_NORMS
+    qk_norm: bool = False
+    softcap: float = 0.0
+    mlp: str = "gated"
+    activation: str = "silu"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything the decoder needs to know of a model. Hashable, so it can be a static jit argument.
@@ -65,8 +90,8 @@ class ModelConfig:
       norm: `rmsnorm` or `layernorm` (with bias).
       norm_eps: added to the variance.
       norm_offset: added to a norm's weight (Gemma: 1).
-      activation: of the MLP: `silu`, `gelu`, `gelu_tanh`, `relu`, `quick_gelu`.
-      gated_mlp: `down(act(gate(x)) * up(x))` if true, else `down(act(up(x)))`.
+      blocks: the kinds of layers there are.
+      layer_blocks: [L] index into `blocks`, by source layer; empty if there is one.
       learned_positions: whether a table of absolute positions is added to the embedding (GPT-2).
       ropes: the rotary embeddings in use (none with learned positions).
       layer_ropes: [L] index into `ropes`, by source layer.
@@ -75,10 +100,8 @@ class ModelConfig:
       layer_rows: parameter -> [L] the row of its stack that each layer uses, of the parameters where that is
         not the layer itself: in an assembled stack, layers that differ in one tensor share the others.
       embedding_scale: multiplies the token embedding.
-      attn_softcap, final_softcap: tanh soft-caps of attention scores and logits; 0 is none.
+      final_softcap: tanh soft-cap of the logits; 0 is none.
       qkv_bias, o_bias, mlp_bias: which projections have a bias.
-      qk_norm: RMSNorm of each query and key head before RoPE.
-      post_norms: norms after attention and MLP, before the residual add (Gemma 2, 3).
       tied_embeddings: the output head is the token embedding.
       bos_id, eos_ids: from the configuration files; eos_ids end a generation.
     """
@@ -96,8 +119,8 @@ class ModelConfig:
     norm: str = "rmsnorm"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
-    activation: str = "silu"
-    gated_mlp: bool = True
+    blocks: tuple[Block, ...] = (Block(),)
+    layer_blocks: tuple[int, ...] = ()
     learned_positions: bool = False
     ropes: tuple[RopeConfig, ...] = ()
     layer_ropes: tuple[int, ...] = ()
@@ -105,16 +128,19 @@ class ModelConfig:
     layer_attn_scales: tuple[float, ...] = ()
     layer_rows: tuple[tuple[str, tuple[int, ...]], ...] = ()
     embedding_scale: float = 1.0
-    attn_softcap: float = 0.0
     final_softcap: float = 0.0
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    post_norms: bool = False
     tied_embeddings: bool = False
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+
+    @property
+    def block(self) -> Block:
+        """The kind of the layers, of a model that has one."""
+        (block,) = self.blocks
+        return block
 
     @property
     def dims(self) -> dict[str, int]:

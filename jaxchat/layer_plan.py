@@ -7,7 +7,7 @@ is in `notations.py`. `L` stacked source layers · `P` plan slots.
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,12 +53,15 @@ class Slot:
 
 
 class PlanArrays(NamedTuple):
-    """The executed slots of a plan as arrays of a fixed size, so that every plan runs in one executable."""
+    """The executed slots of a plan as arrays of a fixed size, so that every plan runs in one executable.
 
-    layer: np.ndarray  # int32 [P], padded with 0
-    attn_scale: np.ndarray  # float32 [P], padded with 0
-    mlp_scale: np.ndarray  # float32 [P], padded with 0
-    length: np.ndarray  # int32 [], how many slots are executed
+    numpy's, as a plan makes them; traced ones inside of an executable.
+    """
+
+    layer: Any  # int32 [P], padded with 0
+    attn_scale: Any  # float32 [P], padded with 0
+    mlp_scale: Any  # float32 [P], padded with 0
+    length: Any  # int32 [], how many slots are executed
 
 
 @dataclass(frozen=True)

@@ -61,22 +61,3 @@ def shard_params(
         return param_sharding(table[name], config, mesh, group=group)
 
     return {name: jax.device_put(value, sharding(name, value)) for name, value in params.items()}
-
-
-def cache_sharding(config: ModelConfig, mesh: Mesh, batch: int) -> NamedSharding:
-    """The sharding of a KV cache [P, B, K, S, H]: sequences over `data`, key/value heads over `model`.
-
-    As in `param_spec`, a dimension that does not divide evenly is whole on each device.
-    """
-
-    def split(logical: str, size: int) -> str | None:
-        axis = MESH_AXES[logical]
-        parts = mesh.shape.get(axis, 1)
-        return axis if parts > 1 and size % parts == 0 else None
-
-    names = [None, split("batch", batch), split("kv_heads", config.num_kv_heads)]
-    # Spelled as XLA spells the shardings of results (no axis of size 1, no None at the end): a cache that
-    # comes back from a step would otherwise be another kind of argument, and each step would compile twice.
-    while names and names[-1] is None:
-        names.pop()
-    return NamedSharding(mesh, PartitionSpec(*names))

@@ -4,6 +4,7 @@ One executable scores every plan, from the base plan's residual stream after the
 What to evaluate, and what becomes of it, is `measure.py`'s.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,13 +15,14 @@ import numpy as np
 from jax import lax
 
 from jaxchat import model
-from jaxchat.config import ModelConfig
 from jaxchat.engine.session import Engine
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays
+from jaxchat.layers import attention
+from jaxchat.layers.block import run_slot
+from jaxchat.layers.cache import KVCache, empty_cache
+from jaxchat.layers.step import Step
 from jaxchat.lengths import common_prefix
-from jaxchat.model import Params
-from jaxchat.pallas import Kernels
 
 _LOGITS = 1 << 24
 """Logits computed at once: 64 MiB in float32."""
@@ -60,15 +62,6 @@ def cut_windows(ids: Sequence[int], length: int, *, bos: int | None = None) -> W
     return Windows(tokens, np.array([len(row) for row in rows], np.int32))
 
 
-class _Model(NamedTuple):
-    """What the executables are compiled for."""
-
-    config: ModelConfig
-    dtype: jnp.dtype  # of the activations
-    kv_dtype: jnp.dtype  # of the cache, as it is stored
-    kernels: Kernels
-
-
 class Sweep:
     """Evaluates plans on windows of text.
 
@@ -102,12 +95,19 @@ class Sweep:
         self.base = base.executed()
         self.windows = windows
         self._capacity = max(len(self.base), max_slots)
-        self._model = _Model(engine.config, engine.dtype, engine.stored_kv_dtype, engine.kernels)
-        self._tokens, self._lengths = (jax.device_put(array, engine.placement) for array in windows)
-        self._arrays = base.arrays(self._capacity)
-        self.states = _states(
-            self._model, len(self.base), engine.params, self._arrays, self._tokens, self._lengths
+        tokens, lengths = (jax.device_put(array, engine.placement) for array in windows)
+        self._base_step = Step(
+            config=engine.config,
+            dtype=engine.dtype,
+            kernels=engine.kernels,
+            params=engine.params,
+            plan=base.arrays(self._capacity),
+            tokens=tokens,
+            lengths=jnp.zeros_like(lengths),
+            new=lengths,
+            context=lengths,
         )
+        self.states = _states(engine.stored_kv_dtype, len(self.base), self._base_step)
 
     def shared(self, plan: LayerPlan) -> int:
         """How many leading slots a plan has in common with the base plan."""
@@ -125,12 +125,11 @@ class Sweep:
 
     def lens_nats(self, slots: int) -> np.ndarray:
         """The same if the final norm and head follow right after the first `slots` slots of the base plan."""
-        return self._nats(self._arrays._replace(length=np.array(slots, np.int32)), slots)
+        return self._nats(self._base_step.plan._replace(length=np.array(slots, np.int32)), slots)
 
     def _nats(self, plan: PlanArrays, start: int) -> np.ndarray:
-        out = _nats(
-            self._model, self.engine.params, self.states, plan, np.int32(start), self._tokens, self._lengths
-        )
+        step = dataclasses.replace(self._base_step, plan=plan)
+        out = _nats(self.engine.stored_kv_dtype, step, self.states, np.int32(start))
         return np.asarray(out, np.float64)
 
     def influence(self) -> np.ndarray:
@@ -138,7 +137,7 @@ class Sweep:
 
         Its mean over tokens is the Block Influence of ShortGPT (Men et al. 2024, arXiv 2403.03853).
         """
-        return np.asarray(_influence(self.states, self._lengths), np.float64)
+        return np.asarray(_influence(self.states, self._base_step.new), np.float64)
 
     def angular(self) -> np.ndarray:
         """Angle over pi between the residual stream at two slots, at each window's last token.
@@ -149,7 +148,7 @@ class Sweep:
         Returns:
           float64 [B, P + 1, P + 1]; rows of padding are meaningless.
         """
-        last = _last(self.states, self._lengths)
+        last = _last(self.states, self._base_step.new)
         x = np.asarray(last.astype(jnp.float32), np.float64).swapaxes(0, 1)
         x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-300)
         # Not arccos: it is off by 1e-8 even in float64 where two states are almost the same.
@@ -165,7 +164,7 @@ class Sweep:
           Token ids int32 and log-probabilities float32, [P + 1, N, k]: before each slot and after the last.
         """
         rows = self.states[:, window, np.asarray(positions, np.int32)]
-        ids, logprobs = _lens(self._model, k, self.engine.params, rows)
+        ids, logprobs = _lens(k, self._base_step, rows)
         return np.asarray(ids), np.asarray(logprobs)
 
 
@@ -181,98 +180,61 @@ def windows_at_once(engine: Engine, base: LayerPlan, windows: Windows, mebibytes
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _states(
-    fixed: _Model,
-    slots: int,
-    params: Params,
-    plan: PlanArrays,
-    tokens: jax.Array,
-    lengths: jax.Array,
-) -> jax.Array:
+def _states(kv_dtype: jnp.dtype, slots: int, step: Step) -> jax.Array:
     """The residual stream before each slot and after the last, [P + 1, B, T, D]."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    x = model.embed(fixed.config, params, tokens, positions, dtype=fixed.dtype)
-    states = jnp.zeros((slots + 1, *x.shape), fixed.dtype).at[0].set(x)
+    x = model.embed(step)
+    states = jnp.zeros((slots + 1, *x.shape), step.dtype).at[0].set(x)
 
     def keep(p: jax.Array, states: jax.Array) -> jax.Array:
-        x = _run(fixed, params, plan, states[p], p, p + 1, lengths)
-        return states.at[p + 1].set(x)
+        return states.at[p + 1].set(_run(kv_dtype, step, states[p], p, p + 1))
 
     return lax.fori_loop(0, slots, keep, states)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(
-    fixed: _Model,
-    params: Params,
-    states: jax.Array,
-    plan: PlanArrays,
-    start: jax.Array,
-    tokens: jax.Array,
-    lengths: jax.Array,
-) -> jax.Array:
+def _nats(kv_dtype: jnp.dtype, step: Step, states: jax.Array, start: jax.Array) -> jax.Array:
     """The negative log-likelihood of each window, float32 [B], with the slots before `start` done already."""
-    x = _run(fixed, params, plan, states[start], start, plan.length, lengths)
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    nats = _token_nats(fixed, params, x, targets)
-    return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None] - 1, nats, 0).sum(1)
+    x = _run(kv_dtype, step, states[start], start, step.plan.length)
+    targets = jnp.pad(step.tokens[:, 1:], ((0, 0), (0, 1)))
+    nats = _token_nats(step, x, targets)
+    return jnp.where(step.positions < step.new[:, None] - 1, nats, 0).sum(1)
 
 
-def _run(
-    fixed: _Model,
-    params: Params,
-    plan: PlanArrays,
-    x: jax.Array,
-    start: jax.Array,
-    stop: Any,
-    lengths: jax.Array,
-) -> jax.Array:
+def _run(kv_dtype: jnp.dtype, step: Step, x: jax.Array, start: jax.Array, stop: Any) -> jax.Array:
     """Runs the slots [start, stop) on whole windows, one after the other on the same slot of cache."""
     batch, length, _ = x.shape
-    config, dtype, kernels = fixed.config, fixed.dtype, fixed.kernels
-    cache = model.init_cache(config, slots=1, batch=batch, capacity=length, dtype=fixed.kv_dtype)
-    nothing = jnp.zeros(batch, jnp.int32)
+    cache = empty_cache(step.config, slots=1, batch=batch, capacity=length, dtype=kv_dtype)
+    shared = attention.shared(step)
 
-    def body(p: jax.Array, carry: tuple[jax.Array, model.KVCache]) -> tuple[jax.Array, model.KVCache]:
-        slot = PlanArrays(
-            plan.layer[p][None], plan.attn_scale[p][None], plan.mlp_scale[p][None], np.array(1, np.int32)
-        )
-        x, cache = carry
-        return model.run_plan(
-            config, params, cache, slot, x, nothing, lengths, lengths, dtype=dtype, kernels=kernels
-        )
+    def body(p: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        return run_slot(step, shared, step.slot(p)._replace(position=jnp.int32(0)), *carry)
 
     return lax.fori_loop(start, stop, body, (x, cache))[0]
 
 
-def _token_nats(fixed: _Model, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
+def _token_nats(step: Step, x: jax.Array, targets: jax.Array) -> jax.Array:
     """-log p(target), float32 [B, T], of a residual stream [B, T, D], from so many logits at a time."""
     rows = targets.size
-    chunks = -(-rows // max(_LOGITS // fixed.config.vocab_size, 1))
+    chunks = -(-rows // max(_LOGITS // step.config.vocab_size, 1))
     chunk = -(-rows // chunks)  # as even as can be
     padding = -rows % chunk
     flat_x = jnp.pad(x.reshape(rows, -1), ((0, padding), (0, 0))).reshape(-1, chunk, x.shape[-1])
     flat_targets = jnp.pad(targets.reshape(rows), (0, padding)).reshape(-1, chunk)
 
     def nats(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = _logits(fixed, params, part[0])
+        logits = model.logits(step, model.final_norm(step, part[0]))
         chosen = jnp.take_along_axis(logits, part[1][:, None], axis=-1)[:, 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen
 
     return lax.map(nats, (flat_x, flat_targets)).reshape(-1)[:rows].reshape(targets.shape)
 
 
-def _logits(fixed: _Model, params: Params, x: jax.Array) -> jax.Array:
-    hidden = model.final_norm(fixed.config, params, x)
-    return model.logits(fixed.config, params, hidden, dtype=fixed.dtype, kernels=fixed.kernels)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _lens(fixed: _Model, k: int, params: Params, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def _lens(k: int, step: Step, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """rows [P + 1, N, D] -> the k most probable tokens and their log-probabilities, [P + 1, N, k]."""
 
     def read(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logprobs, ids = lax.top_k(jax.nn.log_softmax(_logits(fixed, params, x)), k)
+        logprobs, ids = lax.top_k(jax.nn.log_softmax(model.logits(step, model.final_norm(step, x))), k)
         return ids, logprobs
 
     return lax.map(read, rows)

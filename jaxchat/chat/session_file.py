@@ -118,7 +118,7 @@ def load(path: str | Path, model: "Model") -> "ChatSession":
     assert model.template is not None
     assert model.tokenizer is not None
     chat.conversation = Conversation.from_state(model.template, model.tokenizer, stored["conversation"])
-    rows = KVRows(**{name: arrays[name] for name in KVRows._fields if name in arrays})
+    rows = KVRows.of(arrays)
     try:
         chat.session.restore(arrays["ids"].tolist(), rows)
     except UsageError as error:

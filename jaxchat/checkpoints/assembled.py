@@ -188,6 +188,7 @@ def gathered_config(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
         num_layers=len(layers),
         layer_ropes=gather(config.layer_ropes),
         layer_windows=gather(config.layer_windows),
+        layer_blocks=gather(config.layer_blocks),
         layer_attn_scales=gather(config.layer_attn_scales),
         layer_rows=(),
     )

@@ -132,6 +132,7 @@ def assembled_config(assembly: Assembly, configs: Sequence[ModelConfig]) -> Mode
         ropes=ropes,
         layer_ropes=tuple(ropes.index(c.ropes[c.layer_ropes[i]]) for c, i in layers) if ropes else (),
         layer_windows=tuple(c.layer_windows[i] for c, i in layers),
+        layer_blocks=tuple(c.layer_blocks[i] for c, i in layers if c.layer_blocks),
         layer_attn_scales=tuple(c.layer_attn_scales[i] for c, i in layers),
         layer_rows=(),
         tied_embeddings=head == embed and configs[head.model].tied_embeddings,
@@ -153,7 +154,7 @@ def may_differ(base: ModelConfig) -> frozenset[str]:
 
 _MAY_DIFFER = frozenset({
     "model_type",  # of one family, which has one parameter table
-    "num_layers", "ropes", "layer_ropes", "layer_windows", "layer_attn_scales", "layer_rows",
+    "num_layers", "ropes", "layer_ropes", "layer_windows", "layer_attn_scales", "layer_blocks", "layer_rows",
     "tied_embeddings", "bos_id", "eos_ids", "max_position_embeddings", "norm_eps",
 })  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxchat.model import Params
+from jaxchat.layers.step import Params
 
 _SAMPLED_ROWS = 4
 """Rows of each matrix of each layer that go into the fingerprint: a changed layer changes all of its rows."""

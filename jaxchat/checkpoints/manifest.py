@@ -116,6 +116,7 @@ def config_of(manifest: Manifest, config: ModelConfig) -> ModelConfig:
         ropes = tuple(_rope(values) for values in stack.pop("ropes"))
         rows = tuple((name, tuple(layers)) for name, layers in stack.pop("layer_rows").items())
         layers: dict[str, Any] = {name: tuple(stack[name]) for name in _PER_LAYER}
+        layers[_KINDS] = tuple(stack.get(_KINDS, ()))
         if len({len(values) for values in layers.values() if values}) != 1:
             raise ValueError("its layers are not equally many")
         config = dataclasses.replace(config, ropes=ropes, layer_rows=rows, **layers)
@@ -125,6 +126,7 @@ def config_of(manifest: Manifest, config: ModelConfig) -> ModelConfig:
 
 
 _PER_LAYER = ("layer_ropes", "layer_windows", "layer_attn_scales")
+_KINDS = "layer_blocks"  # of a stack of several kinds of layers
 
 
 def _rope(values: Mapping[str, Any]) -> RopeConfig:
@@ -135,7 +137,8 @@ def _rope(values: Mapping[str, Any]) -> RopeConfig:
 def stack_entry(config: ModelConfig) -> dict[str, Any]:
     """`Manifest.stack`: what a configuration says of its layers, as JSON takes it."""
     ropes = [dataclasses.asdict(rope) for rope in config.ropes]
-    layers = {name: list(getattr(config, name)) for name in _PER_LAYER}
+    names = (*_PER_LAYER, *((_KINDS,) if config.layer_blocks else ()))
+    layers = {name: list(getattr(config, name)) for name in names}
     return {"ropes": ropes, **layers, "layer_rows": {name: list(rows) for name, rows in config.layer_rows}}
 
 

@@ -142,18 +142,19 @@ class Generation:
         moved = [
             r
             for r in rows
-            if len(session.ids[r]) - session.cached[r] != 1 or not session.keeps_rope(r, len(session.ids[r]))
+            if len(session.ids[r]) - session.cached[r] != 1
+            or not session.contexts.keeps_rotation(r, len(session.ids[r]))
         ]
         if moved:
             for r in moved:
-                session.follow_rope(r)
-            return self._drawn(session.fill(rows), self._positions(), counts)
-        last = session.int_rows({r: session.ids[r][-1] for r in rows})
+                session.contexts.follow_rotation(r)
+            return self._drawn(session.prefill_as_rotated(rows), self._positions(), counts)
+        last = session.contexts.array({r: session.ids[r][-1] for r in rows})
         return self._end(self._begin(last, {r: session.cached[r] for r in rows}, counts))
 
     def _begin(self, tokens: jax.Array | np.ndarray, lengths: dict[int, int], counts: jax.Array) -> _Step:
         logits, state = self.session.decode(tokens, lengths)
-        positions = self.session.int_rows({r: n + 1 for r, n in lengths.items()})
+        positions = self.session.contexts.array({r: n + 1 for r, n in lengths.items()})
         return _Step(lengths, *self._drawn(logits, positions, counts), state)
 
     def _end(self, step: _Step) -> tuple[jax.Array, jax.Array]:
@@ -173,7 +174,9 @@ class Generation:
             if self._generated[row] + 1 != self.max_new_tokens
             and len(session.ids[row]) + 1 < session.engine.max_length
         }
-        as_expected = all(session.cached[r] == n and session.keeps_rope(r, n + 1) for r, n in lengths.items())
+        as_expected = all(
+            session.cached[r] == n and session.contexts.keeps_rotation(r, n + 1) for r, n in lengths.items()
+        )
         if not lengths or not as_expected or self._restricted:
             return None
         return self._begin(tokens, lengths, counts)
@@ -219,17 +222,17 @@ class Generation:
         limit = self.session.engine.max_length
         for row in rows:
             if len(self.session.ids[row]) >= limit:
-                self.session.truncate_oldest(row, max(1, limit // 2))
+                self.session.contexts.truncate_oldest(row, max(1, limit // 2))
 
     def _active(self) -> list[int]:
         return [r for r in range(self.session.batch) if self.finish_reasons[r] is None]
 
     def _int_active(self) -> np.ndarray:
-        return self.session.int_rows(dict.fromkeys(self._active(), 1))
+        return self.session.contexts.array(dict.fromkeys(self._active(), 1))
 
     def _positions(self) -> np.ndarray:
         """The position of each sequence's next token: what its key is folded with."""
-        return self.session.int_rows({r: len(ids) for r, ids in enumerate(self.session.ids)})
+        return self.session.contexts.lengths(range(self.session.batch))
 
     def _vocabulary_state(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of all ids [B, V]: whether the prompt has them, how often drawn, and all of them allowed."""

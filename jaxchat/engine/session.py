@@ -5,23 +5,24 @@ Everything that changes a conversation (next turn, rollback, another plan) only 
 the cache is brought up to date by the next prefill.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import model, pallas
+from jaxchat import pallas
 from jaxchat.config import FINAL_NORM, ModelConfig
 from jaxchat.engine import steps
+from jaxchat.engine.rows import Contexts
 from jaxchat.errors import UsageError
-from jaxchat.layer_plan import LayerPlan, PlanArrays, Slot
-from jaxchat.lengths import common_prefix, next_power_of_two
-from jaxchat.model import KVCache, Params
+from jaxchat.layer_plan import LayerPlan, PlanArrays
+from jaxchat.layers.cache import KVCache, cache_sharding, empty_cache
+from jaxchat.layers.step import Params, Step
+from jaxchat.lengths import next_power_of_two
 from jaxchat.options import KV_DTYPES
 from jaxchat.pallas.cache_attention import QuantizedRows
-from jaxchat.sharding import cache_sharding
 
 PREFILL_BUCKETS = (16, 64, 256, 1024)
 """Prompt chunks are padded to one of these lengths, so that a chat compiles a handful of steps."""
@@ -35,18 +36,25 @@ class ContextOverflowError(UsageError):
 
 
 class KVRows(NamedTuple):
-    """The keys and values one sequence has in the cache, on the host: what `Session.restore` takes.
-
-    A reshaped plan whose history is not recomputed yet may have more rows in its first slots than in its
-    last; the rows beyond `slot_rows` are unspecified.
-    """
+    """The keys and values one sequence has in the cache, on the host: what `Session.restore` takes."""
 
     k: np.ndarray  # [P, K, S, H] of the executed slots and of the rows in use, in the cache's `kv_dtype`
     v: np.ndarray  # [P, K, S, H]
-    slot_rows: np.ndarray  # int64 [P], how many rows of each slot are in use; S is the largest
     rope_regime: np.ndarray  # int64 [], `ModelConfig.rope_regime` of the context the keys are rotated for
     k_scale: np.ndarray | None = None  # float32 [P, K, S], with int8: see `QuantizedRows`
     v_scale: np.ndarray | None = None  # float32 [P, K, S]
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> "KVRows":
+        """From arrays by name; other names are passed over.
+
+        Older files have `slot_rows` int64 [P], the rows in use of each slot: those that all slots have count.
+        """
+        found = {name: array for name, array in arrays.items() if name in cls._fields}
+        rows = (
+            int(np.min(arrays["slot_rows"], initial=found["k"].shape[2])) if "slot_rows" in arrays else None
+        )
+        return cls(**{name: part if part.ndim == 0 else part[:, :, :rows] for name, part in found.items()})
 
 
 class State(NamedTuple):
@@ -164,24 +172,16 @@ class Session:
     """A batch of sequences with their KV cache.
 
     Attributes:
-      ids: per sequence, every token of its context so far, generated ones included.
-      cached: per sequence, how many leading tokens of `ids` have valid keys and values.
-      padded_batch: rows of the arrays on device; those beyond the batch are padding.
+      engine: the model.
+      plan: the layer plan that runs.
+      contexts: what the sequences hold, and how much of it is cached.
     """
 
     def __init__(self, engine: Engine, plan: LayerPlan, *, batch: int = 1, max_slots: int = 0):
         self.engine = engine
-        self.ids: list[list[int]] = [[] for _ in range(batch)]
-        self.cached = [0] * batch
-        self._regime = [0] * batch
-        self.padded_batch = next_power_of_two(batch)
+        self.contexts = Contexts(engine.config, batch)
         self._slots = max_slots
         self._cache: KVCache | None = None
-        # What the slots of the cache hold: the executed slots they were written by, of which `plan` may be
-        # just the first, and for each [P, B] how many leading rows are valid at least. `_rows_by_slot` adds
-        # what `cached` knows.
-        self._written: tuple[Slot, ...] = ()
-        self._valid = np.zeros((max_slots, batch), np.int64)
         self.plan = plan
         self._plan_arrays: PlanArrays
         self.set_plan(plan)
@@ -189,7 +189,22 @@ class Session:
     @property
     def batch(self) -> int:
         """How many sequences there are."""
-        return len(self.ids)
+        return self.contexts.batch
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Per sequence, every token of its context so far, generated ones included."""
+        return self.contexts.ids
+
+    @property
+    def cached(self) -> list[int]:
+        """Per sequence, how many leading tokens of `ids` have valid keys and values."""
+        return self.contexts.cached
+
+    @property
+    def padded_batch(self) -> int:
+        """Rows of the arrays on device; those beyond the batch are padding."""
+        return self.contexts.padded
 
     @property
     def cache_bytes(self) -> int:
@@ -199,43 +214,19 @@ class Session:
     def set_plan(self, plan: LayerPlan) -> None:
         """Runs everything from now on under another plan.
 
-        The slots that both plans begin with keep their keys and values. The next prefill computes those of
-        the others, for which the kept ids pass through the whole plan again; if the new plan is no more than
-        the beginning of the old one, nothing is computed anew.
+        If it is the beginning of the one before, nothing is computed anew; else the next prefill runs the
+        kept ids through it.
         """
         self.engine.check_plan(plan)
         executed = plan.executed()
-        self._valid = self._rows_by_slot()
-        more = max(len(executed), self.engine.config.num_layers) - self._slots
-        if more > 0:
-            self._valid = np.pad(self._valid, ((0, more), (0, 0)))
-            self._slots += more
-        kept = common_prefix(self._written, executed)
-        if kept < len(executed):
-            self._written = executed
-            self._valid[kept:] = 0
+        self._slots = max(len(executed), self.engine.config.num_layers, self._slots)
+        self.contexts.run_under(executed)
         self._plan_arrays = plan.arrays(self._slots)
         self.plan = plan
-        # Without slots there is nothing to cache.
-        self.cached = self._valid[len(executed) - 1].tolist() if executed else [len(i) for i in self.ids]
-
-    def _rows_by_slot(self) -> np.ndarray:
-        """int [P, B], how many leading rows of each slot are valid; never more than in the slot before."""
-        valid, slots = self._valid.copy(), len(self.plan.executed())
-        valid[:slots] = np.maximum(valid[:slots], self.cached)
-        return valid
-
-    def _forget(self, row: int, length: int) -> None:
-        """Declares a sequence's cache rows from `length` on invalid."""
-        self.cached[row] = min(self.cached[row], length)
-        self._valid[:, row] = np.minimum(self._valid[:, row], length)
 
     def rollback(self, length: int, row: int = 0) -> None:
         """Forgets a sequence's tokens from `length` on. Nothing is copied: it sets a length."""
-        if not 0 <= length <= len(self.ids[row]):
-            raise UsageError(f"cannot roll back to {length} tokens; the sequence has {len(self.ids[row])}")
-        del self.ids[row][length:]
-        self._forget(row, length)
+        self.contexts.rollback(length, row)
 
     def set_ids(self, ids: Sequence[int], row: int = 0) -> int:
         """Makes `ids` a sequence's context, keeping what the cache already holds of it.
@@ -244,41 +235,23 @@ class Session:
           How many leading tokens were kept.
         """
         self.engine.check_ids(ids)
-        old = self.ids[row]
-        kept = common_prefix(old, ids)
-        self.rollback(kept, row)
-        old.extend(ids[kept:])
-        return min(kept, self.cached[row])
-
-    def truncate_oldest(self, row: int, keep: int) -> None:
-        """Drops the oldest tokens of a sequence, but not its first (the BOS), so that `keep` remain."""
-        ids = self.ids[row]
-        if len(ids) > keep:
-            first = ids[: 1 if keep > 1 and ids[0] == self.engine.config.bos_id else 0]
-            self.ids[row] = first + ids[len(ids) - (keep - len(first)) :]
-            self._forget(row, 0)
+        return self.contexts.set_ids(ids, row)
 
     def cached_rows(self, row: int = 0) -> KVRows:
         """A sequence's keys and values, to be stored with its `ids` and given to `restore` later."""
-        valid = self._rows_by_slot()[: len(self.plan.executed()), row]
-        slots, rows = len(valid), int(valid.max(initial=0))
-
-        def take(part: jax.Array) -> np.ndarray:
-            out = np.asarray(part[:slots, row, :, :rows])
-            # The cache gets the slots of a longer plan at the next prefill only.
-            out = np.pad(out, [(0, slots - len(out))] + [(0, 0)] * (out.ndim - 1))
-            return out.view(self.engine.kv_dtype) if out.dtype == np.uint16 else out
-
-        config, dtype = self.engine.config, self.engine.stored_kv_dtype
-        cache = self._cache or model.init_cache(
-            config, slots=slots, batch=self.padded_batch, capacity=0, dtype=dtype
-        )
-        regime = np.asarray(self._regime[row])
-        if isinstance(cache.k, QuantizedRows) and isinstance(cache.v, QuantizedRows):
-            scales = take(cache.k.scale), take(cache.v.scale)
-            return KVRows(take(cache.k.codes), take(cache.v.codes), valid, regime, *scales)
-        k, v = map(take, jax.tree.leaves(cache))
-        return KVRows(k, v, valid, regime)
+        engine, slots, length = self.engine, len(self.plan.executed()), self.cached[row]
+        cache = self._cache
+        if cache is None or length == 0:  # whose slots may be fewer than the plan's
+            shape = {"slots": slots, "batch": self.padded_batch, "capacity": 0}
+            cache = empty_cache(engine.config, **shape, dtype=engine.stored_kv_dtype)
+        rows = cache.rows(slots, row, length)
+        regime = np.asarray(self.contexts.regimes[row])
+        if isinstance(rows.k, QuantizedRows) and isinstance(rows.v, QuantizedRows):
+            return KVRows(*map(np.asarray, (rows.k.codes, rows.v.codes, regime, rows.k.scale, rows.v.scale)))
+        k, v = (np.asarray(part) for part in (rows.k, rows.v))
+        if k.dtype == np.uint16:
+            k, v = k.view(engine.kv_dtype), v.view(engine.kv_dtype)
+        return KVRows(k, v, regime)
 
     def restore(self, ids: Sequence[int], rows: KVRows, row: int = 0) -> None:
         """Makes `ids` a sequence's context whose keys and values are those that `cached_rows` gave.
@@ -296,25 +269,21 @@ class Session:
                 "raise --max_length"
             )
         slots, length = rows.k.shape[0], rows.k.shape[2]
-        self.ids[row] = list(ids)
-        self._forget(row, 0)
+        self.ids[row][:] = ids
+        self.contexts.forget(row, 0)
         if slots == 0 or length == 0:
             return
         self._reserve(length)
-        put = jax.jit(
-            steps.put_rows,
-            donate_argnums=0,
-            out_shardings=self.engine.cache_sharding(self.padded_batch),
-        )
         k, v = (jnp.asarray(part.view(self.engine.stored_kv_dtype)) for part in (rows.k, rows.v))
         new = KVCache(k, v)
         if rows.k_scale is not None and rows.v_scale is not None:
             scales = jnp.asarray(rows.k_scale), jnp.asarray(rows.v_scale)
             new = KVCache(QuantizedRows(k, scales[0]), QuantizedRows(v, scales[1]))
-        self._cache = put(self._cache, new, row)
-        self._valid[:slots, row] = rows.slot_rows
-        self.cached[row] = int(rows.slot_rows[-1])
-        self._regime[row] = int(rows.rope_regime)
+        sharding = self.engine.cache_sharding(self.padded_batch)
+        assert self._cache is not None  # reserved above
+        self._cache = steps.put_rows(self._cache, new, row, sharding=sharding)
+        self.cached[row] = length
+        self.contexts.regimes[row] = int(rows.rope_regime)
 
     def _check_rows(self, tokens: int, rows: KVRows) -> None:
         config, slots = self.engine.config, len(self.plan.executed())
@@ -337,12 +306,9 @@ class Session:
                     f"the stored scales of the {name} do not belong to {self.engine.kv_dtype} {name}: "
                     f"expected {'none' if needed is None else f'float32 {list(shape[:-1])}'}"
                 )
-        counts = np.asarray(rows.slot_rows)
-        falling = counts.shape == (slots,) and (np.diff(counts) <= 0).all() and (counts >= 0).all()
-        if not falling or counts.max(initial=0) != shape[2] * (slots > 0) or shape[2] > tokens:
+        if shape[2] > tokens:
             raise UsageError(
-                f"the stored numbers of rows are {counts.tolist()}: expected {slots} that never rise, the "
-                f"first of them {shape[2]}, and none above the {tokens} tokens"
+                f"the stored keys are of {shape[2]} tokens, the conversation has {tokens}: expected no more"
             )
 
     def prefill(self, rows: Sequence[int] | None = None) -> jax.Array:
@@ -359,28 +325,10 @@ class Session:
         """
         rows = [r for r in range(self.batch) if self.ids[r]] if rows is None else rows
         for r in rows:
-            self.follow_rope(r)
-        return self.fill(rows)
+            self.contexts.follow_rotation(r)
+        return self.prefill_as_rotated(rows)
 
-    def keeps_rope(self, row: int, length: int) -> bool:
-        """Whether cached keys fit a context of so many tokens: LongRoPE switches its factors.
-
-        Dynamic NTK moves its base with every token. There, as in transformers, keys keep the rotation they
-        were written with until the next prefill.
-        """
-        config = self.engine.config
-        if not any(rope.kind == "longrope" for rope in config.ropes):
-            return True
-        return config.rope_regime(length) == self._regime[row]
-
-    def follow_rope(self, row: int) -> None:
-        """Forgets cached keys whose rotation is not that of the whole context at its present length."""
-        regime = self.engine.config.rope_regime(len(self.ids[row]))
-        if regime != self._regime[row]:
-            self._forget(row, 0)
-            self._regime[row] = regime
-
-    def fill(self, rows: Sequence[int]) -> jax.Array:
+    def prefill_as_rotated(self, rows: Sequence[int]) -> jax.Array:
         """`prefill` that takes the rotation of the cached keys as given."""
         if not rows or not all(self.ids[r] for r in rows):
             raise UsageError("nothing to prefill: give at least one token")
@@ -393,37 +341,23 @@ class Session:
         self._reserve(longest)
         for r in rows:
             self.cached[r] = min(self.cached[r], len(self.ids[r]) - 1)  # the last token gives the logits
-        context = self.int_rows({r: len(self.ids[r]) for r in rows})
+        context = self.contexts.lengths(rows)
         out: jax.Array | None = None
-        while any(self.cached[r] < len(self.ids[r]) for r in rows):
-            kept = {r: self._kept(r) for r in rows}
-            chunk = _chunk_length(max(end - self.cached[r] for r, (_, end) in kept.items()))
+        while left := max(len(self.ids[r]) - self.cached[r] for r in rows):
+            chunk = _chunk_length(left)
             tokens = np.zeros((self.padded_batch, chunk), np.int32)
             new = dict.fromkeys(rows, 0)
-            for r, (_, end) in kept.items():
-                part = self.ids[r][self.cached[r] : min(self.cached[r] + chunk, end)]
+            for r in rows:
+                part = self.ids[r][self.cached[r] : self.cached[r] + chunk]
                 tokens[r, : len(part)] = part
                 new[r] = len(part)
-            lengths, new_rows = self.int_rows({r: self.cached[r] for r in rows}), self.int_rows(new)
-            logits, self._cache = steps.prefill(
-                *self.operands,
-                tokens,
-                lengths,
-                new_rows,
-                context,
-                self.int_rows({r: slots for r, (slots, _) in kept.items()}),
-            )
+            lengths, new_rows = self._array({r: self.cached[r] for r in rows}), self._array(new)
+            logits, self._cache = steps.prefill(self.step(tokens, lengths, new_rows, context), self._cache)
             out = logits if out is None else jnp.where(new_rows[:, None] > 0, logits, out)
             for r in rows:
                 self.cached[r] += new[r]
         assert out is not None
         return out
-
-    def _kept(self, row: int) -> tuple[int, int]:
-        """How many leading slots already have the row that comes next, and up to which row they have them."""
-        valid = self._valid[: int(self._plan_arrays.length), row]
-        slots = int(np.count_nonzero(valid > self.cached[row]))
-        return slots, int(valid[slots - 1]) if slots else len(self.ids[row])
 
     def decode(self, tokens: jax.Array | np.ndarray, lengths: dict[int, int]) -> tuple[jax.Array, State]:
         """Begins the step of the sequences that have `lengths` tokens in the cache; `cached` stays as it is.
@@ -436,29 +370,37 @@ class Session:
           float32 [B, V] logits after `tokens`, and the state that the step left behind.
         """
         self._reserve(max(lengths.values()) + 1)
-        logits, self._cache = steps.decode(
-            *self.operands,
-            # Wherever they come from, one executable serves.
-            jax.device_put(tokens, self.engine.placement),
-            self.int_rows(lengths),
-            self.int_rows(dict.fromkeys(lengths, 1)),
-        )
+        # Wherever they come from, one executable serves.
+        tokens = jax.device_put(tokens, self.engine.placement)
+        before, active = self._array(lengths), self._array(dict.fromkeys(lengths, 1))
+        logits, self._cache = steps.decode(self.step(tokens, before, active, before + 1), self._cache)
         return logits, self.state
 
-    @property
-    def operands(self) -> tuple[Any, ...]:
-        """What all of the model's compiled steps begin with: configuration to plan, see `steps`."""
+    def step(
+        self,
+        tokens: Any,
+        lengths: Any,
+        new: Any,
+        context: Any,
+    ) -> Step:
+        """A step of this model under this plan; the arguments are as in `Step`, or numpy arrays."""
         engine = self.engine
-        return engine.config, engine.dtype, engine.kernels, engine.params, self._cache, self._plan_arrays
+        return Step(
+            config=engine.config,
+            dtype=engine.dtype,
+            kernels=engine.kernels,
+            params=engine.params,
+            plan=self._plan_arrays,
+            tokens=tokens,
+            lengths=lengths,
+            new=new,
+            context=context,
+        )
 
     @property
     def state(self) -> State:
         """Other objects after every call that writes to the cache or sets the plan."""
         return State(self._cache, self._plan_arrays)
-
-    def score(self, row: int = 0) -> np.ndarray:
-        """`score_rows` of one sequence."""
-        return self.score_rows([row])[0]
 
     def score_rows(self, rows: Sequence[int]) -> list[np.ndarray]:
         """Log-probability of each token of sequences given those before it, float32 [len(ids) - 1] each.
@@ -473,9 +415,9 @@ class Session:
                 "score it in pieces or raise --max_length"
             )
         for row in rows:
-            self.follow_rope(row)
+            self.contexts.follow_rotation(row)
         self._reserve(longest)
-        context = self.int_rows({row: len(tokens) for row, tokens in ids.items()})
+        context = self.contexts.lengths(rows)
         # Logits of a whole chunk are [B, T, V] float32: chunks are kept short.
         limit = max(b for b in PREFILL_BUCKETS if b == PREFILL_BUCKETS[0] or b * self.padded_batch <= 256)
         done = dict.fromkeys(rows, 0)
@@ -487,14 +429,8 @@ class Session:
             for row, n in new.items():
                 at = done[row]
                 tokens[row, :n], targets[row, :n] = ids[row][at : at + n], ids[row][at + 1 : at + n + 1]
-            logprobs, self._cache = steps.score(
-                *self.operands,
-                tokens,
-                self.int_rows(done),
-                self.int_rows(new),
-                context,
-                targets,
-            )
+            step = self.step(tokens, self._array(done), self._array(new), context)
+            logprobs, self._cache = steps.score(step, self._cache, targets)
             for row, n in new.items():
                 parts[row].append(np.asarray(logprobs[row, :n]))
                 done[row] += n
@@ -507,39 +443,30 @@ class Session:
         if any(part.is_deleted() for part in jax.tree.leaves(self._cache)):
             # A call that was interrupted (Ctrl-C) after taking the cache over and before handing it back.
             self.drop_cache()
-        slots, _, _, rows, *_ = self._cache.k.shape if self._cache is not None else (0,) * 5
+        slots, rows = (0, 0) if self._cache is None else (self._cache.slots, self._cache.capacity)
         if length <= rows and self._slots <= slots:
             return
         capacity = max(min(max(next_power_of_two(length), MIN_CAPACITY), self.engine.max_length), rows)
-        if self._cache is None:
-            self.drop_cache()
-            self._cache = jax.jit(
-                model.init_cache,
-                static_argnums=0,
-                static_argnames=("slots", "batch", "capacity", "dtype"),
-                out_shardings=self.engine.cache_sharding(self.padded_batch),
-            )(
-                self.engine.config,
-                slots=self._slots,
-                batch=self.padded_batch,
-                capacity=capacity,
-                dtype=self.engine.stored_kv_dtype,
-            )
-        else:
+        if self._cache is not None:
             self._cache = steps.grow(self._cache, self._slots, capacity)
+            return
+        self.drop_cache()
+        self._cache = steps.allocate(
+            self.engine.config,
+            slots=self._slots,
+            batch=self.padded_batch,
+            capacity=capacity,
+            dtype=self.engine.stored_kv_dtype,
+            sharding=self.engine.cache_sharding(self.padded_batch),
+        )
 
     def drop_cache(self) -> None:
         """Forgets all keys and values."""
         self._cache = None
-        for row in range(self.batch):
-            self._forget(row, 0)
+        self.contexts.forget_all()
 
-    def int_rows(self, values: dict[int, int]) -> np.ndarray:
-        """int32 [B], 0 where no value is given (padding rows among them)."""
-        out = np.zeros(self.padded_batch, np.int32)
-        for row, value in values.items():
-            out[row] = value
-        return out
+    def _array(self, values: dict[int, int]) -> np.ndarray:
+        return self.contexts.array(values)
 
 
 def _chunk_length(remaining: int) -> int:

@@ -119,7 +119,8 @@ def _check(config: ModelConfig, source: str) -> None:
             f"{source}: {config.num_heads} attention heads are not a multiple of "
             f"{config.num_kv_heads} key/value heads"
         )
-    for name in ("layer_windows", "layer_attn_scales", *(("layer_ropes",) if config.ropes else ())):
+    optional = {"layer_ropes": config.ropes, "layer_blocks": len(config.blocks) > 1}
+    for name in ("layer_windows", "layer_attn_scales", *(name for name, used in optional.items() if used)):
         if len(getattr(config, name)) != config.num_layers:
             raise JaxchatError(
                 f"{source}: {len(getattr(config, name))} entries of {name} for {config.num_layers} layers"

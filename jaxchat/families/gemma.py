@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxchat.config import ModelConfig
+from jaxchat.config import POST_NORMS, PRE_NORMS, Block, ModelConfig
 from jaxchat.families.hf_config import HfConfig, llama_config, read_rope, windows_of
 from jaxchat.families.tables import Family, llama_params, relayer_types
 
@@ -14,9 +14,11 @@ def gemma1_config(hf: HfConfig) -> ModelConfig:
         hf,
         "gemma",
         max_position=8192,
-        activation="gelu_tanh"
-        if hf.get("hidden_act") == "gelu"
-        else hf.activation("gelu_pytorch_tanh", "hidden_act"),
+        block=Block(
+            activation="gelu_tanh"
+            if hf.get("hidden_act") == "gelu"
+            else hf.activation("gelu_pytorch_tanh", "hidden_act")
+        ),
     )
 
 
@@ -28,10 +30,13 @@ def gemma2_config(hf: HfConfig) -> ModelConfig:
         hf,
         "gemma2",
         max_position=8192,
-        post_norms=True,
+        block=Block(
+            norms=PRE_NORMS + POST_NORMS,
+            softcap=_cap(hf, "attn_logit_softcapping", 50.0),
+            activation=_activation(hf),
+        ),
         layer_windows=windows_of(types, hf.get("sliding_window", 4096)),
         layer_attn_scales=(hf.number("query_pre_attn_scalar", 256) ** -0.5,) * num_layers,
-        attn_softcap=_cap(hf, "attn_logit_softcapping", 50.0),
         final_softcap=_cap(hf, "final_logit_softcapping", 30.0),
     )
 
@@ -58,8 +63,7 @@ def gemma3_config(hf: HfConfig) -> ModelConfig:
         rope=ropes[0],
         ropes=ropes,
         layer_ropes=tuple(int(t == "sliding_attention") for t in types),
-        post_norms=True,
-        qk_norm=True,
+        block=Block(norms=PRE_NORMS + POST_NORMS, qk_norm=True, activation=_activation(hf)),
         layer_windows=windows_of(types, hf.get("sliding_window", 4096)),
         layer_attn_scales=(hf.number("query_pre_attn_scalar", 256) ** -0.5,) * num_layers,
         final_softcap=_cap(hf, "final_logit_softcapping", 0.0),
@@ -112,9 +116,11 @@ def _gemma(hf: HfConfig, family: str, *, max_position: int, **changes: Any) -> M
         "o_bias": bias,
         "tied_embeddings": hf.flag("tie_word_embeddings", True),
     }
-    if "activation" not in changes:
-        values["activation"] = hf.activation("gelu_pytorch_tanh", "hidden_activation")
     return llama_config(hf, family=family, **{**values, **changes})
+
+
+def _activation(hf: HfConfig) -> str:
+    return hf.activation("gelu_pytorch_tanh", "hidden_activation")
 
 
 def _pattern(num_layers: int, period: int) -> tuple[str, ...]:

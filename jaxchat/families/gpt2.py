@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxchat.config import GLOBAL_WINDOW, Half, ModelConfig, Param
+from jaxchat.config import GLOBAL_WINDOW, Block, Half, ModelConfig, Param
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.families.tables import Family, embedding, head, linear, norm
 
@@ -31,8 +31,7 @@ def config(hf: HfConfig) -> ModelConfig:
         max_position_embeddings=hf.integer("n_positions", 1024),
         norm="layernorm",
         norm_eps=hf.number("layer_norm_epsilon", 1e-5),
-        activation=hf.activation("gelu_new", "activation_function"),
-        gated_mlp=False,
+        blocks=(Block(mlp="plain", activation=hf.activation("gelu_new", "activation_function")),),
         learned_positions=True,
         layer_windows=(GLOBAL_WINDOW,) * num_layers,
         layer_attn_scales=tuple(scale / (i + 1) if by_layer else scale for i in range(num_layers)),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxchat.config import GLOBAL_WINDOW, ModelConfig, RopeConfig
+from jaxchat.config import GLOBAL_WINDOW, Block, ModelConfig, RopeConfig
 from jaxchat.errors import JaxchatError, UsageError
 
 ACTIVATIONS = {
@@ -190,7 +190,7 @@ def rope_dictionary(hf: HfConfig) -> Mapping[str, Any] | None:
     return hf.get("rope_parameters") or hf.get("rope_scaling")
 
 
-def llama_config(hf: HfConfig, *, family: str, **changes: Any) -> ModelConfig:
+def llama_config(hf: HfConfig, *, family: str, block: Block | None = None, **changes: Any) -> ModelConfig:
     """The configuration keys that most decoders share; a family passes what differs.
 
     Defaults for absent keys are those of transformers' LlamaConfig.
@@ -224,7 +224,7 @@ def llama_config(hf: HfConfig, *, family: str, **changes: Any) -> ModelConfig:
         "head_dim": head_dim,
         "max_position_embeddings": max_position,
         "norm_eps": hf.number("rms_norm_eps", 1e-6),
-        "activation": hf.activation("silu", "hidden_act"),
+        "blocks": (block or Block(activation=hf.activation("silu", "hidden_act")),),
         "ropes": (rope,),
         "layer_ropes": (0,) * num_layers,
         "layer_windows": (GLOBAL_WINDOW,) * num_layers,

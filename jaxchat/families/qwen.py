@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxchat.config import GLOBAL_WINDOW, ModelConfig
+from jaxchat.config import GLOBAL_WINDOW, Block, ModelConfig
 from jaxchat.families.hf_config import HfConfig, llama_config, windows_of
 from jaxchat.families.tables import Family, llama_params, relayer_types
 
@@ -25,7 +25,7 @@ def qwen3_config(hf: HfConfig) -> ModelConfig:
         default_max_position=32768,
         qkv_bias=bias,
         o_bias=bias,
-        qk_norm=True,
+        block=Block(qk_norm=True, activation=hf.activation("silu", "hidden_act")),
         layer_windows=_windows(hf),
     )
 

@@ -72,14 +72,14 @@ def llama_params(config: ModelConfig) -> tuple[Param, ...]:
     for name, out, axis in (("q", "N*H", "heads"), ("k", "K*H", "kv_heads"), ("v", "K*H", "kv_heads")):
         hf = f"{attention}{name}_proj"
         rows += linear(f"layers.{name}", hf, out, "D", f"{axis} embed", "attention", bias=config.qkv_bias)
-    if config.qk_norm:
+    if config.block.qk_norm:
         for name in ("q", "k"):
             hf = f"{attention}{name}_norm"
             rows.append(norm(f"layers.{name}_norm", hf, config, "attention", shape="H", axes="-"))
     hf = attention + "o_proj"
     rows += linear("layers.o", hf, "D", "N*H", "embed heads", "attention", bias=config.o_bias, is_output=True)
     norms: list[tuple[str, str, Half]] = [("mlp_norm", "post_attention_layernorm", "mlp")]
-    if config.post_norms:
+    if "mlp_post_norm" in config.block.norms:
         norms = [
             ("attn_post_norm", "post_attention_layernorm", "attention"),
             ("mlp_norm", "pre_feedforward_layernorm", "mlp"),

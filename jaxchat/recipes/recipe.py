@@ -28,10 +28,10 @@ _GLOBALS_FIRST = ("embedding", "positions")
 
 _HALVES: tuple[Half, ...] = ("attention", "mlp")
 _BEFORE_POST_NORM = {
-    "o.weight": "attention",
-    "v.weight": "attention",
-    "down.weight": "MLP",
-    "up.weight": "MLP",
+    "o.weight": ("attention", "attn_post_norm"),
+    "v.weight": ("attention", "attn_post_norm"),
+    "down.weight": ("MLP", "mlp_post_norm"),
+    "up.weight": ("MLP", "mlp_post_norm"),
 }
 _BEFORE_QK_NORM = {"q.weight": "queries", "k.weight": "keys"}
 
@@ -437,9 +437,10 @@ class _Notes:
 
 def _norm_after(name: str, config: ModelConfig) -> str | None:
     """The norm right after the parameter, up to linear operations, that makes a scale meaningless."""
-    if config.post_norms and name in _BEFORE_POST_NORM:
-        return f"the norm after the {_BEFORE_POST_NORM[name]}"
-    if config.qk_norm and name in _BEFORE_QK_NORM:
+    half, norm = _BEFORE_POST_NORM.get(name, ("", ""))
+    if norm in config.block.norms:
+        return f"the norm after the {half}"
+    if config.block.qk_norm and name in _BEFORE_QK_NORM:
         return f"the norm of {_BEFORE_QK_NORM[name]}"
     return None
 

@@ -11,8 +11,7 @@ import optax
 from jaxchat import model
 from jaxchat.config import ModelConfig
 from jaxchat.families import parameter_table
-from jaxchat.model import Params
-from jaxchat.pallas.backends import DIFFERENTIABLE
+from jaxchat.layers.step import Params
 
 
 class Batch(NamedTuple):
@@ -57,8 +56,8 @@ def token_losses(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Minus the log-probability, in nats, of each token after those before it: float32 [B, T - 1]."""
-    hidden = model.hidden_states(config, params, tokens[:, :-1], dtype=dtype, dropout=dropout, key=key)
-    logits = model.logits(config, params, hidden, dtype=dtype, kernels=DIFFERENTIABLE)
+    step = model.whole_sequences(config, params, tokens[:, :-1], dtype=dtype)
+    logits = model.logits(step, model.hidden_states(step, dropout=dropout, key=key))
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 

@@ -23,6 +23,8 @@ from jaxchat.analysis.journal import Journal
 from jaxchat.checkpoints.write import convert
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.layers.cache import empty_cache
+from tests.support.steps import step_of
 from tests.support.tiny_chat import write_tiny_chat
 
 COMMAND = [sys.executable, "-m", "jaxchat.analyze"]
@@ -80,10 +82,9 @@ def hidden_states(loaded, plan, row):
 @functools.partial(jax.jit, static_argnums=0)
 def run_prefix(config, params, prefix, tokens, count):
     slots, length = len(prefix.layer), tokens.shape[1]
-    cache = model.init_cache(config, slots=slots, batch=1, capacity=length, dtype=jnp.float32)
-    x = model.embed(config, params, tokens, jnp.arange(length)[None], dtype=jnp.float32)
-    none = jnp.zeros(1, jnp.int32)
-    return model.run_plan(config, params, cache, prefix, x, none, count, count, dtype=jnp.float32)[0]
+    cache = empty_cache(config, slots=slots, batch=1, capacity=length, dtype=jnp.float32)
+    step = step_of(config, params, prefix, tokens, jnp.zeros(1, jnp.int32), count, count)
+    return model.run_plan(step, model.embed(step), cache)[0]
 
 
 def cosine(a, b):
@@ -239,13 +240,12 @@ def test_logits_of_a_large_vocabulary_are_computed_in_parts(load, monkeypatch):
     engine = load("llama").engine
     x = jax.random.normal(jax.random.key(0), (2, 9, 24))
     targets = jnp.arange(18).reshape(2, 9)
-    fixed = sweep._Model(engine.config, engine.dtype, engine.dtype, engine.kernels)
-    arguments = (fixed, engine.params, x, targets)
+    arguments = (step_of(engine.config, engine.params, *[None] * 5), x, targets)
     expected = sweep._token_nats(*arguments)
     shapes = []
     monkeypatch.setattr(sweep, "_LOGITS", 67 * 7)  # at most seven of the 18 tokens at a time
-    logits = sweep._logits
-    monkeypatch.setattr(sweep, "_logits", lambda *a: shapes.append(a[-1].shape) or logits(*a))
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda *a: shapes.append(a[-1].shape) or logits(*a))
     np.testing.assert_allclose(sweep._token_nats(*arguments), expected, rtol=1e-5)
     assert shapes == [(6, 24)]
 
@@ -279,10 +279,10 @@ def test_the_lens_reads_what_the_model_would_say_if_it_ended_there(load):
     row = WINDOWS.tokens[0].tolist()
     assert (found.lens.positions, found.lens.inputs) == ([12, 13, 14, 15], row[12:])
     assert found.lens.targets == [*row[13:], None]
-    config, engine = loaded.config, loaded.engine
+    step = step_of(loaded.config, loaded.engine.params, *[None] * 5)  # final norm and head alone
     for slots, states in enumerate(hidden_states(loaded, loaded.plan, row)):
-        hidden = model.final_norm(config, engine.params, jnp.asarray(states[12:], jnp.float32))
-        logits = model.logits(config, engine.params, hidden, dtype=engine.dtype)
+        hidden = model.final_norm(step, jnp.asarray(states[12:], jnp.float32))
+        logits = model.logits(step, hidden)
         logprobs = np.asarray(jax.nn.log_softmax(logits))
         best = np.argsort(-logprobs, axis=-1)[:, :3]
         np.testing.assert_array_equal(found.lens.ids[slots], best)

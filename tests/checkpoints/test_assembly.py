@@ -25,8 +25,10 @@ from jaxchat.checkpoints.load import load_assembly, load_params
 from jaxchat.checkpoints.write import convert
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, Slot
+from jaxchat.layers.cache import empty_cache
 from jaxchat.quant import QuantFormat, QuantizedTensor, dequantize
 from jaxchat.recipes.recipe import read_recipe
+from tests.support.steps import step_of
 from tests.support.tiny import TINY_CONFIGS
 from tests.support.tiny_chat import write_tiny_chat
 
@@ -39,12 +41,10 @@ TOKENS = np.random.default_rng(0).integers(3, 60, (2, 14))
 @jax.jit(static_argnums=0)
 def _forward(config, params, plan, tokens):
     capacity = len(plan.layer)
-    cache = model.init_cache(config, slots=capacity, batch=2, capacity=16, dtype=jnp.float32)
+    cache = empty_cache(config, slots=capacity, batch=2, capacity=16, dtype=jnp.float32)
     count = jnp.full(2, tokens.shape[1], jnp.int32)
-    hidden, _ = model.forward(
-        config, params, cache, plan, tokens, jnp.zeros(2, jnp.int32), count, count, dtype=jnp.float32
-    )
-    return model.logits(config, params, hidden, dtype=jnp.float32)
+    step = step_of(config, params, plan, tokens, jnp.zeros(2, jnp.int32), count, count)
+    return model.logits(step, model.forward(step, cache)[0])
 
 
 def logits(config, params, plan: LayerPlan | None = None) -> np.ndarray:

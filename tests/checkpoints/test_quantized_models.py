@@ -25,7 +25,8 @@ from jaxchat.cli import command_line
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.model import Params, init_cache
+from jaxchat.layers.cache import empty_cache
+from jaxchat.layers.step import Params
 from jaxchat.quant import QuantFormat, QuantizedTensor, dequantize, format_for, quantize
 from tests.support.parity_cases import run
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
@@ -55,7 +56,7 @@ def parse(text: str) -> QuantFormat:
 def logits(config: ModelConfig, params: Params) -> np.ndarray:
     """Of `TOKENS`, by the reference kernels in float32."""
     slots, (batch, length) = config.num_layers, TOKENS.shape
-    cache = init_cache(config, slots=slots, batch=batch, capacity=32, dtype=jnp.float32)
+    cache = empty_cache(config, slots=slots, batch=batch, capacity=32, dtype=jnp.float32)
     plan = LayerPlan.identity(slots).arrays(slots)
     lengths = np.full(batch, length, np.int32)
     return np.asarray(run(config, params, cache, plan, TOKENS, 0 * lengths, lengths, lengths)[0])

@@ -16,7 +16,8 @@ from jaxchat.engine.sampling import SamplingParams
 from jaxchat.engine.session import ContextOverflowError, Engine
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, Slot
-from jaxchat.model import KVCache
+from jaxchat.layers.cache import KVCache, empty_cache
+from tests.support.steps import step_of
 
 MAX_LENGTH = 64
 SLOTS = 6  # reserved in nearly every session here, so that all plans share executables
@@ -194,12 +195,10 @@ def test_prompts_at_the_edges_of_the_chunk_buckets_equal_one_forward_pass(make_e
 @jax.jit(static_argnums=(0,))
 def _forward(config, params, plan, tokens):
     count = tokens.shape[1]
-    cache = model.init_cache(config, slots=SLOTS, batch=1, capacity=count, dtype=jnp.float32)
+    cache = empty_cache(config, slots=SLOTS, batch=1, capacity=count, dtype=jnp.float32)
     counts = jnp.full(1, count, jnp.int32)
-    hidden, _ = model.forward(
-        config, params, cache, plan, tokens, jnp.zeros(1, jnp.int32), counts, counts, dtype=jnp.float32
-    )
-    return model.logits(config, params, hidden[0], dtype=jnp.float32)
+    step = step_of(config, params, plan, tokens, jnp.zeros(1, jnp.int32), counts, counts)
+    return model.logits(step, model.forward(step, cache)[0][0])
 
 
 def forward_logits(engine, ids, plan):
@@ -357,9 +356,9 @@ def begun(monkeypatch):
     """Which sequences every decode step computes."""
     steps, decode = [], executables_module.decode
 
-    def spy(*arguments):
-        steps.append(np.flatnonzero(arguments[8]).tolist())
-        return decode(*arguments)
+    def spy(step, cache):
+        steps.append(np.flatnonzero(step.new).tolist())
+        return decode(step, cache)
 
     monkeypatch.setattr(executables_module, "decode", spy)
     return steps
@@ -392,7 +391,7 @@ INTERFERENCES = {
     "plan": lambda session, generation: session.set_plan(LayerPlan.parse("0,2,1", 3)),
     "shorter plan": lambda session, generation: session.set_plan(LayerPlan.parse("0,1", 3)),
     "prefill": lambda session, generation: session.prefill(),
-    "score": lambda session, generation: session.score(1),
+    "score": lambda session, generation: session.score_rows([1]),
     "restore": lambda session, generation: session.restore(session.ids[1], session.cached_rows(1), 1),
     "cache lost": lambda session, generation: session.drop_cache(),
     "nothing": lambda session, generation: None,
@@ -476,28 +475,25 @@ def test_a_plan_over_another_number_of_layers_is_refused(engine):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """(tokens computed, first slot written) of each sequence in each call of the prefill."""
+    """How many tokens of each sequence each call of the prefill computes."""
     calls, prefill = [], executables_module.prefill
 
-    def spy(*arguments):
-        calls.append([tuple(map(int, pair)) for pair in zip(arguments[8], arguments[10], strict=True)])
-        return prefill(*arguments)
+    def spy(step, cache):
+        calls.append(list(map(int, step.new)))
+        return prefill(step, cache)
 
     monkeypatch.setattr(executables_module, "prefill", spy)
     return calls
 
 
-def test_slots_before_the_first_that_differs_keep_their_keys_and_values(engine, computed):
+def test_another_plan_runs_over_the_ids_that_were_there(engine, computed):
     session = new_session(engine, PROMPT, plan="0,1,1,2")
-    generated(session, max_new_tokens=6)  # 13 rows are cached, some of them written by single steps
-    before = [np.asarray(c[:3, 0, :, :13]) for c in session._cache]
+    generated(session, max_new_tokens=6)
     session.set_plan(LayerPlan.parse("0,1,1,0,1", 3))
     session.set_ids(session.ids[0] + [3, 4])
     computed.clear()
     logits = session.prefill()[0]
-    assert computed == [[(13, 3)], [(3, 0)]]
-    for old, cache in zip(before, session._cache, strict=True):
-        np.testing.assert_array_equal(cache[:3, 0, :, :13], old)
+    assert computed == [[16]]
     assert_same_logits(logits, fresh_logits(engine, session.ids[0], "0,1,1,0,1"))
 
 
@@ -508,7 +504,7 @@ def test_a_plan_that_the_old_one_begins_with_computes_nothing_anew(engine, compu
     session.set_plan(LayerPlan.parse(plan, 3))
     computed.clear()
     assert_same_logits(session.prefill()[0], fresh_logits(engine, session.ids[0], plan))
-    assert computed[0] == [(1, 0)]  # the last token, for its logits
+    assert computed[0] == [1]  # the last token, for its logits
 
 
 def test_going_back_to_a_longer_plan_computes_only_what_came_since(engine, computed):
@@ -519,10 +515,10 @@ def test_going_back_to_a_longer_plan_computes_only_what_came_since(engine, compu
     session.set_plan(LayerPlan.parse("0,1,1,2", 3))
     computed.clear()
     assert_same_logits(session.prefill()[0], fresh_logits(engine, session.ids[0], "0,1,1,2"))
-    assert computed[:2] == [[(3, 2)], [(1, 0)]]
+    assert computed[0] == [4]
 
 
-def test_a_larger_cache_keeps_the_slots_that_a_longer_plan_begins_with(make_engine, computed):
+def test_a_longer_plan_gets_a_larger_cache(make_engine, computed):
     engine = make_engine()
     session = engine.session(LayerPlan.parse("0,1", 3))
     session.set_ids(PROMPT)
@@ -530,8 +526,8 @@ def test_a_larger_cache_keeps_the_slots_that_a_longer_plan_begins_with(make_engi
     session.set_plan(LayerPlan.parse("0,1,1,2", 3))
     computed.clear()
     logits = session.prefill()[0]
-    assert computed == [[(8, 2)]]
-    assert session._cache.k.shape[0] == 4
+    assert computed == [[8]]
+    assert session._cache.slots == 4
     assert_same_logits(logits, fresh_logits(engine, PROMPT, "0,1,1,2"))
 
 
@@ -606,7 +602,6 @@ def test_only_the_rows_and_slots_in_use_are_stored(engine):
     session.rollback(5, 1)
     rows = session.cached_rows(1)
     assert rows.k.shape == rows.v.shape == (4, 2, 5, 6)
-    assert rows.slot_rows.tolist() == [5] * 4
     assert rows.k.dtype == np.float32
     assert new_session(engine).cached_rows().k.shape == (3, 2, 0, 6)
 
@@ -636,8 +631,6 @@ def test_a_restored_sequence_leaves_its_neighbours_alone(engine):
             lambda rows: rows._replace(v=rows.v.astype(np.float16)),
             "stored values are float16, the cache here is",
         ),
-        (lambda rows: rows._replace(slot_rows=np.array([8, 3, 5])), "expected 3 that never rise"),
-        (lambda rows: rows._replace(slot_rows=np.array([9, 9, 9])), "the first of them 8"),
     ],
 )
 def test_stored_rows_that_do_not_fit_are_refused(engine, change, message):
@@ -646,7 +639,7 @@ def test_stored_rows_that_do_not_fit_are_refused(engine, change, message):
     rows, other = session.cached_rows(), new_session(engine, [5])
     with pytest.raises(UsageError, match=message):
         other.restore(PROMPT, change(rows))
-    with pytest.raises(UsageError, match="none above the 7 tokens"):
+    with pytest.raises(UsageError, match="stored keys are of 8 tokens, the conversation has 7"):
         other.restore(PROMPT[:7], rows)
     with pytest.raises(UsageError, match="token id 67 is not in the vocabulary"):
         other.restore([*PROMPT, 67], rows)
@@ -743,7 +736,7 @@ def test_a_prompt_longer_than_the_context_is_an_error_that_says_what_to_do(make_
     with pytest.raises(ContextOverflowError, match=r"33 tokens but the context holds 32; .*truncate_oldest"):
         list(generate(session))
     with pytest.raises(ContextOverflowError, match="33 tokens but the context holds 32"):
-        session.score()
+        session.score_rows([0])
 
 
 @pytest.mark.parametrize("first", [1, 8])  # 1 is this model's BOS
@@ -812,7 +805,7 @@ def test_penalties_count_prompt_and_output_through_a_whole_generation(engine):
 def test_scores_are_the_log_softmax_of_the_logits_of_every_prefix(engine, plan):
     ids = random_ids(21)
     session = new_session(engine, ids, plan=plan)
-    scores = session.score()
+    (scores,) = session.score_rows([0])
     assert scores.dtype == np.float32
     assert scores.shape == (20,)
     for i, score in enumerate(scores):
@@ -823,14 +816,14 @@ def test_scores_are_the_log_softmax_of_the_logits_of_every_prefix(engine, plan):
 
 
 def test_a_text_of_one_token_has_no_scores(engine):
-    assert new_session(engine, [5]).score().shape == (0,)
+    assert new_session(engine, [5]).score_rows([0])[0].shape == (0,)
 
 
 def test_a_generated_token_carries_the_models_own_log_probability(engine):
     session = new_session(engine, PROMPT)
     params = SamplingParams.make(1, temperature=3.0, top_k=20, repetition_penalty=1.5)
     logprobs = [token.logprob for token in generate(session, max_new_tokens=6, params=params)]
-    assert logprobs == pytest.approx(session.score()[-6:].tolist(), abs=1e-4)
+    assert logprobs == pytest.approx(session.score_rows([0])[0][-6:].tolist(), abs=1e-4)
 
 
 def test_logits_that_are_not_finite_are_reported_and_leave_nothing_behind(engine):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from jaxchat import model
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.layers.cache import empty_cache
 from jaxchat.pallas.backends import REFERENCE, Kernels, pallas_gpu, select
 from jaxchat.pallas.cache_attention import gpu as attention
 from jaxchat.pallas.cache_attention.reference import quantize_rows
@@ -37,6 +38,7 @@ from tests.pallas.test_tpu_kernels import (
     run_python,
     two_steps,
 )
+from tests.support.steps import step_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -250,15 +252,14 @@ def test_steps_for_sm_90_do_not_copy_the_cache(kv_dtype):
         assert step["alias_bytes"] > 0  # the cache
 
 
-@pytest.mark.parametrize("write_from", [None, jnp.zeros(1, jnp.int32)])
-def test_no_conditional_returns_the_cache(tiny_model, write_from):
+def test_no_conditional_returns_the_cache(tiny_model):
     # XLA for GPU copies what a branch changes.
     config, params = tiny_model("llama")
-    cache = model.init_cache(config, slots=7, batch=1, capacity=77, dtype=jnp.dtype(jnp.float32))
+    cache = empty_cache(config, slots=7, batch=1, capacity=77, dtype=jnp.dtype(jnp.float32))
     shape = "x".join(map(str, cache.k.shape))
-    run = functools.partial(model.forward, config, dtype=jnp.dtype(jnp.float32), write_from=write_from)
     plan = LayerPlan.identity(config.num_layers).arrays(7)
-    text = lowered(run, params, cache, plan, jnp.zeros((1, 4), jnp.int32), *[jnp.ones(1, jnp.int32)] * 3)
+    step = step_of(config, params, plan, jnp.zeros((1, 4), jnp.int32), *[jnp.ones(1, jnp.int32)] * 3)
+    text = lowered(model.forward, step, cache)
     results = re.findall(r"^ *}\) : \(tensor<i32>\) -> (.*)", text, re.MULTILINE)
     assert len(results) >= 3
     assert f"tensor<{shape}xf32>" in text

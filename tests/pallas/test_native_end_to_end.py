@@ -10,8 +10,10 @@ import pytest
 from jaxchat import model
 from jaxchat.checkpoints.load import load_params
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.layers.cache import empty_cache
 from jaxchat.pallas import native, select
 from jaxchat.quant import QuantFormat
+from tests.support.steps import step_of
 
 MODELS = {  # directory, a prompt of its vocabulary
     "stories260K": ("stories260K-hf", [1, 403, 407, 261, 378]),
@@ -41,14 +43,12 @@ def load(shared_data):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def step(config, kernels, params, cache, plan, tokens, lengths):
+def run(config, kernels, params, cache, plan, tokens, lengths):
     """Logits [T, V] of the next tokens [T] of one sequence, and the cache."""
     new = jnp.full(1, len(tokens), jnp.int32)
-    hidden, cache = model.forward(
-        config, params, cache, plan, tokens[None], lengths, new, lengths + new,
-        dtype=FLOAT32, kernels=kernels,
-    )  # fmt: skip
-    return model.logits(config, params, hidden, dtype=FLOAT32, kernels=kernels)[0], cache
+    step = step_of(config, params, plan, tokens[None], lengths, new, lengths + new, kernels=kernels)
+    hidden, cache = model.forward(step, cache)
+    return model.logits(step, hidden)[0], cache
 
 
 class Text:
@@ -58,14 +58,14 @@ class Text:
         self.kernels = select(kernels, "cpu")
         self.config, self.params = config, self.kernels.prepare(params)
         slots = config.num_layers
-        self.cache = model.init_cache(config, slots=slots, batch=1, capacity=256, dtype=FLOAT32)
+        self.cache = empty_cache(config, slots=slots, batch=1, capacity=256, dtype=FLOAT32)
         self.plan = LayerPlan.identity(slots).arrays(slots)
         self.length, self.logits = 0, []
 
     def feed(self, ids):
         length = np.array([self.length], np.int32)
         tokens = np.array(ids, np.int32)
-        logits, self.cache = step(
+        logits, self.cache = run(
             self.config, self.kernels, self.params, self.cache, self.plan, tokens, length
         )
         self.length += len(ids)

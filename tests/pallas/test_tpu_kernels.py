@@ -20,11 +20,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxchat import model, quant
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.layers.cache import empty_cache
 from jaxchat.pallas.backends import REFERENCE, Kernels, pallas_tpu, select
 from jaxchat.pallas.cache_attention import tpu as attention
 from jaxchat.pallas.cache_attention.reference import QuantizedRows, quantize_rows
 from jaxchat.pallas.stacked_matmul import tpu as matmul
 from jaxchat.quant import QuantFormat
+from tests.support.steps import step_of
 
 ROOT = Path(__file__).parents[2]
 LAYERS = 2
@@ -280,19 +282,17 @@ def two_steps(config, params, kernels):
     """Logits after a ragged prefill, and after one more token of each sequence."""
     float32 = jnp.dtype(jnp.float32)
     params = kernels.prepare(params)
-    forward = jax.jit(model.forward, static_argnums=0, static_argnames=("dtype", "kernels"))
-    cache = model.init_cache(config, slots=3, batch=2, capacity=32, dtype=float32)
+    forward = jax.jit(model.forward)
+    cache = empty_cache(config, slots=3, batch=2, capacity=32, dtype=float32)
     plan, out = LayerPlan.identity(config.num_layers).arrays(config.num_layers), []
     for tokens, lengths, new in (
         ([[3, 1, 4, 1], [5, 9, 0, 0]], [0, 0], [4, 2]),
         ([[2], [6]], [4, 2], [1, 1]),
     ):
         tokens, lengths, new = (np.array(a, np.int32) for a in (tokens, lengths, new))
-        hidden, cache = forward(
-            config, params, cache, plan, tokens, lengths, new, lengths + new, dtype=float32, kernels=kernels
-        )
-        last = hidden[jnp.arange(2), new - 1]
-        out.append(model.logits(config, params, last, dtype=float32, kernels=kernels))
+        step = step_of(config, params, plan, tokens, lengths, new, lengths + new, kernels=kernels)
+        hidden, cache = forward(step, cache)
+        out.append(model.logits(step, hidden[jnp.arange(2), new - 1]))
     return np.asarray(out)
 
 

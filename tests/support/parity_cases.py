@@ -22,6 +22,9 @@ from jaxchat.checkpoints.load import load_params
 from jaxchat.config import ModelConfig
 from jaxchat.families import parameter_table, read_config
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.layers.cache import KVCache, empty_cache
+from jaxchat.layers.step import Params
+from tests.support.steps import step_of
 
 TOLERANCE = 2e-5
 """Largest |logit - reference|, as a fraction of the range of the reference's logits."""
@@ -329,13 +332,12 @@ BUCKET = 96
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def run(
-    config: ModelConfig, params: model.Params, cache: model.KVCache, plan, tokens, lengths, new, context
-) -> tuple[jax.Array, model.KVCache]:
+    config: ModelConfig, params: Params, cache: KVCache, plan, tokens, lengths, new, context
+) -> tuple[jax.Array, KVCache]:
     """`model.forward` and `model.logits` in float32: logits [B, T, V] and the cache."""
-    hidden, cache = model.forward(
-        config, params, cache, plan, tokens, lengths, new, context, dtype=jnp.float32
-    )
-    return model.logits(config, params, hidden, dtype=jnp.float32), cache
+    step = step_of(config, params, plan, tokens, lengths, new, context)
+    hidden, cache = model.forward(step, cache)
+    return model.logits(step, hidden), cache
 
 
 class Runner:
@@ -353,7 +355,7 @@ class Runner:
         """Empties the cache and sets the plan (every layer once, if None)."""
         plan = plan or LayerPlan.identity(self.config.num_layers)
         self.plan = plan.arrays(self.slots)
-        self.cache = model.init_cache(
+        self.cache = empty_cache(
             self.config, slots=self.slots, batch=self.batch, capacity=self.capacity, dtype=jnp.float32
         )
         self.lengths = np.zeros(self.batch, np.int32)

@@ -7,25 +7,30 @@ import pytest
 
 from jaxchat import model
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.layers.cache import empty_cache
+from tests.support.steps import step_of
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 67, (2, 13)))
+
+
+def trained(config, params):
+    return model.hidden_states(model.whole_sequences(config, params, TOKENS, dtype=jnp.dtype(jnp.float32)))
 
 
 def served(config, params, tokens):
     """The same through the path that serves requests: the plan's loop over a cache."""
     batch, length = tokens.shape
-    cache = model.init_cache(config, slots=config.num_layers, batch=batch, capacity=16, dtype=jnp.float32)
+    cache = empty_cache(config, slots=config.num_layers, batch=batch, capacity=16, dtype=jnp.float32)
     plan = jax.tree.map(jnp.asarray, LayerPlan.identity(config.num_layers).arrays(config.num_layers))
     none, all_new = jnp.zeros(batch, jnp.int32), jnp.full(batch, length)
-    hidden, _ = model.forward(config, params, cache, plan, tokens, none, all_new, all_new, dtype=jnp.float32)
-    return hidden
+    return model.forward(step_of(config, params, plan, tokens, none, all_new, all_new), cache)[0]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"])
 def test_hidden_states_are_those_of_the_serving_path(tiny_model, model_type, quick_compilation):
     """Windows, RoPE bases, soft-caps, norms and biases of every layer included."""
     config, params = tiny_model(model_type)
-    found = jax.jit(lambda p: model.hidden_states(config, p, TOKENS, dtype=jnp.float32))(params)
+    found = jax.jit(lambda p: trained(config, p))(params)
     np.testing.assert_allclose(found, served(config, params, TOKENS), rtol=1e-5, atol=1e-5)
 
 
@@ -38,7 +43,7 @@ def test_gradients_reach_every_parameter_and_match_finite_differences(
 
     @jax.jit
     def scalar(p):
-        return jnp.sum(model.hidden_states(config, p, TOKENS, dtype=jnp.float32) * weights)
+        return jnp.sum(trained(config, p) * weights)
 
     gradients = jax.grad(scalar)(params)
     rng = np.random.default_rng(2)

@@ -1,0 +1,37 @@
+"""Norms over the last axis, in float32. A new kind of norm is a function here and a row in `NORMS`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxchat.config import ModelConfig
+from jaxchat.layers.step import Step, vector
+
+
+def rms_norm(config: ModelConfig, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Zhang and Sennrich 2019; Gemma's weights are stored minus 1."""
+    x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
+    return x * (weight + config.norm_offset)
+
+
+def layer_norm(config: ModelConfig, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Ba et al. 2016."""
+    x = x - x.mean(-1, keepdims=True)
+    x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps) * weight
+    return x if bias is None else x + bias
+
+
+NORMS: dict[str, Callable[[ModelConfig, jax.Array, jax.Array, jax.Array | None], jax.Array]] = {
+    "rmsnorm": rms_norm,
+    "layernorm": layer_norm,
+}
+"""`ModelConfig.norm` -> the norm of float32 [..., D] with its weight and bias [D]."""
+
+
+def norm(step: Step, name: str, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+    """The norm called `name` of x [..., D], float32; `layer` picks from a stacked weight."""
+    weight, bias = (vector(step, f"{name}.{kind}", layer) for kind in ("weight", "bias"))
+    assert weight is not None  # every norm has one
+    return NORMS[step.config.norm](step.config, x.astype(jnp.float32), weight, bias)
