@@ -24,11 +24,14 @@ hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_configure(config):
-    """Compiles in half the time in this process; commands run as processes compile as they do for users.
+    """Eight CPU devices for tests of meshes, and compiling in half the time.
+
+    Commands run as processes have one device and compile as they do for users.
 
     So does all of the live comparison. XLA reads its flags once, when the first devices are asked for; one it
     does not know ends the process, and later versions may not know this one.
     """
+    jax.config.update("jax_num_cpu_devices", 8)
     if config.getoption("markexpr") == "parity" or jax.__version_info__ >= (0, 11):
         return
     before = os.environ.get("XLA_FLAGS")

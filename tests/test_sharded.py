@@ -1,11 +1,5 @@
 """A model sharded over a mesh of eight devices computes what one device computes."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -34,21 +28,6 @@ CASES = [(model, mesh) for model in MODELS for mesh in MESHES]
 PROMPTS = [np.random.default_rng(i).integers(0, 67, 3 + 2 * i).tolist() for i in range(8)]
 
 
-# --- in the subprocess: it has eight devices
-
-
-def main(*directories):
-    """Prints one JSON object: what each case computed, and how its arrays lie on the devices."""
-    assert jax.device_count() == 8
-    result = {}
-    for name, directory in zip(MODELS, directories, strict=True):
-        result[name] = {"one device": run(directory, None)}
-        for mesh in MESHES:
-            result[name][mesh] = run(directory, make_mesh(mesh))
-    result["single sequence"] = run_one_sequence(directories[0])
-    print(json.dumps(result))
-
-
 def run(directory, mesh):
     config, params = load_params(directory, mesh=mesh)
     engine = Engine(config, params, max_length=64, mesh=mesh)
@@ -61,10 +40,10 @@ def run(directory, mesh):
     after = steps.prefill._cache_size(), steps.decode._cache_size()
     return {
         "greedy": [[token.id for token in tokens if token.row == row] for row in range(len(PROMPTS))],
-        "logits": np.asarray(logits).tolist(),
+        "logits": np.asarray(logits),
         "shards": {name: shard_shape(array) for name, array in params.items()},
         "cache": shard_shape(session._cache.k),
-        "grown cache": shard_shape(steps.grow(session._cache, session._slots, 128).k),
+        "grown cache": shard_shape(steps.grow(session._cache, session._cache.slots, 128).k),
         "compiled": [now - then for now, then in zip(after, before, strict=True)],
     }
 
@@ -74,7 +53,7 @@ def run_one_sequence(directory):
     config, params = load_params(directory, mesh=mesh)
     session = Engine(config, params, max_length=64, mesh=mesh).session()
     session.set_ids(PROMPTS[5])
-    return {"logits": np.asarray(session.prefill()[0]).tolist(), "cache": shard_shape(session._cache.k)}
+    return {"logits": np.asarray(session.prefill()[0]), "cache": shard_shape(session._cache.k)}
 
 
 def make_mesh(name):
@@ -87,35 +66,22 @@ def shard_shape(array):
     return list(shapes.pop())
 
 
-# --- in the tests
-
-
 @pytest.fixture(scope="module")
 def computed(tiny_directory):
-    directories = [str(tiny_directory(model_type, **options)) for model_type, options in MODELS.values()]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # nearly all time goes into compiling
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    """What each case computed, and how its arrays lie on the devices."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)  # nearly all time goes into compiling
+    directories = {name: tiny_directory(kind, **options) for name, (kind, options) in MODELS.items()}
+    result = {
+        name: {
+            "one device": run(directory, None),
+            **{mesh: run(directory, make_mesh(mesh)) for mesh in MESHES},
+        }
+        for name, directory in directories.items()
     }
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from tests import test_sharded; test_sharded.main(*sys.argv[1:])",
-        *directories,
-    ]
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    result["single sequence"] = run_one_sequence(directories["llama"])
+    jax.config.update("jax_disable_most_optimizations", before)
+    return result
 
 
 @pytest.mark.parametrize(("model", "mesh"), CASES)

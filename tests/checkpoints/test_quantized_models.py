@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import jaxchat
 from jaxchat import generate
@@ -23,11 +24,13 @@ from jaxchat.checkpoints.safetensors_file import SafetensorsFile
 from jaxchat.checkpoints.write import convert, to_hf
 from jaxchat.cli import command_line
 from jaxchat.config import ModelConfig
+from jaxchat.engine.session import Engine
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
 from jaxchat.layers.step import Params
 from jaxchat.quant import QuantFormat, QuantizedTensor, dequantize, format_for, quantize
+from jaxchat.sharding import shard_params
 from tests.support.parity_cases import run
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
 from tests.support.tiny_chat import write_tiny_chat
@@ -360,53 +363,35 @@ def run_python(code: str, *arguments: object) -> float:
 
 # Onto meshes.
 
-SHARDED = """
-import sys, pathlib
-import jax, numpy as np
-from jax.sharding import AxisType, PartitionSpec as P
-from jaxchat.checkpoints.load import load_params
-from jaxchat.checkpoints.write import convert
-from jaxchat.engine.session import Engine
-from jaxchat.quant import QuantFormat
-from jaxchat.sharding import shard_params
-assert jax.device_count() == 4
-root, fmt = pathlib.Path(sys.argv[1]), QuantFormat.parse("int4")
-mesh = jax.make_mesh((1, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
-convert(root / "hf", root / "native", quant=fmt)
-config, single = load_params(root / "hf", quant=fmt)
-def scores(params, mesh):
-    session = Engine(config, params, kernels="reference", mesh=mesh).session()
-    session.set_ids([1, 5, 7, 9, 4, 8])
-    return session.score()
-expected = scores(single, None)
-for name, sharded in {
-    "hf": load_params(root / "hf", quant=fmt, mesh=mesh)[1],
-    "native": load_params(root / "native", mesh=mesh)[1],
-    "moved": shard_params(single, config, mesh),
-}.items():
-    def same(a, b):
-        assert np.array_equal(np.asarray(a), np.asarray(b))
-    jax.tree.map(same, single, sharded)
-    def every_part(key, spec):
-        found = {array.sharding.spec for array in jax.tree.leaves(sharded[key])}
-        assert found == {spec}, (key, found)
-    every_part("layers.q.weight", P(None, "model", None))
-    every_part("layers.o.weight", P(None, None, "model"))  # 128 columns: a group of 32 a device
-    every_part("layers.down.weight", P(None, None, None))  # 192 columns: 6 groups do not divide by 4
-    every_part("layers.up.weight", P(None, "model", None))
-    assert sharded["layers.o.weight"].codes.addressable_shards[0].data.shape == (3, 128, 16)
-    assert sharded["layers.o.weight"].scales.addressable_shards[0].data.shape == (3, 128, 1)
-    assert np.allclose(scores(sharded, mesh), expected, atol=1e-4), name
-print(1)
-"""
 
-
-def test_codes_and_scales_are_split_as_the_weight_and_between_groups(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_and_scales_are_split_as_the_weight_and_between_groups(tmp_path: Path) -> None:
     write_tiny_hf(tmp_path / "hf", "llama", hidden_size=128, intermediate_size=192)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    assert run_python(SHARDED, tmp_path) == 1
+    devices = jax.devices()[:4]
+    mesh = jax.make_mesh((1, 4), ("data", "model"), (AxisType.Auto, AxisType.Auto), devices=devices)
+    fmt = parse("int4")
+    convert(tmp_path / "hf", tmp_path / "native", quant=fmt)
+    config, single = load_params(tmp_path / "hf", quant=fmt)
+
+    def scores(params: Params, mesh: jax.sharding.Mesh | None) -> np.ndarray:
+        session = Engine(config, params, kernels="reference", mesh=mesh).session()
+        session.set_ids([1, 5, 7, 9, 4, 8])
+        return session.score_rows([0])[0]
+
+    expected = scores(single, None)
+    for sharded in (
+        load_params(tmp_path / "hf", quant=fmt, mesh=mesh)[1],
+        load_params(tmp_path / "native", mesh=mesh)[1],
+        shard_params(single, config, mesh),
+    ):
+        assert_same(single, sharded)
+        specs = {key: {part.sharding.spec for part in jax.tree.leaves(sharded[key])} for key in sharded}
+        assert specs["layers.q.weight"] == {PartitionSpec(None, "model", None)}
+        assert specs["layers.o.weight"] == {PartitionSpec(None, None, "model")}  # a group of 32 a device
+        assert specs["layers.down.weight"] == {PartitionSpec(None, None, None)}  # 6 groups, 4 devices
+        assert specs["layers.up.weight"] == {PartitionSpec(None, "model", None)}
+        assert sharded["layers.o.weight"].codes.addressable_shards[0].data.shape == (3, 128, 16)
+        assert sharded["layers.o.weight"].scales.addressable_shards[0].data.shape == (3, 128, 1)
+        np.testing.assert_allclose(scores(sharded, mesh), expected, atol=1e-4)
 
 
 # The commands.
