@@ -1,11 +1,13 @@
-"""What is asked for: how to continue a text, and all that one command line says. Needs no JAX."""
+"""How to continue a text: the options, their text form, and the flags that they are. Needs no JAX."""
 
 import dataclasses
+import functools
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import read_optional_json
@@ -19,38 +21,183 @@ KV_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """How to continue a text. Every generating function takes these as keyword arguments.
+class Flag:
+    """Makes a field a flag of the command line: `name: Annotated[TYPE, Flag(...)] = DEFAULT`.
+
+    The type says how the flag is read, the default what it is when it is not given (`cli/flags.py`).
 
     Attributes:
-      max_new_tokens: at most so many; None is until the model stops or the context is full.
-      temperature: divides the logits; 0 is greedy.
-      top_k: sample from the k most probable tokens; 0 is off.
-      top_p: sample from the fewest tokens with this total probability; 1 is off.
-      min_p: leave out tokens less probable than this fraction of the most probable; 0 is off.
-      repetition_penalty: weakens tokens of prompt and output (CTRL); 1 is off.
-      presence_penalty: subtracted once from the logit of a token already generated; 0 is off.
-      frequency_penalty: subtracted for every time it was generated; 0 is off.
-      seed: the same seed gives the same text on the same backend; prompt i of a batch uses seed + i.
-      stop: strings that end the text; they are not part of it.
-      stop_token_ids: token ids that end it, beside the model's own.
-      ignore_eos: do not end at the model's own end-of-sequence tokens.
-      overflow: `error` or `truncate_oldest`, see `Session.generate`.
+      help: what it does; the example and the default are added.
+      example: a use of it, such as `-t 0.7`.
+      group: the title it stands under.
+      value: what the help calls its value; `DIR` and `FILE` may be any bytes, all else is UTF-8 text.
+      short: a letter.
+      name: its name, if not the field's.
+      choices: the values there are, where the type does not say so.
+      low, high: the least and the greatest number.
+      many: it may be given more than once.
+      read: from the text (of `many` the texts) to the field's value; a `UsageError` says what is wrong.
+      shown: how the default is written, where that is not as Python prints it.
+      positional: it has no name on the command line, only its place.
     """
 
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    stop: str | Sequence[str] = ()
+    help: str
+    example: str
+    group: str = "Flags"
+    value: str = ""
+    short: str | None = None
+    name: str | None = None
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    many: bool = False
+    read: Callable[[Any], Any] | None = None
+    shown: str | None = None
+    positional: bool = False
+
+
+class Range(NamedTuple):
+    """The numbers that a sampling parameter may be.
+
+    Attributes:
+      type: `int` or `float`.
+      low, high: the least and the greatest.
+      expected: the same in words.
+    """
+
+    type: type
+    low: float
+    high: float
+    expected: str
+
+
+_MAX, _TINY = float.fromhex("0x1.fffffep127"), 2.0**-126  # of float32
+SAMPLING_RANGES: Mapping[str, Range] = {
+    "temperature": Range(float, 0, _MAX, "a number >= 0 (0 = greedy)"),
+    "top_k": Range(int, 0, 2**31 - 1, "an integer >= 0 (0 = off)"),
+    "top_p": Range(float, _TINY, 1, "a number > 0 and <= 1 (1 = off)"),
+    "min_p": Range(float, 0, 1, "a number from 0 to 1 (0 = off)"),
+    "repetition_penalty": Range(float, _TINY, _MAX, "a number > 0 (1 = off)"),
+    "presence_penalty": Range(float, -_MAX, _MAX, "a finite number (0 = off)"),
+    "frequency_penalty": Range(float, -_MAX, _MAX, "a finite number (0 = off)"),
+}
+
+_length = functools.partial(Flag, group="How long")
+_sampling = functools.partial(Flag, group="Sampling")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How to continue a text: what every generating function, the command line and `/set` take.
+
+    No flag: `stop_token_ids` end a text, beside the model's own. Strings of `stop` are no part of it.
+    Prompt i of a batch draws with `seed + i`.
+
+    Raises:
+      UsageError: a number out of its range; the message names the option.
+    """
+
+    max_new_tokens: Annotated[
+        int | None,
+        _length(
+            help="At most so many new tokens; if not given, until the model ends or the context is full",
+            example="--max_new_tokens 200",
+            low=1,
+        ),
+    ] = None
+    temperature: Annotated[
+        float,
+        _sampling(
+            help="0 always takes the most probable token, higher is more varied. Where this and the next "
+            "four are not given, they are as the model's generation_config.json recommends, if it does",
+            example="-t 0.7",
+            short="t",
+        ),
+    ] = 0.0
+    top_k: Annotated[
+        int,
+        _sampling(help="Choose among the N most probable tokens; 0 is off", example="-k 40", short="k"),
+    ] = 0
+    top_p: Annotated[
+        float,
+        _sampling(
+            help="Choose among the fewest tokens with this total probability; 1 is off",
+            example="-q 0.9",
+            short="q",
+        ),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        _sampling(
+            help="Leave out tokens less probable than this fraction of the most probable; 0 is off",
+            example="--min_p 0.05",
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        _sampling(
+            help="Weaken every token of prompt and output (CTRL); 1 is off",
+            example="--repetition_penalty 1.1",
+        ),
+    ] = 1.0
+    presence_penalty: Annotated[
+        float,
+        _sampling(
+            help="Subtract from the logit of tokens already generated; 0 is off",
+            example="--presence_penalty 0.5",
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        _sampling(
+            help="The same for every time they were generated; 0 is off", example="--frequency_penalty 0.5"
+        ),
+    ] = 0.0
+    seed: Annotated[
+        int,
+        _sampling(
+            help="The same seed gives the same text on the same kind of machine",
+            example="--seed 7",
+            low=0,
+            high=2**32 - 1,
+        ),
+    ] = 0
+    stop: Annotated[
+        str | Sequence[str],
+        _length(
+            help="End before this text; may be given more than once; \\n, \\t and \\\\ are a line break, a "
+            "tab and a backslash",
+            example="--stop '\\n\\n' --stop END",
+            value="TEXT",
+            many=True,
+            read=lambda texts: tuple(unescape(text, "--stop") for text in texts),
+        ),
+    ] = ()
     stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    overflow: Overflow = "error"
+    ignore_eos: Annotated[
+        bool,
+        _length(
+            help="Go on at the model's own end-of-text tokens", example="--ignore_eos --max_new_tokens 100"
+        ),
+    ] = False
+    overflow: Annotated[
+        Overflow,
+        _length(
+            help="When the context is full: error ends the reply and refuses a longer prompt, "
+            "truncate_oldest forgets the oldest",
+            example="--overflow truncate_oldest",
+            value="HOW",
+        ),
+    ] = "error"
+
+    def __post_init__(self) -> None:
+        for name, limits in SAMPLING_RANGES.items():
+            value = getattr(self, name)
+            number = numbers.Integral if limits.type is int else numbers.Real
+            if isinstance(value, bool) or not isinstance(value, number):
+                raise UsageError(f"{name}: got {value!r}, expected {limits.expected}")
+            if not limits.low <= float(value) <= limits.high:  # NaN is not in any range
+                raise UsageError(f"{name}: got {value}, expected {limits.expected}")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -65,7 +212,7 @@ def recommended_sampling(directory: Path) -> dict[str, Any]:
     """The sampling options that a model directory's `generation_config.json` recommends, by name.
 
     Nothing is recommended where the file does not say `do_sample` (transformers' GenerationConfig). Ranges
-    are `sampling_params`' business.
+    are `GenerateOptions`' business.
 
     Raises:
       JaxchatError: the file is broken.
@@ -93,15 +240,13 @@ def checked_options(options: Mapping[str, Any]) -> GenerateOptions:
 def with_setting(options: GenerateOptions, name: str, value: str) -> GenerateOptions:
     """`options` with one field read from text, as `/set name=value` gives it.
 
-    Sampling parameters are checked for being numbers; their ranges are `sampling_params`' business.
-
     Raises:
       UsageError: no such field, or no such value.
 
     >>> with_setting(GenerateOptions(), "top_k", "40").top_k
     40
     """
-    types = {field.name: field.type for field in dataclasses.fields(options)}
+    types = get_type_hints(GenerateOptions)
     if name not in types:
         raise UsageError(f"no option {name!r}; options: {', '.join(types)}")
     expected, read = _READERS.get(name) or _READERS[types[name]]
@@ -169,61 +314,6 @@ _READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     Overflow: (" or ".join(get_args(Overflow)), _read_choice),
 }
 """How a field of `GenerateOptions` is read from text, by its name or its type: what to expect, and how."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """One run of the command line.
-
-    Attributes:
-      model: the model directory; None with a recipe.
-      model_name: what people call it.
-      recipe, model_paths, keep_identity: as in `jaxchat.load`.
-      layer_spec, dtype, quant, kv_dtype, kernels, max_length, compilation_cache_dir: as in `jaxchat.load`.
-      format: None is chat where the model has a template.
-      system: the system prompt.
-      reversed_role: the model plays the user, and the prompt is its opening line.
-      thought_tags: what the model thinks between; None is what its template says.
-      ai_prefix, ai_prefix_in: what the next reply begins with, and in which part of it.
-      ai_prefix_every_turn: every reply does.
-      load_session, save_session: files of a conversation to go on with, and to keep this one in.
-      prompt: the prompt, or with `interactive` the first message.
-      interactive: chat, reading messages from standard input.
-      markdown: render replies.
-      history_file: where typed messages are kept; None is a file of the user's, "" is nowhere.
-      json: print one JSON object.
-      hide_banner: start without one.
-      options: how to continue.
-    """
-
-    model: str | None
-    model_name: str
-    recipe: str | None
-    model_paths: Mapping[str, str]
-    keep_identity: bool
-    layer_spec: str | None
-    dtype: str | None
-    quant: str | None
-    kv_dtype: str | None
-    kernels: str
-    max_length: int | None
-    compilation_cache_dir: str | None
-    format: Format | None
-    system: str | None
-    reversed_role: bool
-    thought_tags: tuple[str, str] | None
-    ai_prefix: str
-    ai_prefix_in: PrefixIn
-    ai_prefix_every_turn: bool
-    load_session: str | None
-    save_session: str | None
-    prompt: str | None
-    interactive: bool
-    markdown: bool
-    history_file: str | None
-    json: bool
-    hide_banner: bool
-    options: GenerateOptions
 
 
 # --- escapes in text from the command line and the chat's commands

@@ -14,6 +14,7 @@ from jaxchat.chat import session_file
 from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.replies import Batch, Result, Score, TextStream
 from jaxchat.chat.session import ChatSession
+from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import Progress, load_assembly, load_params
 from jaxchat.checkpoints.quantized import Quant
@@ -269,7 +270,7 @@ def load(
     path: str | Path | ModelDirectory | None = None,
     plan: str | LayerPlan | None = None,
     *,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Assembly | None = None,
     model_paths: Mapping[str, str | Path] | None = None,
     keep_identity: bool = False,
     dtype: str | None = None,
@@ -288,7 +289,8 @@ def load(
       path: the directory.
       plan: a layer plan or `--layer_spec` string; default every layer once, in order. Of a recipe, or of a
         directory that records a plan, a string counts the slots, and the default is that plan.
-      recipe: instead of `path`, a mergekit recipe; its remarks are logged as warnings. See `read_recipe`.
+      recipe: instead of `path`, a mergekit recipe; its remarks are logged as warnings. Or what `read_recipe`
+        made of one.
       model_paths: model names of the recipe -> directories.
       keep_identity: executes the recipe's layers that change nothing, too.
       dtype: of the weights, `float32`, `bfloat16` or `float16`; default as stored.
@@ -316,10 +318,8 @@ def load(
         assembly, directory = None, ModelDirectory.at(path or "")
         base_plan = directory.plan
     else:
-        assembly = read_recipe(recipe, model_paths, keep_identity=keep_identity)
+        assembly = recipe if isinstance(recipe, Assembly) else _read(recipe, model_paths, keep_identity)
         directory, base_plan = assembly.models[assembly.tokenizer], assembly.plan
-        for note in assembly.notes:
-            logger.warning("%s: %s", recipe, note)
     chosen = as_plan(plan, base_plan)
     # Before the weights: what is wrong with a setting or a small file is not told after minutes of loading.
     select_kernels(kernels, jax.default_backend())
@@ -340,6 +340,13 @@ def load(
         template=template,
         max_slots=max_slots,
     )
+
+
+def _read(recipe: str | Path, paths: Mapping[str, str | Path] | None, keep_identity: bool) -> Assembly:
+    assembly = read_recipe(recipe, paths, keep_identity=keep_identity)
+    for note in assembly.notes:
+        logger.warning("%s: %s", recipe, note)
+    return assembly
 
 
 def as_plan(plan: str | LayerPlan | None, base: LayerPlan) -> LayerPlan:

@@ -6,23 +6,22 @@ Examples:
 """
 
 import collections
+import dataclasses
 import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import flags
-
 import jaxchat
-from jaxchat.cli.command_line import HELP, LOG_LEVEL, MODEL, Flag, exit_process, run
-from jaxchat.errors import UsageError
+from jaxchat.cli.command_line import Command, exit_process, run
+from jaxchat.cli.model_flags import MODEL
 from jaxchat.files import write_atomically
-from jaxchat.options import recommended_sampling
+from jaxchat.options import Flag, recommended_sampling
 from tools.stories import Corpus, Story, read_corpus
 
 PROMPTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -85,21 +84,25 @@ PROMPTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _LENGTH = 400
 """Tokens a reply may have: it and the question after it fit the context."""
 
-_GROUPS = {
-    "Input and output": (
-        MODEL,
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to measure, on what."""
+
+    model: Annotated[str, MODEL]
+    data: Annotated[
+        str,
         Flag(
-            "data", flags.DEFINE_string, "DIR",
-            "The folder of the corpora, whose held-out stories give the loss, e.g. --data corpora",
+            help="The folder of the corpora, whose held-out stories give the loss",
+            example="--data corpora",
+            value="DIR",
         ),
-        Flag(
-            "out", flags.DEFINE_string, "DIR",
-            "Write EVALUATION.json and SAMPLES.md there, e.g. --out storyteller",
-        ),
-        Flag("seed", flags.DEFINE_integer, "N", "Of the sampled replies, e.g. --seed 7", default=0),
-    ),
-    "Other": (HELP, LOG_LEVEL),
-}  # fmt: skip
+    ]
+    out: Annotated[
+        str | None,
+        Flag(help="Write EVALUATION.json and SAMPLES.md there", example="--out storyteller", value="DIR"),
+    ] = None
+    seed: Annotated[int, Flag(help="Of the sampled replies", example="--seed 7")] = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,23 +111,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: the arguments, the program's name first; None is `sys.argv`.
     """
-    return run(_body, _GROUPS, f"{__doc__}\n", argv)
+    command = Command(usage=f"{__doc__}\n", request=Request, run=_run)
+    return run(command, argv, program="python tools/evaluate_demo.py")
 
 
-def _body(values: flags.FlagValues) -> int:
-    for name in ("model", "data"):
-        if not values[name].value:
-            raise UsageError(f"--{name} must be given; --help shows examples")
-    corpus = read_corpus(Path(values.data))
-    model = jaxchat.load(values.model)
+def _run(request: Request, given: frozenset[str]) -> int:
+    corpus = read_corpus(Path(request.data))
+    model = jaxchat.load(request.model)
     figures: dict[str, Any] = held_out(model, corpus.held_out)
     replies: dict[str, list[dict[str, Any]]] = {}
-    for mode, options in (("greedy", {}), ("sampled", recommended_sampling(Path(values.model)))):
-        replies[mode] = list(ask_all(model, options, values.seed))
+    for mode, options in (("greedy", {}), ("sampled", recommended_sampling(Path(request.model)))):
+        replies[mode] = list(ask_all(model, options, request.seed))
         figures[mode] = rates(replies[mode])
     print(json.dumps(figures, indent=1))
-    if values.out:
-        out = Path(values.out)
+    if request.out:
+        out = Path(request.out)
         write_atomically(out / "EVALUATION.json", f"{json.dumps(figures, indent=1)}\n".encode())
         write_atomically(out / "SAMPLES.md", as_markdown(replies).encode())
     return 0

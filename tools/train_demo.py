@@ -10,6 +10,7 @@ The same command again goes on where it was stopped. `demo-run/hf` is an ordinar
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 if __name__ == "__main__":
     # Started as a file: the packages are beside this folder, and Ctrl-C while they load just ends it.
@@ -41,14 +42,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import sentencepiece
-from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 
-from jaxchat.cli.command_line import HELP, LOG_LEVEL, Flag, exit_process, run
+from jaxchat.cli.command_line import Command, catch_interrupts, exit_process, run
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table, read_config
+from jaxchat.options import Flag
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.tokenizer_files import load_tokenizer
 from jaxchat.training import steps
@@ -76,46 +77,48 @@ WARMUP_STEPS = 100
 DECAY = 0.3
 DROPOUT = 0.1
 
-GROUPS = {
-    "Input and output": (
-        Flag("data", flags.DEFINE_string, "DIR", "The folder of the corpora, e.g. --data corpora"),
+_budget = functools.partial(Flag, group="Budget")
+_model = functools.partial(Flag, group="Model")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to train, on what, for how long."""
+
+    data: Annotated[str, Flag(help="The folder of the corpora", example="--data corpora", value="DIR")]
+    out: Annotated[
+        str,
         Flag(
-            "out", flags.DEFINE_string, "DIR",
-            "Where tokenizer, checkpoints, loss curves and the model in Hugging Face's layout are written; a "
-            "run that is there is continued, e.g. --out demo-run",
+            help="Where tokenizer, checkpoints, loss curves and the model in Hugging Face's layout are "
+            "written; a run that is there is continued",
+            example="--out demo-run",
+            value="DIR",
         ),
-        Flag(
-            "export_only", flags.DEFINE_bool, "",
-            "Write OUT/hf from the last checkpoint and train no further, e.g. --export_only", default=False,
-        ),
-    ),
-    "Budget": (
-        Flag(
-            "minutes", flags.DEFINE_float, "M",
-            "Train for so many minutes in all, interruptions not counted, e.g. --minutes 80",
-        ),
-        Flag("steps", flags.DEFINE_integer, "N", "Train for so many steps instead, e.g. --steps 2000"),
-        Flag(
-            "checkpoint_minutes", flags.DEFINE_float, "M",
-            "Save so often, e.g. --checkpoint_minutes 5", default=5.0,
-        ),
-    ),
-    "Model": (
-        Flag("width", flags.DEFINE_integer, "D", "Width, in heads of 32, e.g. --width 256", default=192),
-        Flag("layers", flags.DEFINE_integer, "L", "Decoder layers, e.g. --layers 6", default=8),
-        Flag("vocab", flags.DEFINE_integer, "V", "Vocabulary size, e.g. --vocab 4096", default=2048),
-        Flag(
-            "batch_tokens", flags.DEFINE_integer, "N",
-            "Tokens in a step, padding included, e.g. --batch_tokens 8192", default=4096,
-        ),
-        Flag(
-            "learning_rate", flags.DEFINE_float, "X",
-            "The highest learning rate, e.g. --learning_rate 0.001", default=1.5e-3,
-        ),
-        Flag("seed", flags.DEFINE_integer, "N", "Of weights, order and dialogues, e.g. --seed 1", default=0),
-    ),
-    "Other": (HELP, LOG_LEVEL),
-}  # fmt: skip
+    ]
+    export_only: Annotated[
+        bool,
+        Flag(help="Write OUT/hf from the last checkpoint and train no further", example="--export_only"),
+    ] = False
+    minutes: Annotated[
+        float | None,
+        _budget(help="Train for so many minutes in all, interruptions not counted", example="--minutes 80"),
+    ] = None
+    steps: Annotated[int | None, _budget(help="Train for so many steps instead", example="--steps 2000")] = (
+        None
+    )
+    checkpoint_minutes: Annotated[float, _budget(help="Save so often", example="--checkpoint_minutes 5")] = (
+        5.0
+    )
+    width: Annotated[int, _model(help="Width, in heads of 32", example="--width 256")] = 192
+    layers: Annotated[int, _model(help="Decoder layers", example="--layers 6")] = 8
+    vocab: Annotated[int, _model(help="Vocabulary size", example="--vocab 4096")] = 2048
+    batch_tokens: Annotated[
+        int, _model(help="Tokens in a step, padding included", example="--batch_tokens 8192")
+    ] = 4096
+    learning_rate: Annotated[
+        float, _model(help="The highest learning rate", example="--learning_rate 0.001")
+    ] = 1.5e-3
+    seed: Annotated[int, _model(help="Of weights, order and dialogues", example="--seed 1")] = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,25 +127,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: the arguments, the program's name first; None is `sys.argv`.
     """
-    return run(_body, GROUPS, f"{__doc__}\n", argv)
+    command = Command(usage=f"{__doc__}\n", request=Request, run=_run)
+    return run(command, argv, program="python tools/train_demo.py")
 
 
-def _body(values: flags.FlagValues) -> int:
-    for name in ("data", "out"):
-        if not values[name].value:
-            raise UsageError(f"--{name} must be given; --help shows examples")
-    if (values.minutes is None) == (values.steps is None) and not values.export_only:
+def _run(request: Request, given: frozenset[str]) -> int:
+    if (request.minutes is None) == (request.steps is None) and not request.export_only:
         raise UsageError("give either --minutes or --steps, e.g. --minutes 80")
-    if __name__ == "__main__":
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    out = Path(values.out)
-    corpus = read_corpus(Path(values.data))
-    make_tokenizer(out / "tokenizer", corpus, values.vocab)
-    config = hf_config(values.width, values.layers, values.vocab)
-    run_ = Run(out, corpus, config, values.seed, values.batch_tokens)
-    if not values.export_only:
-        budget = Budget(values.minutes and values.minutes * 60, values.steps)
-        run_.train(budget, peak=values.learning_rate, checkpoint_seconds=values.checkpoint_minutes * 60)
+    catch_interrupts()
+    out = Path(request.out)
+    corpus = read_corpus(Path(request.data))
+    make_tokenizer(out / "tokenizer", corpus, request.vocab)
+    config = hf_config(request.width, request.layers, request.vocab)
+    run_ = Run(out, corpus, config, request.seed, request.batch_tokens)
+    if not request.export_only:
+        budget = Budget(request.minutes and request.minutes * 60, request.steps)
+        run_.train(budget, peak=request.learning_rate, checkpoint_seconds=request.checkpoint_minutes * 60)
     run_.export()
     plot(out / "loss.csv", out / "loss.png")
     print(f"{out / 'hf'}: after {run_.step} steps, held-out loss {run_.held_out_loss():.3f} nats a token")

@@ -1,15 +1,14 @@
 from .measure import (
     HALVES,
-    PARTS,
     Analysis,
     Lens,
-    Questions,
     analyze,
     perplexity,
     repeated,
     repeats,
     skipped,
 )
+from .questions import PARTS, Questions
 from .sweep import Sweep, Windows, cut_windows, windows_at_once
 
 __all__ = [

@@ -12,42 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxchat.analysis.questions import Questions
 from jaxchat.analysis.sweep import Sweep, Windows, windows_at_once
 from jaxchat.engine.session import Engine
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, Slot
 
-PARTS = ("influence", "angular", "skip", "rys", "lens")
-"""What can be measured."""
-
 HALVES = ("attention", "mlp", "both")
 """What of a slot is skipped."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Questions:
-    """What to measure.
-
-    Attributes:
-      parts: of `PARTS`.
-      rys_sample: evaluate so many repeats (i, j), drawn at random; None is all of them.
-      seed: of that sample.
-      lens_positions: start and stop of a slice of the first window's positions, for the lens.
-      top_k: tokens the lens shows at each of them.
-    """
-
-    parts: tuple[str, ...] = PARTS
-    rys_sample: int | None = None
-    seed: int = 0
-    lens_positions: tuple[int | None, int | None] = (-12, None)
-    top_k: int = 5
-
-    def __post_init__(self) -> None:
-        for part in self.parts:
-            if part not in PARTS:
-                raise UsageError(f"--parts: unknown part {part!r}; expected some of {','.join(PARTS)}")
-        if self.rys_sample is not None and self.rys_sample < 1:
-            raise UsageError(f"--rys_sample is {self.rys_sample}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

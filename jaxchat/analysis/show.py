@@ -127,7 +127,6 @@ def describe_directory(
 
 def describe_assembly(
     assembly: Assembly,
-    layer_spec: str | None = None,
     *,
     name: str,
     max_length: int | None = None,
@@ -136,8 +135,7 @@ def describe_assembly(
     """The report on a model put together from others, of which `config.json` is enough; see there for errors.
 
     Args:
-      assembly: the model, as `read_recipe` gives it.
-      layer_spec: a plan over the slots of its plan; None is that plan.
+      assembly: the model and its plan, as `read_recipe` gives them.
       name: what to call it.
       max_length, quant: as for `describe_directory`.
     """
@@ -145,7 +143,7 @@ def describe_assembly(
     base = assembly.models[assembly.base]
     report = describe(
         config,
-        assembly.plan if layer_spec is None else assembly.plan.select(layer_spec),
+        assembly.plan,
         name=name,
         max_length=max_length,
         stored_dtype=assembly.dtype or base.stored_dtype,
@@ -214,6 +212,15 @@ def _group(param: Param) -> str:
     return _GROUPS[param.role]
 
 
+def check_max_length(config: ModelConfig, max_length: int | None) -> None:
+    """Refuses a context longer than a model has positions for."""
+    if config.learned_positions and max_length and max_length > config.max_position_embeddings:
+        raise UsageError(
+            f"--max_length is {max_length}, but this model has {config.max_position_embeddings} learned "
+            f"positions; choose at most {config.max_position_embeddings}"
+        )
+
+
 def describe(
     config: ModelConfig,
     plan: LayerPlan,
@@ -223,11 +230,7 @@ def describe(
     stored_dtype: str | None = None,
 ) -> Report:
     """The report on a model under a plan; the arguments are as in `Report`."""
-    if config.learned_positions and max_length and max_length > config.max_position_embeddings:
-        raise UsageError(
-            f"--max_length is {max_length}, but this model has {config.max_position_embeddings} learned "
-            f"positions; choose at most {config.max_position_embeddings}"
-        )
+    check_max_length(config, max_length)
     length = max_length or config.max_position_embeddings
     executed = len(plan.executed())
     allocated = max(executed, config.num_layers)

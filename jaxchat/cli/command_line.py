@@ -1,171 +1,142 @@
-"""What the commands share: flags and help, text files, streams, log level, errors and exit codes.
+"""What the commands share: one way to run them, with their help, streams, log level, errors and exit codes.
 
-A command (`generate.py` and others) declares its flags as data; hands `run` what does the work.
+A command is a dataclass whose fields are flags (`flags.py`) and a function that takes it.
 Exit codes: 0, 1 failure, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more. Needs no JAX.
 """
 
-import difflib
+import dataclasses
 import io
 import logging
 import os
+import signal
 import sys
-import textwrap
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NoReturn, TypeVar
 
-from absl import flags
-
+from jaxchat.cli.flags import FlagField, Given, flag_fields, help_text, parse, read
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import UnreadableError, text_of
-from jaxchat.options import KV_DTYPES
+from jaxchat.options import Flag
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 BROKEN_PIPE = 141
 """The exit code when standard output is closed (`| head -1`), as of a program ended by SIGPIPE."""
 
-DTYPES = ("float32", "bfloat16", "float16")
-KERNELS = ("auto", "reference", "native", "pallas")
-LOG_LEVELS = ("debug", "info", "warning", "error")
+R = TypeVar("R")
 
 
-class Flag(NamedTuple):
-    """One flag: how absl defines it, and how the help shows it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonFlags:
+    """The flags of every command."""
+
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Flag(
+            help="debug, info, warning or error; debug also shows where an internal error happened",
+            example="--log_level debug",
+            group="Other",
+            value="LEVEL",
+        ),
+    ] = "warning"
+    help: Annotated[bool, Flag(help="Show this text", example="-h", group="Other", short="h")] = False
+
+
+class Conflict(NamedTuple):
+    """Two flags that exclude each other, and what to say about it."""
+
+    one: str
+    other: str
+    advice: str
+
+
+class Need(NamedTuple):
+    """A flag that means nothing without one of others, and why."""
 
     name: str
-    define: Callable[..., Any]
-    value: str  # what the help calls its value; "" for a switch
-    help: str
-    short: str | None = None
-    default: Any = None
-    more: dict[str, Any] = {}  # noqa: RUF012 (read only)
+    needed: tuple[str, ...]
+    reason: str
 
 
-Groups = Mapping[str, Sequence[Flag]]
-"""The flags of a command under the titles of its help."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Generic[R]):
+    """A command.
 
-MODEL = Flag(
-    "model",
-    flags.DEFINE_string,
-    "DIR",
-    "The model: a directory as on Hugging Face, or one that tools/convert.py wrote, e.g. -m "
-    "models/llama-3-8b",
-    short="m",
-)
-LAYER_SPEC = Flag(
-    "layer_spec",
-    flags.DEFINE_string,
-    "LAYERS",
-    "The layers to run, in this order: numbers and Python slices, e.g. 0:8,4:12,8: to repeat "
-    "layers, 0:10,10:20:2,20: to leave some out, ::-1 to reverse; or a JSON list with scales,"
-    " e.g. '[0, [1, 0.5, 1.0], 2]'; or RYS '(4,8)' (layers 0 to 7, then from 4 on), exllamav2's "
-    "'[(0,8),(4,12)]', or @FILE, which holds any of these",
-)
-RECIPE = Flag(
-    "recipe",
-    flags.DEFINE_string,
-    "FILE",
-    "The model and its layers as a mergekit recipe says: YAML with merge_method: passthrough, over one or "
-    "several models, e.g. --recipe goliath.yml --model_path Xwin-LM/Xwin-LM-70B-V0.1=models/xwin",
-)
-MODEL_PATH = Flag(
-    "model_path",
-    flags.DEFINE_multi_string,
-    "NAME=DIR",
-    "Where a model that the recipe names is; may be given more than once. Other names are directories, "
-    "relative to the recipe or to the working directory, e.g. --model_path openchat/openchat-3.5-0106=oc",
-    default=[],
-)
-KEEP_IDENTITY = Flag(
-    "keep_identity",
-    flags.DEFINE_bool,
-    "",
-    "Execute the recipe's layers that pass their input through (o_proj and down_proj scaled to 0), with "
-    "zeros for weights; otherwise they are counted, but take no time and no memory, e.g. --recipe seed.yml "
-    "--keep_identity",
-    default=False,
-)
-DTYPE = Flag(
-    "dtype",
-    flags.DEFINE_enum,
-    "TYPE",
-    "Convert the weights to float32, bfloat16 or float16; as stored if not given, e.g. --dtype bfloat16",
-    more={"enum_values": DTYPES},
-)
-QUANT = Flag(
-    "quant",
-    flags.DEFINE_string,
-    "FORMAT",
-    "Quantize the weights while loading: int8 or int4, optionally with a group :32 :64 :128 :channel "
-    "and with :affine :plain :f32, or llama.cpp's q8_0 q4_0 q4_1; as stored if not given. "
-    "tools/convert.py --quant does it once and for all, e.g. --quant int4, --quant int8:channel",
-)
-KV_DTYPE = Flag(
-    "kv_dtype",
-    flags.DEFINE_enum,
-    "TYPE",
-    "Keep the KV cache in float32, bfloat16 or int8 (codes with a scale for each row, about a quarter of "
-    "float32); that of the activations if not given: float32 on CPU and with float32 weights, else bfloat16, "
-    "e.g. --kv_dtype int8",
-    more={"enum_values": KV_DTYPES},
-)
-KERNELS_FLAG = Flag(
-    "kernels",
-    flags.DEFINE_enum,
-    "WHICH",
-    "What computes: reference is plain XLA, native the C++ of CPUs, pallas that of GPUs and TPUs, "
-    "auto the fastest there is, e.g. --kernels reference",
-    default="auto",
-    more={"enum_values": KERNELS},
-)
-COMPILATION_CACHE_DIR = Flag(
-    "compilation_cache_dir",
-    flags.DEFINE_string,
-    "DIR",
-    "Where compiled programs are kept between runs; a user cache directory if not given, e.g."
-    " --compilation_cache_dir /tmp/xla, or '' for none",
-)
-LOG_LEVEL = Flag(
-    "log_level",
-    flags.DEFINE_enum,
-    "LEVEL",
-    "debug, info, warning or error; debug also shows where an internal error happened, e.g. "
-    "--log_level debug",
-    default="warning",
-    more={"enum_values": LOG_LEVELS},
-)
-HELP = Flag("help", flags.DEFINE_bool, "", "Show this text, e.g. -h", short="h", default=False)
+    Attributes:
+      usage: what its help begins with; `{program}` is how it was started.
+      request: the dataclass that its flags fill.
+      run: does it, given the request and the names of the flags that were there; returns the exit code.
+      stray: what to do about an argument that belongs to no flag.
+      conflicts, needs: which flags do not go together, and which do not go alone.
+
+    Raises:
+      ValueError: `conflicts` or `needs` name what is no flag.
+    """
+
+    usage: str
+    request: type[R]
+    run: Callable[[R, frozenset[str]], int]
+    stray: str = "every value belongs to a flag; --help lists the flags"
+    conflicts: tuple[Conflict, ...] = ()
+    needs: tuple[Need, ...] = ()
+
+    def __post_init__(self) -> None:
+        known = {field.name for field in dataclasses.fields(self.request)}  # type: ignore[arg-type]
+        known |= {field.name for field in self.fields}
+        named = [n for c in self.conflicts for n in (c.one, c.other)]
+        named += [n for need in self.needs for n in (need.name, *need.needed)]
+        if unknown := set(named) - known:
+            raise ValueError(f"no flags of {self.request.__name__}: {', '.join(sorted(unknown))}")
+
+    @property
+    def fields(self) -> list[FlagField]:
+        """Its flags, those of every command last."""
+        return flag_fields(self.request) + flag_fields(CommonFlags)
+
+    def refuse(self, given: Given) -> None:
+        """Refuses flags that do not go together; a field that is always true counts as given."""
+        always = {f.name for f in dataclasses.fields(self.request) if f.default is True}  # type: ignore[arg-type]
+        names = given.names | (always - {field.name for field in self.fields})
+        for one, other, advice in self.conflicts:
+            if {one, other} <= names:
+                raise UsageError(f"--{one} cannot be combined with --{other}: {advice}")
+        for name, needed, reason in self.needs:
+            if name in names and names.isdisjoint(needed):
+                raise UsageError(f"--{name} needs --{' or --'.join(sorted(needed))}: {reason}")
 
 
-def run(
-    body: Callable[[flags.FlagValues], int],
-    groups: Groups,
-    usage: str,
-    argv: Sequence[str] | None = None,
-    *,
-    stray: str = "every value belongs to a flag; --help lists the flags",
-) -> int:
+def run(command: Command[Any], argv: Sequence[str] | None = None, *, program: str) -> int:
     """Runs a command and returns its exit code; failures become one line on standard error.
 
     Args:
-      body: what to do with the parsed flags.
-      groups: the command's flags; `HELP` and `LOG_LEVEL` must be among them.
-      usage: what its help begins with.
+      command: what to run.
       argv: the arguments, the program's name first; None is `sys.argv`.
-      stray: what to do about an argument that belongs to no flag.
+      program: how it was started, for its help.
     """
+    common = CommonFlags()
+
+    def body() -> int:
+        nonlocal common
+        fields = command.fields
+        given = parse(fields, list(sys.argv if argv is None else argv), command.stray)
+        common = read(CommonFlags, given)
+        if common.help:
+            print(help_text(command.usage.replace("{program}", program), fields))
+            return 0
+        _set_log_level(common.log_level)
+        command.refuse(given)
+        return command.run(read(command.request, given), given.names)
+
+    return guarded(body, debug=lambda: common.log_level == "debug")
+
+
+def guarded(body: Callable[[], int], *, debug: Callable[[], bool] = lambda: False) -> int:
+    """Runs what returns an exit code; a failure becomes one line on standard error and a code of its own."""
     _use_utf8()
-    values = define_flags(groups)
     try:
-        _parse(values, list(sys.argv if argv is None else argv), stray)
-        if values.help:
-            print(help_text(usage, groups))
-            code = 0
-        else:
-            _set_log_level(values.log_level)
-            code = body(values)
+        code = body()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -181,8 +152,11 @@ def run(
         _drop_output()
         complain(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
         return 1
+    except MemoryError as error:
+        complain(f"error: {error or 'out of memory'}")
+        return 1
     except Exception as error:
-        return _internal_error(error, debug=values["log_level"].value == "debug")
+        return _internal_error(error, debug=debug())
 
 
 def exit_process(code: int) -> NoReturn:
@@ -194,92 +168,13 @@ def exit_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
-# --- flags
+def catch_interrupts() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt, in a program that has let it just end the process so far.
 
-
-def define_flags(groups: Groups) -> flags.FlagValues:
-    """The flags, apart from absl's global ones so that importing a command defines nothing there."""
-    values = flags.FlagValues()
-    values.set_gnu_getopt(True)
-    for group in groups.values():
-        for flag in group:
-            more = {**flag.more, "flag_values": values, "short_name": flag.short}
-            flag.define(flag.name, flag.default, help=flag.help, **more)
-    return values
-
-
-def help_text(usage: str, groups: Groups) -> str:
-    """What `--help` prints: every flag with an example, in 80 columns."""
-    lines = [usage]
-    for title, group in groups.items():
-        lines.append(f"{title}:")
-        for flag in group:
-            names = (f"-{flag.short}, " if flag.short else "") + f"--{flag.name}"
-            lines.append(f"  {names} {flag.value}".rstrip())
-            unset = flag.default is None or flag.default is False or flag.default == []
-            text = flag.help + ("" if unset else f" (default: {flag.default})")
-            lines += textwrap.wrap(text, 78, initial_indent=" " * 6, subsequent_indent=" " * 6,
-                                   break_on_hyphens=False)  # fmt: skip
-        lines.append("")
-    lines.append("Flags may be spelled with dashes too: --layer-spec is --layer_spec.")
-    return "\n".join(lines)
-
-
-def _parse(values: flags.FlagValues, argv: list[str], stray: str) -> None:
-    try:
-        rest = values([argv[0], *_with_underscores(values, argv[1:])])[1:]
-    except flags.UnrecognizedFlagError as error:
-        known = sorted(values.flag_values_dict())
-        close = difflib.get_close_matches(error.flagname.replace("-", "_"), known, 1)
-        advice = f"did you mean --{close[0]}?" if close else "--help lists the flags"
-        raise UsageError(f"unknown flag --{error.flagname}; {advice}") from None
-    except flags.Error as error:
-        raise UsageError(" ".join(str(error).split()).removeprefix("flag ")) from None
-    if rest:
-        raise UsageError(f"unexpected argument {rest[0]!r}; {stray}")
-
-
-def _with_underscores(values: flags.FlagValues, arguments: list[str]) -> list[str]:
-    """`--layer-spec` -> `--layer_spec`; values are left alone."""
-    result: list[str] = []
-    is_value = False
-    for number, argument in enumerate(arguments):
-        if argument == "--" and not is_value:
-            return result + arguments[number:]
-        name, equals, value = argument.lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        known = name in values or name.removeprefix("no") in values
-        if is_value or not argument.startswith("-") or not known:
-            result.append(argument)
-            is_value = False
-        else:
-            result.append(f"--{name}{equals}{value}")
-            is_value = name in values and not equals and not values[name].boolean
-    return result
-
-
-def model_paths(values: flags.FlagValues) -> dict[str, str]:
-    """`--model_path NAME=DIR` as name -> directory; refuses what says how to read a recipe without one."""
-    for name in (MODEL_PATH.name, KEEP_IDENTITY.name):
-        if name in values and values[name].value and values.recipe is None:
-            raise UsageError(f"--{name} needs --recipe: it says how to read one")
-    found: dict[str, str] = {}
-    for text in values.model_path:
-        name, equals, directory = text.partition("=")
-        if not (name and equals and directory):
-            raise UsageError(f"--model_path {text}: expected NAME=DIR, the recipe's name and a directory")
-        if name in found:
-            raise UsageError(f"--model_path {name} is given twice; give it once")
-        found[name] = directory
-    return found
-
-
-def check_text(text: str | None, flag: str) -> None:
-    """Refuses a flag's text that was not UTF-8."""
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError:  # Python keeps bytes it cannot read as lone surrogates
-        raise UsageError(f"--{flag} is not UTF-8 text") from None
+    Programs do so while modules load, where an exception would surface as a failed import.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read_text(name: str, flag: str) -> str:
@@ -317,11 +212,10 @@ def _use_utf8() -> None:
 def _set_log_level(level: str) -> None:
     logger = logging.getLogger("jaxchat")
     logger.setLevel(level.upper())
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("jaxchat: %(levelname)s: %(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("jaxchat: %(levelname)s: %(message)s"))
+    logger.handlers = [handler]
+    logger.propagate = False
 
 
 def _end_line() -> None:

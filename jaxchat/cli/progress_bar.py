@@ -26,15 +26,11 @@ Report = Callable[[int, int], None]
 @contextlib.contextmanager
 def loading_bar() -> Iterator[Report | None]:
     """Bytes with rate and remaining time, once loading turns out to take more than a second."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    bar = _bytes_bar("loading")
+    if bar.disable:
         yield None
         return
     started = time.perf_counter()
-    bar = Progress(
-        TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        console=console, transient=True,
-    )  # fmt: skip
     task = bar.add_task("", total=None)
 
     def report(done: int, total: int) -> None:
@@ -47,6 +43,22 @@ def loading_bar() -> Iterator[Report | None]:
         yield report
     finally:
         bar.stop()  # also shows the cursor again
+
+
+@contextlib.contextmanager
+def copying_bar(label: str) -> Iterator[Report]:
+    """Bytes with rate and remaining time, from the start."""
+    with _bytes_bar(label) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _bytes_bar(label: str) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat.errors import UsageError
+from jaxchat.options import SAMPLING_RANGES
 
-_MAX, _TINY = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 _INT_MAX = np.iinfo(np.int32).max
 _Values = float | Sequence[float] | np.ndarray
 
@@ -51,18 +51,16 @@ class SamplingParams(NamedTuple):
           UsageError: a value is out of its range or not a number; the message names the parameter.
         """
 
-        def check(name: str, values: Any, low: float, high: float, expected: str) -> jax.Array:
-            return _checked(name, values, batch, np.float32, low, high, expected)
-
-        return cls(
-            check("temperature", temperature, 0, _MAX, "a number >= 0 (0 = greedy)"),
-            _checked("top_k", top_k, batch, np.int32, 0, _INT_MAX, "an integer >= 0 (0 = off)"),
-            check("top_p", top_p, _TINY, 1, "a number > 0 and <= 1 (1 = off)"),
-            check("min_p", min_p, 0, 1, "a number from 0 to 1 (0 = off)"),
-            check("repetition_penalty", repetition_penalty, _TINY, _MAX, "a number > 0 (1 = off)"),
-            check("presence_penalty", presence_penalty, -_MAX, _MAX, "a finite number (0 = off)"),
-            check("frequency_penalty", frequency_penalty, -_MAX, _MAX, "a finite number (0 = off)"),
-        )
+        given = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+        }
+        return cls(**{name: _checked(name, values, batch) for name, values in given.items()})
 
 
 def adjust_logits(
@@ -242,10 +240,10 @@ def _keep_top_p(scaled: jax.Array, top_p: jax.Array) -> jax.Array:
 # --- validation
 
 
-def _checked(
-    name: str, given: Any, batch: int, dtype: type[np.number[Any]], low: float, high: float, expected: str
-) -> jax.Array:
-    """One parameter [batch] as `dtype`, within [low, high]."""
+def _checked(name: str, given: Any, batch: int) -> jax.Array:
+    """One parameter [batch], float32 or int32, within its range."""
+    kind, low, high, expected = SAMPLING_RANGES[name]
+    dtype = np.int32 if kind is int else np.float32
     try:
         values = np.asarray(given)
     except ValueError:  # nested sequences of unequal lengths

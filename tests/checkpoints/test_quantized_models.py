@@ -22,7 +22,7 @@ from jaxchat.checkpoints.load import load_params
 from jaxchat.checkpoints.manifest import Manifest
 from jaxchat.checkpoints.safetensors_file import SafetensorsFile
 from jaxchat.checkpoints.write import convert, to_hf
-from jaxchat.cli import command_line
+from jaxchat.cli import model_flags
 from jaxchat.config import ModelConfig
 from jaxchat.engine.session import Engine
 from jaxchat.errors import JaxchatError, UsageError
@@ -493,7 +493,7 @@ def test_show_json_has_the_bytes_by_group(
 def test_kernels_the_command_knows_are_those_there_are() -> None:
     from jaxchat.pallas import backends
 
-    assert command_line.KERNELS == backends.NAMES
+    assert model_flags.KERNELS == backends.NAMES
 
 
 def test_format_for_is_what_loading_applies(tiny_directory: Directory) -> None:

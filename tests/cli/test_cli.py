@@ -1,5 +1,6 @@
-"""The command line as a process: what it prints where, its exit codes, pipes, and every wrong input."""
+"""The commands: what they print where, flags and exit codes, pipes, and every wrong input of generate."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -7,41 +8,28 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Annotated, Literal
 
 import pytest
 
 import jaxchat
-from jaxchat import generate
+from jaxchat import demo, generate
+from jaxchat.analysis import show
 from jaxchat.cli import command_line
+from jaxchat.cli.command_line import Command, Conflict
+from jaxchat.cli.flags import flag_fields, parse, read
+from jaxchat.commands import COMMANDS
+from jaxchat.commands.generate import COMMAND, GenerateRequest, completed
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.options import unescape
+from jaxchat.options import Flag, GenerateOptions, unescape
+from tests.support.commands import run_process
 from tests.support.tiny_chat import write_tiny_chat
 
-COMMAND = [sys.executable, "-m", "jaxchat.generate"]
 ENDLESS = {"max_position_embeddings": 1 << 20}  # with --ignore_eos it generates until it is stopped
 RATES = re.compile(
     r"prefill: \d+ tokens, [\d.]+ tokens/s; decode: \d+ tokens, [\d.]+ tokens/s; first token: [\d.]+ s"
 )
 COSTS = re.compile(r"load: [\d.]+ s; compile: [\d.]+ s \(not in the rates\); peak memory: [\d.]+ [MG]iB")
-
-
-def run(*arguments, stdin="", code=0):
-    """The finished process, whose exit code must be `code`; bytes in, text out."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run([*COMMAND, *map(str, arguments)], input=data, capture_output=True, timeout=120)
-    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def error_of(*arguments, code, **options):
-    """The one line an unsuccessful run prints, without its prefix."""
-    done = run(*arguments, code=code, **options)
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("jaxchat: error: ")
-    return lines[0].removeprefix("jaxchat: error: ")
 
 
 @pytest.fixture(scope="module")
@@ -55,61 +43,163 @@ def copied(chat_model, tmp_path):
     return shutil.copytree(chat_model, tmp_path / "copy")
 
 
-# --- help and flags
+@pytest.fixture
+def continue_text(commands, chat_model):
+    """`continue_text(flags)`: the JSON object of a run of `generate`."""
+
+    def run(*flags, **options):
+        return json.loads(commands.output("generate", "-m", chat_model, "--json", *flags, **options))
+
+    return run
 
 
-def test_help_lists_every_flag_with_an_example_in_80_columns(capsys):
-    assert generate.main(["jaxchat", "--help"]) == 0
-    text = capsys.readouterr().out
-    entries = re.split(r"\n  (?=-)", text.split("\nModel:")[1])[1:]
-    flags = set(generate.define_flags().flag_values_dict()) - {"m", "p", "s", "i", "l", "t", "k", "q", "h"}
-    assert {re.search(r"--(\w+)", entry)[1] for entry in entries} == flags
+# --- the program and its help
+
+
+def test_help_lists_the_commands_and_version_prints_one(commands):
+    text = commands.output("--help")
+    assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == list(COMMANDS)
+    assert commands.output("--version") == f"jaxchat {jaxchat.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no command: give one of chat, generate, show, "),
+        (("plna",), "no command 'plna'; did you mean plan?"),
+        (("frobnicate",), "no command 'frobnicate'; jaxchat --help lists them"),
+        (("--layer_spec", "0"), "--layer_spec stands before a command"),
+    ],
+)
+def test_without_a_command_it_says_what_is_missing(commands, arguments, message):
+    assert commands.error(*arguments, code=2).startswith(message)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_flag_with_an_example_in_80_columns(commands, name):
+    text = commands.output(name, "--help")
+    assert text.startswith(f"usage: jaxchat {name} ")
+    command = __import__(f"jaxchat.commands.{name}", fromlist=["COMMAND"]).COMMAND
+    entries = re.split(r"\n  (?=-)", text.split(":\n  -")[0] + text[text.index(":\n  -") + 1 :])[1:]
+    assert [re.search(r"--(\w+)", entry)[1] for entry in entries] == [
+        field.name for group in _groups(command) for field in group
+    ]
     assert all("e.g." in entry for entry in entries)
-    assert max(map(len, text.splitlines())) <= 82  # the usage line
+    assert max(map(len, text.splitlines())) <= 80
+    assert commands.output(name, "-h") == text
 
 
-def test_help_and_show_do_not_import_jax(chat_model):
+def _groups(command):
+    titles = dict.fromkeys(field.flag.group for field in command.fields)
+    return [[field for field in command.fields if field.flag.group == title] for title in titles]
+
+
+def test_help_show_and_plan_do_not_import_jax(chat_model):
     code = (
-        "import sys; from jaxchat import generate; "
-        "generate.main(['', '-h']); generate.main(['', '--show', '-m', sys.argv[1]]); "
-        "assert 'jax' not in sys.modules"
+        "import sys; from jaxchat import __main__ as p; from jaxchat.commands import COMMANDS\n"
+        "for name in COMMANDS: assert p.main(['', name, '-h']) == 0\n"
+        "for name in ('show', 'plan'): assert p.main(['', name, '-m', sys.argv[1]]) == 0\n"
+        "assert p.main(['', 'analyze', '-m', sys.argv[1]]) == p.main(['', 'chat', '-x']) == 2\n"
+        "assert not {'jax', 'matplotlib', 'rich'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, str(chat_model)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code, str(chat_model)], check=True, capture_output=True)
 
 
-def test_without_a_model_it_is_the_one_in_the_box(chat_model, capsys, monkeypatch):
-    monkeypatch.setattr(generate.demo, "path", lambda: chat_model)
-    assert generate.main(["", "-p", "hello", "--max_new_tokens", "1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["model"] == "tiny-chat"
+def test_every_module_of_old_is_the_command_of_its_name(commands, chat_model, capsys):
+    shown = commands.output("show", "-m", chat_model)
+    for arguments in (["-m", str(chat_model), "--show"], ["-m", str(chat_model), "--show", "--nojson"]):
+        assert generate.main(["", *arguments]) == 0
+        assert capsys.readouterr().out == shown
+    for name in ("generate", "plan", "analyze"):
+        module = __import__(f"jaxchat.{name}", fromlist=["main"])
+        assert module.main(["", "--help"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: python -m jaxchat.{name} ")
 
 
-def test_dashes_in_flag_names_are_underscores_but_values_stay(capsys, chat_model):
+# --- flags come from dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+    place: Annotated[str, Flag(help="Where", example="here", positional=True)]
+    size: Annotated[int, Flag(help="How much", example="--size 3", low=1)]
+    ways: Annotated[tuple[str, ...], Flag(help="How", example="--way a", name="way", many=True)] = ()
+    kind: Annotated[Literal["a", "b"] | None, Flag(help="Which", example="--kind a")] = None
+    options: GenerateOptions = dataclasses.field(default_factory=GenerateOptions)
+    quiet: bool = True
+
+
+def _read(*arguments):
+    return read(_Request, parse(flag_fields(_Request), ["", *arguments], "too many"))
+
+
+def test_a_dataclass_is_filled_from_its_flags_and_keeps_its_defaults():
+    expected = _Request(
+        place="x", size=2, ways=("c", "d"), kind="b", options=GenerateOptions(top_k=3, stop=("\n",))
+    )
+    assert (
+        _read("--size", "2", "x", "--way=c", "--way", "d", "--kind=b", "-k", "3", "--stop", "\\n") == expected
+    )
+    assert _read("x", "--size", "1") == _Request(place="x", size=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "PLACE and --size must be given; --help shows examples"),
+        (("x", "y", "--size", "1"), "unexpected argument 'y'; too many"),
+        (("x", "--size", "0"), "--size=0: "),
+        (("x", "--size", "1", "--kind", "c"), "--kind=c: value should be one of <a|b>"),
+        (("x", "--size", "1", "--way", "\udcff"), "--way is not UTF-8 text"),
+    ],
+)
+def test_a_dataclass_is_not_filled_from_wrong_flags(arguments, message):
+    with pytest.raises(UsageError) as caught:
+        _read(*arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_field_or_rule_that_makes_no_flag_is_an_error_of_the_program_at_import():
+    @dataclasses.dataclass
+    class Odd:
+        size: Annotated[complex, Flag(help="?", example="--size 1j")] = 0j
+
+    with pytest.raises(TypeError, match="--size: no flag can be read as"):
+        flag_fields(Odd)
+    with pytest.raises(ValueError, match="no flags of _Request: sise"):
+        Command(usage="", request=_Request, run=lambda *_: 0, conflicts=(Conflict("sise", "kind", ""),))
+
+
+def test_without_a_model_it_is_the_one_in_the_box(chat_model, commands, monkeypatch):
+    monkeypatch.setattr(demo, "path", lambda: chat_model)
+    done = commands.output("generate", "-p", "hello", "--max_new_tokens", "1", "--json")
+    assert json.loads(done)["model"] == "tiny-chat"
+
+
+def test_dashes_in_flag_names_are_underscores_but_values_stay(commands, chat_model):
     arguments = ["--layer-spec=0,2", "--max-length", "10", "--hide-banner", "--prompt", "--top-k"]
-    assert generate.main(["", "-m", str(chat_model), "--show", *arguments]) == 0
-    out = capsys.readouterr().out
+    out = commands.output("generate", "-m", chat_model, "--show", *arguments)
     assert "layer plan  0,2\n" in out
     assert " at 10 tokens\n" in out
 
 
-def test_sampling_defaults_are_those_of_the_library():
-    values = generate.define_flags()
-    values(["", "-m", "x", "-p", "y"])
-    assert generate._request(values).options == generate.GenerateOptions()
+def _options(*arguments):
+    given = parse(COMMAND.fields, ["", "-p", "y", *map(str, arguments)], "")
+    return completed(read(GenerateRequest, given), given.names).options
 
 
 def test_sampling_that_is_not_asked_for_is_what_the_model_recommends(tmp_path):
     def options(*arguments):
-        values = generate.define_flags()
-        values(["", "-m", str(tmp_path), "-p", "y", *arguments])
-        return generate._request(values).options
+        return _options("-m", tmp_path, *arguments)
 
+    assert options() == GenerateOptions()
     config = tmp_path / "generation_config.json"
     config.write_text('{"do_sample": true, "temperature": 0.5, "top_k": 40, "max_new_tokens": 7}')
-    assert options() == generate.GenerateOptions(temperature=0.5, top_k=40)
-    assert options("--top_k", "0", "-q", "0.9") == generate.GenerateOptions(temperature=0.5, top_p=0.9)
+    assert options() == GenerateOptions(temperature=0.5, top_k=40)
+    assert options("--top_k", "0", "-q", "0.9") == GenerateOptions(temperature=0.5, top_p=0.9)
     assert options("-t", "0").temperature == 0
     config.write_text('{"temperature": 0.5, "top_k": 40}')
-    assert options() == generate.GenerateOptions()
+    assert options() == GenerateOptions()
     config.write_text('{"do_sample": true, "temperature": "hot"}')
     with pytest.raises(JaxchatError, match="temperature is 'hot', not a number"):
         options()
@@ -140,17 +230,18 @@ def test_c_escapes_that_are_no_text(given):
 
 
 def test_standard_output_is_the_text_and_standard_error_the_statistics(chat_model):
-    done = run("-m", chat_model, "-p", "hello", "--max_new_tokens", "8")
-    assert done.stdout.endswith("\n")
-    assert "tokens/s" not in done.stdout
-    rates, costs = done.stderr.splitlines()
+    done = run_process("jaxchat.generate", "-m", chat_model, "-p", "hello", "--max_new_tokens", "8")
+    assert done.code == 0
+    assert done.out.endswith("\n")
+    assert "tokens/s" not in done.out
+    rates, costs = done.err.splitlines()
     assert RATES.fullmatch(rates)
     assert COSTS.fullmatch(costs)
 
 
-def test_json_is_one_object_and_repeats_with_its_seed(chat_model):
-    arguments = ("-m", chat_model, "-p", "hello", "--max_new_tokens", "12", "-t", "1.5", "--json", "--seed")
-    first, again, other = (json.loads(run(*arguments, seed).stdout) for seed in ("7", "7", "8"))
+def test_json_is_one_object_and_repeats_with_its_seed(continue_text):
+    arguments = ("-p", "hello", "--max_new_tokens", "12", "-t", "1.5", "--seed")
+    first, again, other = (continue_text(*arguments, seed) for seed in ("7", "7", "8"))
     assert first["token_ids"] == again["token_ids"] != other["token_ids"]
     assert first["text"] == again["text"]
     assert len(first["token_ids"]) == len(first["logprobs"]) == 12
@@ -166,21 +257,11 @@ def test_json_is_one_object_and_repeats_with_its_seed(chat_model):
     assert timings["decode_tokens_per_second"] > 0
 
 
-def test_a_prefix_opens_the_reply_and_its_reasoning_is_told_apart(chat_model, capfd):
+def test_a_prefix_opens_the_reply_and_its_reasoning_is_told_apart(chat_model, commands):
     prefix = r"Hm,\u0020so</think>Well,\n"
-    flags = [
-        "-m",
-        str(chat_model),
-        "-p",
-        "hello",
-        "--max_new_tokens",
-        "2",
-        "--thought_tags",
-        "<think> </think>",
-    ]
+    flags = ["-m", chat_model, "-p", "hello", "--max_new_tokens", "2", "--thought_tags", "<think> </think>"]
     flags += ["--ai_prefix", "<think>" + prefix]
-    assert generate.main(["", *flags, "--json"]) == 0
-    answer = json.loads(capfd.readouterr().out)
+    answer = json.loads(commands.output("generate", *flags, "--json"))
     assert answer["reasoning"] == "Hm, so"
     assert answer["content"].startswith("Well,\n")
     assert answer["text"] == answer["reasoning"] + answer["content"]
@@ -188,67 +269,67 @@ def test_a_prefix_opens_the_reply_and_its_reasoning_is_told_apart(chat_model, ca
     assert len(answer["token_ids"]) == 2  # those of the prefix were not drawn
 
     # Without a terminal the content alone is the output, and what the model thinks goes where statistics go.
-    assert generate.main(["", *flags]) == 0
-    out, err = capfd.readouterr()
+    _, out, err = commands("generate", *flags)
     assert out == answer["content"] + "\n"
     assert err.startswith("Hm, so\n")
 
 
-def test_a_session_goes_on_in_another_process_as_if_it_had_never_stopped(chat_model, tmp_path):
+def test_a_session_goes_on_in_another_process_as_if_it_had_never_stopped(chat_model, commands, tmp_path):
     chat = jaxchat.load(chat_model).chat_session("be nice")
     expected = ["".join(chat.send(text, max_new_tokens=6)) for text in ("one", "two")]
 
     file = tmp_path / "talk.session"
     flags = ("-m", chat_model, "--max_new_tokens", 6, "--save_session", file)
-    first = run(*flags, "-p", "one", "-s", "be nice")
-    second = run(*flags, "-p", "two", "--load_session", file)
-    assert [first.stdout, second.stdout] == [text + "\n" for text in expected]
+    first = commands.output("generate", *flags, "-p", "one", "-s", "be nice")
+    second = run_process("jaxchat", "generate", *flags, "-p", "two", "--load_session", file).out
+    assert [first, second] == [text + "\n" for text in expected]
 
-    flags = ("-m", chat_model, "-p", "x", "--load_session")
-    assert "made under the layer plan all, this is 2::-1" in error_of(
+    flags = ("generate", "-m", chat_model, "-p", "x", "--load_session")
+    assert "made under the layer plan all, this is 2::-1" in commands.error(
         *flags, file, "--layer_spec=::-1", code=2
     )
-    assert "no such session file" in error_of(*flags, tmp_path / "none", code=2)
+    assert "no such session file" in commands.error(*flags, tmp_path / "none", code=2)
 
 
-def test_a_layer_plan_changes_the_output_and_the_parameter_count(chat_model):
-    arguments = ("-m", chat_model, "-p", "hello", "--max_new_tokens", "12", "--json", "--layer-spec")
-    plain, same, reversed_ = (json.loads(run(*arguments, spec).stdout) for spec in ("all", "0:3", "::-1"))
+def test_a_layer_plan_changes_the_output_and_the_parameter_count(continue_text):
+    arguments = ("-p", "hello", "--max_new_tokens", "12", "--layer-spec")
+    plain, same, reversed_ = (continue_text(*arguments, spec) for spec in ("all", "0:3", "::-1"))
     assert plain["token_ids"] == same["token_ids"] != reversed_["token_ids"]
     assert plain["parameters"] == reversed_["parameters"]
 
 
-def test_a_prompt_from_standard_input_equals_one_on_the_command_line(chat_model):
-    arguments = ("-m", chat_model, "--max_new_tokens", "8", "--format", "completion")
-    given = run(*arguments, "-p", "höla\n")
-    assert run(*arguments, "--prompt_file", "-", stdin="höla\n\n").stdout == given.stdout
+def test_a_prompt_from_standard_input_equals_one_on_the_command_line(continue_text):
+    arguments = ("--max_new_tokens", "8", "--format", "completion")
+    given = continue_text(*arguments, "-p", "höla\n")
+    assert continue_text(*arguments, "--prompt_file", "-", stdin="höla\n\n")["text"] == given["text"]
 
 
-def test_a_model_without_a_template_continues_the_prompt_and_says_so(tmp_path):
+def test_a_model_without_a_template_continues_the_prompt_and_says_so(tmp_path, commands):
     model = write_tiny_chat(tmp_path / "m", template=None, **ENDLESS)
-    done = run("-m", model, "-p", "hello", "--max_new_tokens", "4", "--json")
-    assert json.loads(done.stdout)["format"] == "completion"
-    assert done.stderr.splitlines() == [
+    _, out, err = commands("generate", "-m", model, "-p", "hello", "--max_new_tokens", "4", "--json")
+    assert json.loads(out)["format"] == "completion"
+    assert err.splitlines() == [
         "jaxchat: this model has no chat template: the prompt is continued as text (--format completion)"
     ]
 
 
-def test_a_full_context_is_never_silent(chat_model):
-    done = run("-m", chat_model, "-p", "hello", "--max_length", "90", "--ignore_eos")
-    assert "jaxchat: the context of 90 tokens is full; raise --max_length" in done.stderr
+def test_a_full_context_is_never_silent(chat_model, commands):
+    done = commands("generate", "-m", chat_model, "-p", "hello", "--max_length", "90", "--ignore_eos")
+    assert "jaxchat: the context of 90 tokens is full; raise --max_length" in done.err
 
 
-def test_show_as_json(chat_model, capsys):
-    assert generate.main(["", "-m", str(chat_model), "--show", "--json", "--layer_spec", "0,0"]) == 0
-    assert json.loads(capsys.readouterr().out)["layer_spec"] == "0,0"
+def test_show_as_json(chat_model, commands):
+    for command in (("show",), ("generate", "--show")):
+        out = commands.output(*command, "-m", chat_model, "--json", "--layer_spec", "0,0")
+        assert json.loads(out)["layer_spec"] == "0,0"
 
 
-def test_craftgpt_holds_a_sensible_short_chat(shared_data):
-    done = run("-m", shared_data / "models/CraftGPT-hf", "-p", "do you like music?")
-    assert done.stdout.strip() == "yes, i enjoy listening to music while i feel happy and relaxed."
+def test_craftgpt_holds_a_sensible_short_chat(shared_data, commands):
+    out = commands.output("generate", "-m", shared_data / "models/CraftGPT-hf", "-p", "do you like music?")
+    assert out.strip() == "yes, i enjoy listening to music while i feel happy and relaxed."
 
 
-# --- wrong usage: exit code 2, one line, before JAX is imported
+# --- wrong usage: exit code 2 and one line
 
 
 @pytest.mark.parametrize(
@@ -293,81 +374,72 @@ def test_craftgpt_holds_a_sensible_short_chat(shared_data):
             "--ai_prefix_in=answer: value should be one of",
         ),
         (("-m", "MODEL", "-p", "x", "-s", "y", "--format", "completion"), "--system needs a chat"),
+        (("-m", "MODEL", "-p", "x", "-q", "1.5"), "top_p: got 1.5, expected"),
+        (("-m", "MODEL", "-p", "x", "--keep_identity"), "--keep_identity needs --recipe: "),
     ],
 )
-def test_wrong_usage(chat_model, capsys, arguments, message):
+def test_wrong_usage(chat_model, commands, arguments, message):
     words = [str(chat_model) if argument == "MODEL" else argument for argument in arguments]
-    assert generate.main(["jaxchat", *words]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"jaxchat: error: {message}")
-    assert err.count("\n") == 1
-
-
-def test_a_missing_model_directory(tmp_path):
-    assert "no such model directory" in error_of("-m", tmp_path / "nowhere", "-p", "x", code=2)
+    assert commands.error("generate", *words, code=2).startswith(message)
 
 
 def test_a_bad_plan_is_underlined(chat_model):
-    done = run("-m", chat_model, "-p", "x", "--layer_spec", "0:2,9", code=2)
-    line, spec, caret = done.stderr.splitlines()
+    done = run_process("jaxchat", "generate", "-m", chat_model, "-p", "x", "--layer_spec", "0:2,9")
+    assert (done.code, done.out) == (2, "")
+    line, spec, caret = done.err.splitlines()
     assert line == "jaxchat: error: layer 9 is out of range: the model has 3 layers, expected -3 to 2"
     assert (spec, caret) == ("0:2,9", "    ^")
 
 
-def test_a_prompt_file_that_is_not_utf8(chat_model, tmp_path):
+def test_a_prompt_file_that_is_not_utf8(chat_model, tmp_path, commands):
     path = tmp_path / "prompt.txt"
     path.write_bytes(b"good\xe9bad")
-    message = error_of("-m", chat_model, "--prompt_file", path, code=2)
+    message = commands.error("generate", "-m", chat_model, "--prompt_file", path, code=2)
     assert f"{path}: not UTF-8 text: byte 0xe9 at offset 4" in message
 
 
-def test_an_unknown_family(copied):
+def test_an_unknown_family(copied, commands):
     (copied / "config.json").write_text('{"model_type": "rwkv"}')
-    message = error_of("-m", copied, "-p", "x", code=2)
+    message = commands.error("generate", "-m", copied, "-p", "x", code=2)
     assert "model_type 'rwkv' is not supported; supported: " in message
     assert "llama" in message
 
 
-def test_a_corrupt_configuration(copied):
+def test_a_corrupt_configuration(copied, commands):
     (copied / "config.json").write_text('{"model_type": ')
-    assert "config.json: not readable as JSON" in error_of("-m", copied, "-p", "x", code=1)
+    assert "config.json: not readable as JSON" in commands.error("generate", "-m", copied, "-p", "x", code=1)
 
 
 # --- wrong input that shows later
 
 
-def test_a_bad_sampling_value(chat_model):
-    assert "top_p: got 1.5, expected" in error_of("-m", chat_model, "-p", "x", "-q", "1.5", code=2)
-
-
-def test_a_prompt_longer_than_the_context(chat_model):
-    message = error_of("-m", chat_model, "-p", "much too long", "--max_length", "8", code=2)
+def test_a_prompt_longer_than_the_context(chat_model, commands):
+    message = commands.error("generate", "-m", chat_model, "-p", "much too long", "--max_length", "8", code=2)
     assert "17 tokens, too many for the context of 8" in message
 
 
-def test_truncated_weights(copied):
+def test_truncated_weights(copied, commands):
     path = copied / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert str(path) in error_of("-m", copied, "-p", "x", code=1)
+    assert str(path) in commands.error("generate", "-m", copied, "-p", "x", code=1)
 
 
-def test_weights_of_another_shape(copied):
+def test_weights_of_another_shape(copied, commands):
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
-    message = error_of("-m", copied, "-p", "x", code=1)
+    message = commands.error("generate", "-m", copied, "-p", "x", code=1)
     assert "mlp.gate_proj.weight: expected [48, 24], found [44, 24]" in message
     assert "mlp.down_proj.weight: expected [24, 48], found [24, 44]" in message
 
 
-def test_a_model_without_a_tokenizer(copied):
+def test_a_model_without_a_tokenizer(copied, commands):
     (copied / "tokenizer.json").unlink()
     (copied / "tokenizer_config.json").unlink()
-    assert "no tokenizer" in run("-m", copied, "-p", "x", code=2).stderr
+    assert "no tokenizer" in commands("generate", "-m", copied, "-p", "x").err
 
 
 def test_an_internal_error_is_one_line_and_debug_shows_where(chat_model, capsys, monkeypatch):
-    monkeypatch.setattr(generate.show, "describe_directory", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(show, "describe_directory", lambda *_, **__: 1 / 0)
     arguments = ["", "-m", str(chat_model), "--show"]
     assert generate.main(arguments) == 1
     line = capsys.readouterr().err
@@ -381,10 +453,12 @@ def test_an_internal_error_is_one_line_and_debug_shows_where(chat_model, capsys,
 
 # --- pipes
 
+GENERATE = [sys.executable, "-m", "jaxchat.generate"]
+
 
 def test_a_reader_that_leaves_ends_the_program_quietly(chat_model):
     process = subprocess.Popen(
-        [*COMMAND, "-m", chat_model, "-p", "hello", "--ignore_eos"],
+        [*GENERATE, "-m", chat_model, "-p", "hello", "--ignore_eos"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -396,24 +470,24 @@ def test_a_reader_that_leaves_ends_the_program_quietly(chat_model):
 
 def test_a_full_disk_is_one_line():
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*COMMAND, "-h"], stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run([*GENERATE, "-h"], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
     assert done.stderr == b"jaxchat: error: input or output: No space left on device\n"
 
 
-def test_interactive_from_a_pipe_prints_replies_only_and_survives_errors(chat_model):
+def test_chat_from_a_pipe_prints_replies_only_and_survives_errors(chat_model, commands):
     messages = ["hello", "", "/plan ::-1", "/nonsense", "x" * 100, "/plan 7", "//hello", "/stats", "/restart"]
-    done = run(
-        *("-m", chat_model, "-i", "--max_new_tokens", "4", "--max_length", "90"),
-        stdin="\n".join([*messages, "hello"]) + "\n",
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("jaxchat: error: ")]
+    flags = ("-m", chat_model, "--max_new_tokens", "4", "--max_length", "90")
+    stdin = "\n".join([*messages, "hello"]) + "\n"
+    _, out, err = commands("chat", *flags, stdin=stdin)
+    errors = [line for line in err.splitlines() if line.startswith("jaxchat: error: ")]
     expected = ("no command /nonsense", "too many for the context of 90", "layer 7 is out of range")
     assert len(errors) == 3
     assert all(part in error for part, error in zip(expected, errors, strict=True))
-    assert "layer plan 2::-1: 3 slots, " in done.stderr
-    assert "You" not in done.stdout
-    assert len(RATES.findall(done.stderr)) == 2  # /stats, and at the end
+    assert "layer plan 2::-1: 3 slots, " in err
+    assert "You" not in out
+    assert len(RATES.findall(err)) == 2  # /stats, and at the end
+    assert commands.output("generate", "-i", *flags, stdin=stdin) == out
 
 
 # --- Ctrl-C without a terminal; with one: test_terminal.py
@@ -421,7 +495,7 @@ def test_interactive_from_a_pipe_prints_replies_only_and_survives_errors(chat_mo
 
 def test_an_interrupt_without_a_terminal_ends_with_130_and_one_line_break(chat_model):
     process = subprocess.Popen(
-        [*COMMAND, "-m", chat_model, "-p", "hello", "--ignore_eos"],
+        [*GENERATE, "-m", chat_model, "-p", "hello", "--ignore_eos"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,10 +19,13 @@ from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import load_params
 from jaxchat.checkpoints.manifest import Manifest
 from jaxchat.checkpoints.safetensors_file import PAD_PREFIX, SafetensorsFile
-from jaxchat.checkpoints.write import convert, to_hf
+from jaxchat.checkpoints.write import FORMATS, KEEP, convert, to_hf
+from jaxchat.cli.flags import flag_fields
+from jaxchat.commands.convert import ConvertRequest
 from jaxchat.errors import UsageError
+from tests.support.commands import Commands
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
-from tools.convert import _FLAGS, main
+from tools.convert import main
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT.parent / "shared/data/models"
@@ -214,14 +218,15 @@ def test_replacement_that_was_cut_short_is_undone(tmp_path: Path) -> None:
 SLOW = """
 import contextlib, sys, time
 import tools.convert
+from jaxchat.cli import progress_bar
 @contextlib.contextmanager
-def slow():
+def slow(label):
     def report(done, total):
         print("half way" if done > total / 2 else "started", flush=True)
         if done > total / 2:
             time.sleep(60)
     yield report
-tools.convert._progress = slow
+progress_bar.copying_bar = slow
 sys.exit(tools.convert.main(["convert", "--src", sys.argv[1], "--dst", sys.argv[2]]))
 """
 
@@ -263,7 +268,7 @@ def test_ctrl_c_leaves_nothing_and_says_how_to_go_on(tmp_path: Path, half_way: s
     _, stderr = half_way.communicate(timeout=30)
     assert half_way.returncode == 130
     assert stderr == (
-        f"error: interrupted; nothing was left in {tmp_path / 'native'}; "
+        f"jaxchat: interrupted; nothing was left in {tmp_path / 'native'}; "
         "run the same command again to start over\n"
     )
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
@@ -302,23 +307,17 @@ def test_command_converts_and_sums_up(tmp_path: Path) -> None:
     assert load_params(tmp_path / "native")[1]["norm.weight"].dtype == np.uint16
 
 
-def test_command_writes_orbax_quietly_and_reads_it_back(tmp_path: Path) -> None:
+def test_command_writes_orbax_quietly_and_reads_it_back(tmp_path: Path, commands: Commands) -> None:
     write_tiny_hf(tmp_path / "hf", "gpt2")
-    done = command("--src", tmp_path / "hf", "--dst", tmp_path / "orbax", "--format", "orbax")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        main(["convert", "--src", str(tmp_path / "orbax"), "--dst", str(tmp_path / "back"), "--to_hf"]) == 0
-    )
+    done = commands("convert", "--src", tmp_path / "hf", "--dst", tmp_path / "orbax", "--format", "orbax")
+    assert (done.code, done.err) == (0, "")
+    commands.output("convert", "--src", tmp_path / "orbax", "--dst", tmp_path / "back", "--to_hf")
     assert_same_tensors(tmp_path / "hf", tmp_path / "back")
 
 
-def test_help_explains_every_flag_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "--help"]) == 0
-    text = capsys.readouterr().out
-    for name in _FLAGS:
-        assert f"\n  --{name}\n" in text
-        explanation = text.split(f"\n  --{name}\n")[1].splitlines()[0]
-        assert f"--{name}" in explanation.split("e.g.")[1]
+def test_choices_of_the_command_are_those_of_the_library() -> None:
+    choices = {field.name: get_args(field.type) for field in flag_fields(ConvertRequest)}
+    assert (choices["format"], choices["plan"]) == (FORMATS, KEEP)
 
 
 def test_importing_the_command_defines_no_global_flag() -> None:
@@ -331,7 +330,7 @@ def test_importing_the_command_defines_no_global_flag() -> None:
     [
         ([], 2, "--src and --dst must be given"),
         (["--src", "{tmp}/hf"], 2, "--dst must be given"),
-        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--fromat", "native"], 2, "Unknown command line flag"),
+        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--fromat", "native"], 2, "did you mean --format?"),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--format", "zip"], 2, "one of <native|orbax>"),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--dtype", "int8"], 2, "one of <float32|"),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "more"], 2, "unexpected argument 'more'"),
@@ -387,14 +386,14 @@ def spoil(directory: Path, how: str) -> None:
         ("wrong shape", 1, "expected [24], found [3]"),
     ],
 )
-def test_failures_are_one_line_and_an_exit_code(tmp_path: Path, how: str, code: int, message: str) -> None:
+def test_failures_are_one_line_and_an_exit_code(
+    tmp_path: Path, commands: Commands, how: str, code: int, message: str
+) -> None:
     write_tiny_hf(tmp_path / "hf", "llama")
     spoil(tmp_path / "hf", how)
-    done = command("--src", tmp_path / "hf", "--dst", tmp_path / "native")
-    assert done.returncode == code
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    assert message in commands.error(
+        "convert", "--src", tmp_path / "hf", "--dst", tmp_path / "native", code=code
+    )
     assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []
 
 
@@ -423,7 +422,8 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     done = command("--src", tmp_path / "hf", "--dst", tmp_path / "native", program=("-c", LIMITED))
     assert done.returncode == 1
     assert done.stderr == (
-        f"error: {tmp_path / 'native'}: cannot be written (File too large); nothing was left behind\n"
+        f"jaxchat: error: {tmp_path / 'native'}: cannot be written (File too large); "
+        "nothing was left behind\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

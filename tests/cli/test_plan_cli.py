@@ -1,15 +1,14 @@
 """`python -m jaxchat.plan`: conversions, costs, recipes, and what wrong usage says."""
 
+import functools
 import json
-import subprocess
-import sys
 
 import pytest
 
-from jaxchat import plan as plan_command
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.recipes.recipe import read_recipe, source_plan
 from tests.analysis.test_show import LLAMA3_8B
+from tests.support.commands import run_process
 
 SELF_MERGE = "0:8,4:12,8:16,12:20,16:24,20:28,24:32"
 
@@ -23,15 +22,9 @@ def llama(tmp_path):
 
 
 @pytest.fixture
-def run(capsys):
+def run(commands):
     """`run(arguments)`: exit code, standard output, standard error."""
-
-    def call(*arguments):
-        code = plan_command.main(["plan", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+    return functools.partial(commands, "plan")
 
 
 @pytest.fixture
@@ -44,11 +37,6 @@ def output(run):
         return out.removesuffix("\n")
 
     return call
-
-
-def as_process(*arguments):
-    command = [sys.executable, "-m", "jaxchat.plan", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 # --- conversion
@@ -69,21 +57,16 @@ def test_any_notation_becomes_any_other(output, given, kind, printed):
     assert output("--num_layers", 12, "--layer_spec", given, "--to", kind) == printed
 
 
-def test_a_recipe_that_is_printed_is_read_as_the_plan(output, llama, tmp_path):
+def test_a_recipe_that_is_printed_is_read_as_the_plan(run, output, llama, tmp_path):
     spec = "[0, 1, [1, 0.5, 0.25], 31, [31, 0.0, 0.0]]"
     text = output("-m", llama, "--layer_spec", spec, "--to", "mergekit", "--model_name", "meta/llama-3")
     (tmp_path / "recipe.yml").write_text(text)
     plan = LayerPlan.parse(spec, 32)
     assert source_plan(read_recipe(tmp_path / "recipe.yml", {"meta/llama-3": llama}), 32) == plan
     arguments = ("--recipe", tmp_path / "recipe.yml", "--model_path", f"meta/llama-3={llama}")
-    code, out, err = plan_command_of(arguments)
+    code, out, err = run(*arguments, "--to", "spec")
     assert (code, out.strip()) == (0, spec)
     assert "note: 1 slot with both scales 0: counted and exported, but not executed" in err
-
-
-def plan_command_of(arguments):
-    done = as_process(*arguments, "--to", "spec")
-    return done.returncode, done.stdout, done.stderr
 
 
 def test_the_name_in_a_recipe_is_that_of_the_directory_unless_given(output, llama):
@@ -205,23 +188,13 @@ def test_keep_identity_counts_the_slots_as_executed(output, llama, tmp_path):
     assert skipped["cost"]["weight_bytes"] < kept["cost"]["weight_bytes"]
 
 
-# --- as a process
-
-
-def test_help_has_an_example_for_every_flag():
-    done = as_process("--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    groups = {flag.name: flag for group in plan_command._GROUPS.values() for flag in group}
-    for flag in groups.values():
-        assert f"--{flag.name}" in done.stdout
-        assert "e.g." in flag.help
-    assert max(map(len, done.stdout.split("\n"))) <= 80
+# --- wrong usage
 
 
 def test_a_wrong_plan_is_pointed_at_and_the_exit_code_is_2():
-    done = as_process("--num-layers", 12, "--layer-spec", "(8,4)")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "jaxchat: error: '(8,4)' is reversed: expected 0 <= i < j <= 12\n(8,4)\n^~~~~\n"
+    done = run_process("jaxchat.plan", "--num-layers", 12, "--layer-spec", "(8,4)")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "jaxchat: error: '(8,4)' is reversed: expected 0 <= i < j <= 12\n(8,4)\n^~~~~\n"
 
 
 @pytest.mark.parametrize(

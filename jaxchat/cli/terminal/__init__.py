@@ -1,6 +1,6 @@
 """What runs in a terminal: loading with a bar, then one answer (`answer.py`) or a chat (`chat.py`).
 
-The text goes to standard output, everything else to standard error. Flags, exit codes: `generate.py`.
+The text goes to standard output, everything else to standard error. Flags: `commands/`.
 """
 
 import sys
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from jaxchat import demo
 from jaxchat.analysis import show
-from jaxchat.chat.replies import sampling_params
+from jaxchat.cli.model_flags import ChosenModel
 from jaxchat.cli.progress_bar import loading_bar
+from jaxchat.cli.request import Request
 from jaxchat.cli.stats import CompileClock, Stats
 from jaxchat.cli.terminal.answer import answer
 from jaxchat.cli.terminal.chat import Chat
 from jaxchat.cli.terminal.replies import open_replies
 from jaxchat.cli.terminal.writing import is_terminal, say
 from jaxchat.families import count_parameters
-from jaxchat.options import Request
-from jaxchat.runtime import Model, load
+from jaxchat.runtime import Model
 
 BANNER = r"""
        _                 __          __
@@ -29,26 +29,12 @@ BANNER = r"""
 /___/"""
 
 
-def run(request: Request) -> int:
-    """Does what was asked for and returns the exit code."""
-    sampling_params(request.options, 1)  # a bad value should not be told after the model has loaded
+def run(request: Request, chosen: ChosenModel) -> int:
+    """Does what was asked for, with the model that was chosen, and returns the exit code."""
     clock = CompileClock()
     started = time.perf_counter()
     with loading_bar() as progress:
-        model = load(
-            request.model,
-            request.layer_spec,
-            recipe=request.recipe,
-            model_paths=request.model_paths,
-            keep_identity=request.keep_identity,
-            dtype=request.dtype,
-            quant=request.quant,
-            kv_dtype=request.kv_dtype,
-            kernels=request.kernels,
-            max_length=request.max_length,
-            compilation_cache_dir=request.compilation_cache_dir,
-            progress=progress,
-        )
+        model = request.load(chosen, progress, max_length=request.max_length)
     stats = Stats(load_seconds=time.perf_counter() - started, compile_seconds=clock.seconds())
     replies = open_replies(model, request)
     if is_terminal(sys.stderr) and not (request.hide_banner or request.json):

@@ -5,11 +5,11 @@ import time
 from typing import Any
 
 from jaxchat.chat.replies import Result
+from jaxchat.cli.request import Request
 from jaxchat.cli.stats import CompileClock, Stats
 from jaxchat.cli.terminal.replies import Replies
 from jaxchat.cli.terminal.writing import reply_writer, say
 from jaxchat.families import count_parameters
-from jaxchat.options import Request
 from jaxchat.runtime import Model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxchat.chat.replies import TextStream
 from jaxchat.cli.command_line import INTERRUPTED
+from jaxchat.cli.request import Request
 from jaxchat.cli.stats import CompileClock, Stats
 from jaxchat.cli.terminal import commands
 from jaxchat.cli.terminal.answer import say_if_full
@@ -19,7 +20,7 @@ from jaxchat.cli.terminal.replies import ChatReplies, Replies
 from jaxchat.cli.terminal.visible import visible
 from jaxchat.cli.terminal.writing import is_dumb, is_terminal, reply_writer, say, styled, write
 from jaxchat.errors import JaxchatError
-from jaxchat.options import PrefixIn, Request
+from jaxchat.options import PrefixIn
 
 YOU, AI = "You  > ", "A.I. > "
 _BOLD, _DIM = "1", "2"

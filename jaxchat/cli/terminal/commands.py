@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from jaxchat.analysis import show
-from jaxchat.chat.replies import sampling_params
 from jaxchat.cli.terminal.writing import say
 from jaxchat.errors import UsageError
 from jaxchat.families import count_parameters
@@ -201,7 +200,6 @@ def _set(chat: Chat, text: str) -> None:
             own[name] = _read_own(name, value)
         else:
             options = with_setting(options, name, value)
-    sampling_params(options, 1)
     chat.options = options
     for name, value in own.items():
         setattr(chat, _OWN[name], value)

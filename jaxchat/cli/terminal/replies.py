@@ -4,9 +4,10 @@ from typing import Protocol
 
 from jaxchat.chat.replies import TextStream
 from jaxchat.chat.session import ChatSession
+from jaxchat.cli.request import Request
 from jaxchat.cli.terminal.writing import say
 from jaxchat.errors import UsageError
-from jaxchat.options import GenerateOptions, PrefixIn, Request
+from jaxchat.options import GenerateOptions, PrefixIn
 from jaxchat.runtime import Model
 
 

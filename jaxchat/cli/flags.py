@@ -1,0 +1,260 @@
+"""Flags, derived from the dataclasses that they fill: defined for absl, explained, and read back.
+
+A field `name: Annotated[TYPE, Flag(...)] = DEFAULT` is a flag; without a default it must be given. A field
+that is a dataclass brings the flags of its own fields. Any other field is no flag and keeps its default.
+"""
+
+import dataclasses
+import difflib
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar
+
+from absl import flags
+
+from jaxchat.errors import UsageError
+from jaxchat.options import Flag
+
+R = TypeVar("R")
+_REQUIRED = dataclasses.MISSING
+_BYTES = ("DIR", "FILE", "NAME=DIR")
+"""Values that may be anything a file can be called; all else is UTF-8 text."""
+
+
+class FlagField(NamedTuple):
+    """A field that is a flag.
+
+    Attributes:
+      name: the flag's.
+      flag: what its help says.
+      type: the field's, without None.
+      default: the field's; `dataclasses.MISSING` if it must be given.
+    """
+
+    name: str
+    flag: Flag
+    type: Any
+    default: Any
+
+    @property
+    def spelled(self) -> str:
+        """Its name as it is typed."""
+        return self.name.upper() if self.flag.positional else f"--{self.name}"
+
+
+class Given(NamedTuple):
+    """What a command line says.
+
+    Attributes:
+      names: of the flags that are there, switches that are off not counted.
+      texts: of the places without a flag, in order.
+      values: of all flags, as absl holds them.
+    """
+
+    names: frozenset[str]
+    texts: list[str]
+    values: flags.FlagValues
+
+
+def flag_fields(request: type) -> list[FlagField]:
+    """The flags of a dataclass, in the order of its fields.
+
+    Raises:
+      TypeError: a field's type is none that a flag can be read as.
+    """
+    found: list[FlagField] = []
+    for field, flag, kind in _fields(request):
+        if flag is not None:
+            default = field.default
+            if field.default_factory is not _REQUIRED:
+                default = field.default_factory()
+            found.append(FlagField(flag.name or field.name, flag, kind, default))
+            _definition(found[-1])
+        elif _is_request(kind):
+            found += flag_fields(kind)
+    return found
+
+
+def define(fields: Sequence[FlagField]) -> flags.FlagValues:
+    """The flags for absl, apart from its global ones; all are None until they are given."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    for field in fields:
+        if not field.flag.positional:
+            definer, more = _definition(field)
+            definer(field.name, None, help="", short_name=field.flag.short, flag_values=values, **more)
+    return values
+
+
+def parse(fields: Sequence[FlagField], argv: Sequence[str], stray: str) -> Given:
+    """Reads a command line.
+
+    Args:
+      fields: its flags.
+      argv: the arguments, the program's name first.
+      stray: what to do about an argument that is one too many.
+
+    Raises:
+      UsageError: what is wrong with it.
+    """
+    values = define(fields)
+    try:
+        rest = values([argv[0], *_with_underscores(values, argv[1:])])[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = sorted(values.flag_values_dict())
+        close = difflib.get_close_matches(error.flagname.replace("-", "_"), known, 1)
+        advice = f"did you mean --{close[0]}?" if close else "--help lists the flags"
+        raise UsageError(f"unknown flag --{error.flagname}; {advice}") from None
+    except flags.Error as error:
+        raise UsageError(" ".join(str(error).split()).removeprefix("flag ")) from None
+    places = [field for field in fields if field.flag.positional]
+    if len(rest) > len(places):
+        raise UsageError(f"unexpected argument {rest[len(places)]!r}; {stray}")
+    named = {field.name: values[field.name].value for field in fields if not field.flag.positional}
+    names = frozenset(name for name, value in named.items() if value is not None and value is not False)
+    return Given(names, rest, values)
+
+
+def read(request: type[R], given: Given) -> R:
+    """The dataclass that a command line fills.
+
+    Raises:
+      UsageError: a flag is missing or its text says nothing that the field can hold.
+    """
+    fields = flag_fields(request)
+    texts = dict(zip((f.name for f in fields if f.flag.positional), given.texts, strict=False))
+    missing = [
+        field.spelled
+        for field in fields
+        if field.default is _REQUIRED
+        and not (field.name in texts if field.flag.positional else field.name in given.names)
+    ]
+    if missing:
+        raise UsageError(f"{' and '.join(missing)} must be given; --help shows examples")
+    return _filled(request, given, texts)
+
+
+def _filled(request: type[R], given: Given, texts: dict[str, str]) -> R:
+    values: dict[str, Any] = {}
+    for field, flag, kind in _fields(request):
+        if flag is None:
+            if _is_request(kind):
+                values[field.name] = _filled(kind, given, texts)
+            continue
+        name = flag.name or field.name
+        value = texts.get(name) if flag.positional else given.values[name].value
+        if value is not None:
+            values[field.name] = _value(name, flag, tuple(value) if flag.many else value)
+    return request(**values)
+
+
+def _value(name: str, flag: Flag, value: Any) -> Any:
+    if flag.value not in _BYTES:
+        for text in value if flag.many else (value,):
+            _check_text(text, name)
+    return value if flag.read is None else flag.read(value)
+
+
+def _check_text(value: Any, name: str) -> None:
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:  # Python keeps bytes it cannot read as lone surrogates
+        raise UsageError(f"--{name} is not UTF-8 text") from None
+
+
+def help_text(usage: str, fields: Sequence[FlagField]) -> str:
+    """What `--help` prints: every flag with an example, in 80 columns."""
+    lines = [usage]
+    for title in dict.fromkeys(field.flag.group for field in fields):
+        lines.append(f"{title}:")
+        for field in fields:
+            if field.flag.group == title:
+                lines += _explained(field)
+        lines.append("")
+    lines.append("Flags may be spelled with dashes too: --layer-spec is --layer_spec.")
+    return "\n".join(lines)
+
+
+def _explained(field: FlagField) -> Iterator[str]:
+    flag = field.flag
+    named = (f"-{flag.short}, " if flag.short else "") + f"--{field.name}"
+    yield f"  {field.spelled if flag.positional else named} {_placeholder(field)}".rstrip()
+    yield from textwrap.wrap(f"{flag.help}, e.g. {flag.example}{_default_text(field)}", 78,
+                             initial_indent=" " * 6, subsequent_indent=" " * 6,
+                             break_on_hyphens=False)  # fmt: skip
+
+
+def _default_text(field: FlagField) -> str:
+    default = field.default
+    if default is _REQUIRED or default is None or default is False or default in ("", (), {}):
+        return ""
+    return f" (default: {field.flag.shown or default})"
+
+
+def _placeholder(field: FlagField) -> str:
+    if field.flag.positional or field.type is bool:
+        return ""
+    return field.flag.value or {int: "N", float: "X"}.get(field.type, "TEXT")
+
+
+# --- fields and their types
+
+
+def _is_request(kind: Any) -> TypeGuard[type]:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _fields(request: type) -> Iterator[tuple[dataclasses.Field[Any], Flag | None, Any]]:
+    """Every field of a dataclass, what makes it a flag if anything does, and its type without None."""
+    hints = typing.get_type_hints(request, include_extras=True)
+    for field in dataclasses.fields(request):
+        hint, flag = hints[field.name], None
+        if typing.get_origin(hint) is typing.Annotated:
+            hint, *extras = typing.get_args(hint)
+            flag = next((extra for extra in extras if isinstance(extra, Flag)), None)
+        yield field, flag, _without_none(hint)
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return kinds[0] if len(kinds) == 1 else hint
+    return hint
+
+
+def _definition(field: FlagField) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """How absl defines a flag: the function, and what else to hand it."""
+    flag = field.flag
+    if flag.many:
+        return flags.DEFINE_multi_string, {}
+    if typing.get_origin(field.type) is Literal or flag.choices:
+        return flags.DEFINE_enum, {"enum_values": flag.choices or typing.get_args(field.type)}
+    if field.type in (int, float):
+        definer = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
+        return definer, {"lower_bound": flag.low, "upper_bound": flag.high}
+    if field.type is bool:
+        return flags.DEFINE_bool, {}
+    if field.type is str or flag.read is not None:
+        return flags.DEFINE_string, {}
+    raise TypeError(f"--{field.name}: no flag can be read as {field.type}; give it `read`")
+
+
+def _with_underscores(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
+    """`--layer-spec` -> `--layer_spec`; values are left alone."""
+    result: list[str] = []
+    is_value = False
+    for number, argument in enumerate(arguments):
+        if argument == "--" and not is_value:
+            return result + list(arguments[number:])
+        name, equals, value = argument.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        known = name in values or name.removeprefix("no") in values
+        if is_value or not argument.startswith("-") or not known:
+            result.append(argument)
+            is_value = False
+        else:
+            result.append(f"--{name}{equals}{value}")
+            is_value = name in values and not equals and not values[name].boolean
+    return result

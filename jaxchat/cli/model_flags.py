@@ -1,0 +1,258 @@
+"""Which model, under which plan, loaded how: the flags that commands share, and the model they choose."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from jaxchat import demo
+from jaxchat.analysis import show
+from jaxchat.checkpoints.assembly import Assembly, assembled_config
+from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
+from jaxchat.cli.command_line import Need
+from jaxchat.config import ModelConfig
+from jaxchat.errors import UsageError
+from jaxchat.layer_plan import LayerPlan
+from jaxchat.options import KV_DTYPES, Flag
+from jaxchat.recipes.recipe import read_recipe
+
+if TYPE_CHECKING:
+    from jaxchat.checkpoints.load import Progress
+    from jaxchat.runtime import Model
+
+logger = logging.getLogger("jaxchat.cli")
+
+KERNELS = ("auto", "reference", "native", "pallas")
+
+_flag = functools.partial(Flag, group="Model")
+
+MODEL = _flag(
+    help="The model: a directory as on Hugging Face, or one that `jaxchat convert` wrote",
+    example="-m models/llama-3-8b",
+    value="DIR",
+    short="m",
+)
+LAYER_SPEC = _flag(
+    help="The layers to run, in this order: numbers and Python slices, as 0:8,4:12,8: to repeat layers, "
+    "0:10,10:20:2,20: to leave some out, ::-1 to reverse; or a JSON list with scales, as '[0, [1, 0.5, "
+    "1.0], 2]'; or RYS '(4,8)' (layers 0 to 7, then from 4 on), exllamav2's '[(0,8),(4,12)]', or @FILE, "
+    "which holds any of these",
+    example="--layer_spec 0:8,4:12,8:",
+    value="LAYERS",
+)
+BoxedModel = Annotated[
+    str | None, dataclasses.replace(MODEL, help=f"{MODEL.help}; the model in the box if not given")
+]
+"""For commands that have a model of their own to fall back on, see `ModelFlags.or_boxed`."""
+
+DTYPE = _flag(
+    help="Convert the weights to float32, bfloat16 or float16; as stored if not given",
+    example="--dtype bfloat16",
+    value="TYPE",
+    choices=tuple(WEIGHT_DTYPES),
+)
+QUANT = _flag(
+    help="Quantize the weights while loading: int8 or int4, optionally with a group :32 :64 :128 :channel "
+    "and with :affine :plain :f32, or llama.cpp's q8_0 q4_0 q4_1; as stored if not given. `jaxchat convert "
+    "--quant` does it once and for all",
+    example="--quant int4, --quant int8:channel",
+    value="FORMAT",
+)
+KV_DTYPE = _flag(
+    help="Keep the KV cache in float32, bfloat16 or int8 (codes with a scale for each row, about a quarter "
+    "of float32); that of the activations if not given: float32 on CPU and with float32 weights, else "
+    "bfloat16",
+    example="--kv_dtype int8",
+    value="TYPE",
+    choices=KV_DTYPES,
+)
+MAX_LENGTH = _flag(
+    help="The longest context, prompt and output together: how far the KV cache may grow; the model's own if "
+    "not given",
+    example="-l 4096",
+    short="l",
+    low=1,
+)
+
+MODEL_PATH_NEEDS = Need("model_path", ("recipe",), "it says how to read one")
+RECIPE_NEEDS = (MODEL_PATH_NEEDS, Need("keep_identity", ("recipe",), "it says how to read one"))
+"""What commands with `ModelFlags` refuse."""
+
+
+def read_model_paths(texts: tuple[str, ...]) -> dict[str, str]:
+    """`--model_path NAME=DIR` as name -> directory."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, directory = text.partition("=")
+        if not (name and equals and directory):
+            raise UsageError(f"--model_path {text}: expected NAME=DIR, the recipe's name and a directory")
+        if name in found:
+            raise UsageError(f"--model_path {name} is given twice; give it once")
+        found[name] = directory
+    return found
+
+
+RecipeFile = Annotated[
+    str | None,
+    _flag(
+        help="The model and its layers as a mergekit recipe says: YAML with merge_method: passthrough, over "
+        "one or several models",
+        example="--recipe goliath.yml --model_path Xwin-LM/Xwin-LM-70B-V0.1=models/xwin",
+        value="FILE",
+    ),
+]
+ModelPaths = Annotated[
+    Mapping[str, str],
+    _flag(
+        help="Where a model that the recipe names is; may be given more than once. Other names are "
+        "directories, relative to the recipe or to the working directory",
+        example="--model_path openchat/openchat-3.5-0106=oc",
+        value="NAME=DIR",
+        many=True,
+        read=read_model_paths,
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """A model and the layers of it that run."""
+
+    model: Annotated[str | None, MODEL] = None
+    layer_spec: Annotated[str | None, LAYER_SPEC] = None
+    recipe: RecipeFile = None
+    model_path: ModelPaths = dataclasses.field(default_factory=dict)
+    keep_identity: Annotated[
+        bool,
+        _flag(
+            help="Execute the recipe's layers that pass their input through (o_proj and down_proj scaled to "
+            "0), with zeros for weights; otherwise they are counted, but take no time and no memory",
+            example="--recipe seed.yml --keep_identity",
+        ),
+    ] = False
+
+    @property
+    def model_name(self) -> str:
+        """What people call the model."""
+        if self.recipe is not None:
+            return Path(self.recipe).stem
+        return "" if self.model is None else Path(self.model).resolve().name
+
+    def or_boxed(self) -> Self:
+        """The same, with the model in the box if it names none."""
+        if self.model is not None or self.recipe is not None:
+            return self
+        return dataclasses.replace(self, model=str(demo.path()))
+
+    def chosen(self) -> "ChosenModel":
+        """The model that was asked for, of which small files are read and no weights.
+
+        Raises:
+          UsageError: neither a model nor a recipe or both, no such directory, a bad plan or recipe.
+          JaxchatError: a file is missing or malformed.
+        """
+        if self.model is not None and self.recipe is not None:
+            raise UsageError("--model and --recipe are given; a recipe names its own models, give one")
+        source: ModelDirectory | Assembly
+        if self.recipe is not None:
+            assembly = read_recipe(self.recipe, self.model_path, keep_identity=self.keep_identity)
+            config = assembled_config(assembly, [model.config for model in assembly.models])
+            plan, source = assembly.plan, assembly
+        elif self.model is not None:
+            source = ModelDirectory.at(self.model)
+            config, plan = source.config, source.plan
+        else:
+            raise UsageError("no model: give its directory with -m, or a --recipe")
+        if self.layer_spec is not None:
+            plan = plan.select(self.layer_spec)
+        return ChosenModel(name=self.model_name, source=source, recipe=self.recipe, config=config, plan=plan)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadFlags(ModelFlags):
+    """A model, its layers, and how it is loaded."""
+
+    dtype: Annotated[str | None, DTYPE] = None
+    quant: Annotated[str | None, QUANT] = None
+    kv_dtype: Annotated[str | None, KV_DTYPE] = None
+    kernels: Annotated[
+        str,
+        _flag(
+            help="What computes: reference is plain XLA, native the C++ of CPUs, pallas that of GPUs and "
+            "TPUs, auto the fastest there is",
+            example="--kernels reference",
+            value="WHICH",
+            choices=KERNELS,
+        ),
+    ] = "auto"
+    compilation_cache_dir: Annotated[
+        str | None,
+        _flag(
+            help="Where compiled programs are kept between runs; a user cache directory if not given, '' for "
+            "none",
+            example="--compilation_cache_dir /tmp/xla",
+            value="DIR",
+        ),
+    ] = None
+
+    def load(
+        self, chosen: "ChosenModel", progress: "Progress | None" = None, *, max_length: int | None = None
+    ) -> "Model":
+        """Loads the model that `chosen` gave."""
+        from jaxchat.runtime import load  # imports JAX, which --help and usage errors need not wait for
+
+        return load(
+            **chosen.location(),
+            plan=chosen.plan,
+            dtype=self.dtype,
+            quant=self.quant,
+            kv_dtype=self.kv_dtype,
+            kernels=self.kernels,
+            max_length=max_length,
+            compilation_cache_dir=self.compilation_cache_dir,
+            progress=progress,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChosenModel:
+    """A model that is there, and the plan it is to run under. No weights are read yet.
+
+    Attributes:
+      name: what people call it.
+      source: its directory, or what its recipe assembles.
+      recipe: the recipe's file, if there is one.
+      config: of the stacked layers.
+      plan: over the stacked layers.
+    """
+
+    name: str
+    source: ModelDirectory | Assembly
+    recipe: str | None
+    config: ModelConfig
+    plan: LayerPlan
+
+    @property
+    def assembly(self) -> Assembly | None:
+        """What a recipe assembles, under the chosen plan; None without a recipe."""
+        if isinstance(self.source, Assembly):
+            return dataclasses.replace(self.source, plan=self.plan)
+        return None
+
+    def location(self) -> dict[str, Any]:
+        """The arguments of `jaxchat.load` that say where the model is; a recipe's remarks become warnings."""
+        if not isinstance(self.source, Assembly):
+            return {"path": self.source}
+        for note in self.source.notes:
+            logger.warning("%s: %s", self.recipe, note)
+        return {"recipe": self.source}
+
+    def report(self, *, max_length: int | None = None, quant: str | None = None) -> show.Report:
+        """What `--show` tells about it."""
+        if self.assembly is not None:
+            return show.describe_assembly(self.assembly, name=self.name, max_length=max_length, quant=quant)
+        assert isinstance(self.source, ModelDirectory)
+        return show.describe_directory(self.source, self.plan, max_length=max_length, quant=quant)

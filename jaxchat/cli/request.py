@@ -1,0 +1,145 @@
+"""What one run of `generate` or `chat` is asked for: a value that the flags fill, checked once."""
+
+import dataclasses
+import functools
+from typing import Annotated
+
+from jaxchat.cli.model_flags import LAYER_SPEC, MAX_LENGTH, BoxedModel, LoadFlags
+from jaxchat.options import Flag, Format, GenerateOptions, PrefixIn, unescape
+from jaxchat.text.reasoning import ThoughtTags, parse_thought_tags
+
+_what = functools.partial(Flag, group="What to do")
+_chat = functools.partial(Flag, group="Chat")
+_output = functools.partial(Flag, group="Output")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request(LoadFlags):
+    """One run of the command line: the model, what to say to it, and how to go on."""
+
+    model: BoxedModel = None
+    layer_spec: Annotated[
+        str | None, dataclasses.replace(LAYER_SPEC, help=f"{LAYER_SPEC.help}. Look with `jaxchat show` first")
+    ] = None
+    max_length: Annotated[int | None, MAX_LENGTH] = None
+    prompt: Annotated[
+        str | None, _what(help="The prompt; with -i the first message", example='-p "Hello"', short="p")
+    ] = None
+    prompt_file: Annotated[
+        str | None,
+        _what(
+            help="Read the prompt from a UTF-8 file, - for standard input; one line break at its end is "
+            "left out",
+            example="--prompt_file question.txt",
+            value="FILE",
+        ),
+    ] = None
+    interactive: Annotated[
+        bool,
+        _what(
+            help="Chat, line by line. Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands",
+            example="-i",
+            short="i",
+        ),
+    ] = False
+    format: Annotated[
+        Format | None,
+        _what(
+            help="chat puts the prompt into the model's chat template, completion continues it as it is; "
+            "chat if the model has a template",
+            example="--format completion",
+            value="HOW",
+        ),
+    ] = None
+    system: Annotated[
+        str | None,
+        _chat(help="The system prompt of a chat", example='-s "Answer in verse."', short="s"),
+    ] = None
+    reversed_role: Annotated[
+        bool,
+        _chat(
+            help="The model plays the user and you the assistant; --prompt is the model's opening line",
+            example='-i --reversed_role -p "Hello"',
+        ),
+    ] = False
+    ai_prefix: Annotated[
+        str,
+        _chat(
+            help="Begin the next reply with this text, which is part of it; C escapes such as \\n work",
+            example="--ai_prefix 'Let us think step by step:\\n'",
+            read=lambda text: unescape(text, "--ai_prefix"),
+        ),
+    ] = ""
+    ai_prefix_every_turn: Annotated[
+        bool,
+        _chat(
+            help="Begin every reply with --ai_prefix, not only the next",
+            example="-i --ai_prefix 'Sure: ' --ai_prefix_every_turn",
+        ),
+    ] = False
+    ai_prefix_in: Annotated[
+        PrefixIn,
+        _chat(
+            help="Which part of a reply the prefix begins: content, or the reasoning of a model that thinks",
+            example="--ai_prefix 'Hm, ' --ai_prefix_in reasoning",
+            value="PART",
+        ),
+    ] = "content"
+    thought_tags: Annotated[
+        ThoughtTags | None,
+        _chat(
+            help="The two tags, with a space between them, that the model thinks between, to tell reasoning "
+            "from content; as in the model's chat template if not given",
+            example="--thought_tags '<think> </think>'",
+            value="'OPEN CLOSE'",
+            read=parse_thought_tags,
+        ),
+    ] = None
+    load_session: Annotated[
+        str | None,
+        _chat(
+            help="Go on with a conversation that --save_session or /save has written, with the same model",
+            example="--load_session talk.session -p 'And then?'",
+            value="FILE",
+        ),
+    ] = None
+    save_session: Annotated[
+        str | None,
+        _chat(
+            help="Write the conversation to this file at the end, to go on another time without computing it "
+            "anew",
+            example="-i --save_session talk.session",
+            value="FILE",
+        ),
+    ] = None
+    options: GenerateOptions = dataclasses.field(default_factory=GenerateOptions)
+    json: Annotated[
+        bool,
+        _output(
+            help="Print one JSON object (text, token_ids, finish_reason, timings and more) and nothing else "
+            "on standard output; also with --show",
+            example="-p Hello --json",
+        ),
+    ] = False
+    markdown: Annotated[
+        bool,
+        _output(
+            help="Render the Markdown of replies: headings, lists, tables, code", example="-i --markdown"
+        ),
+    ] = False
+    history_file: Annotated[
+        str | None,
+        _output(
+            help="Where messages typed in a chat are kept, for the arrow keys; a file in your state "
+            "directory if not given, '' for none",
+            example="-i --history_file notes.txt",
+            value="FILE",
+        ),
+    ] = None
+    hide_banner: Annotated[
+        bool,
+        _output(
+            help="Start without the banner, which is shown only if standard error is a terminal",
+            example="-i --hide_banner",
+        ),
+    ] = False

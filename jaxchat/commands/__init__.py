@@ -1,0 +1,14 @@
+"""The commands of `jaxchat CMD`: one file each, whose `COMMAND` says its flags and what it does with them.
+
+A new command is such a file and a row here.
+"""
+
+COMMANDS = {
+    "chat": "Chat with a model, line by line",
+    "generate": "Continue one prompt, as text or as JSON",
+    "show": "Print a model's shapes, layers, parameters and memory under a layer plan",
+    "plan": "Convert layer plans between notations, and say what one costs",
+    "analyze": "Measure what each layer of a model does",
+    "convert": "Convert model directories, and write layer plans and recipes as models of their own",
+}
+"""What each is for, by its name. None is imported until it runs: `--help` is to be fast."""

@@ -1,0 +1,197 @@
+"""`jaxchat convert`: model directories, from Hugging Face's layout to native or Orbax, and back."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+from jaxchat.checkpoints.assembly import Assembly
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest
+from jaxchat.cli.command_line import Command, catch_interrupts, complain
+from jaxchat.cli.model_flags import MODEL_PATH_NEEDS, ModelPaths, RecipeFile
+from jaxchat.errors import UsageError
+from jaxchat.options import Flag
+from jaxchat.recipes.recipe import read_recipe
+
+_USAGE = """\
+usage: {program} (--src DIR | --recipe FILE) --dst DIR [...]
+
+Converts model directories: Hugging Face -> native (mapped, starts at once) or
+Orbax, and back; as they are, quantized, or under a layer plan.
+
+  {program} --src llama-3.2-1b --dst llama-1b --dtype bfloat16
+  {program} --src llama-3.2-1b --dst llama-1b-int4 --quant int4
+  {program} --src llama-3.2-1b --dst llama-1b-orbax --format orbax
+  {program} --src llama-1b --dst llama-1b-hf --to_hf
+  {program} --src llama-3-8b --dst llama-13b --to_hf \\
+      --layer_spec 0:8,4:12,8:16,12:
+  {program} --recipe expanded.yaml --dst openchat-9b \\
+      --model_path openchat=models/openchat
+"""
+_ONLY_TO_HF = ("max_shard_bytes", "dequantize")
+_NEVER_TO_HF = ("dtype", "quant", "format", "plan")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertRequest:
+    """What to read, what to write, and how to store it."""
+
+    src: Annotated[
+        str | None,
+        Flag(help="The model directory to read", example="--src Llama-3.2-1B-Instruct", value="DIR"),
+    ] = None
+    dst: Annotated[
+        str | None, Flag(help="The directory to create", example="--dst llama-1b", value="DIR")
+    ] = None
+    layer_spec: Annotated[
+        str | None,
+        Flag(
+            help="A layer plan: the layers of the result, in this order, in any notation that generate "
+            "takes; it counts the slots of a recipe, or of the plan that --src records, if there is one",
+            example="--layer_spec 0:8,4:12,8:",
+            value="LAYERS",
+        ),
+    ] = None
+    recipe: RecipeFile = None
+    model_path: ModelPaths = dataclasses.field(default_factory=dict)
+    plan: Annotated[
+        Literal["record", "bake"],
+        Flag(
+            help="What becomes of the layer plan: record stores each layer once, and the plan, under which "
+            "the result then runs; bake stores every slot as a layer of its own, an ordinary model, as "
+            "--to_hf always does",
+            example="--plan bake",
+            value="HOW",
+        ),
+    ] = "record"
+    dtype: Annotated[
+        str | None,
+        Flag(
+            help="Store what is not quantized in this type instead of the one it has",
+            example="--dtype bfloat16",
+            value="TYPE",
+            choices=tuple(WEIGHT_DTYPES),
+        ),
+    ] = None
+    quant: Annotated[
+        str | None,
+        Flag(
+            help="Quantize the weights: int8 or int4, optionally with a group :32 :64 :128 :channel and "
+            "with :affine :plain :f32, or llama.cpp's q8_0 q4_0 q4_1; norms stay as they are, and at 4 bits "
+            "embedding and head get 8",
+            example="--quant int4, --quant int8:channel",
+            value="FORMAT",
+        ),
+    ] = None
+    format: Annotated[
+        Literal["native", "orbax"],
+        Flag(
+            help="native is mapped from disk without loading; orbax is for restoring onto many devices or "
+            "hosts",
+            example="--format orbax",
+            value="FORMAT",
+        ),
+    ] = "native"
+    to_hf: Annotated[
+        bool,
+        Flag(
+            help="Write a converted directory back in Hugging Face's layout",
+            example="--src llama-1b --dst hf --to_hf",
+        ),
+    ] = False
+    max_shard_bytes: Annotated[
+        int,
+        Flag(
+            help="With --to_hf: split the weights into files of at most this size",
+            example="--max_shard_bytes 2000000000",
+            low=1,
+        ),
+    ] = 5_000_000_000
+    dequantize: Annotated[
+        bool,
+        Flag(
+            help="With --to_hf: write quantized weights as the numbers they stand for",
+            example="--to_hf --dequantize",
+        ),
+    ] = False
+    overwrite: Annotated[
+        bool, Flag(help="Replace --dst if it is a model directory already", example="--overwrite")
+    ] = False
+
+
+def _run(request: ConvertRequest, given: frozenset[str]) -> int:
+    _refuse(request, given)
+    started = time.monotonic()
+    try:
+        manifest = _written(request)
+    except KeyboardInterrupt:
+        complain(f"interrupted; nothing was left in {request.dst}; run the same command again to start over")
+        raise
+    size = sum(path.stat().st_size for path in Path(str(request.dst)).rglob("*") if path.is_file())
+    seconds = time.monotonic() - started
+    print(f"{request.dst}: {manifest.parameters:,} parameters, {size:,} bytes, {seconds:.1f} s")
+    return 0
+
+
+def _refuse(request: ConvertRequest, given: frozenset[str]) -> None:
+    if request.src and request.recipe:
+        raise UsageError("both --src and --recipe are given; the recipe says which models it is made from")
+    needed = ("dst",) if request.recipe else ("src", "dst")
+    if missing := [f"--{name}" for name in needed if name not in given]:
+        raise UsageError(f"{' and '.join(missing)} must be given; --help shows examples")
+    if refused := [name for name in (_NEVER_TO_HF if request.to_hf else _ONLY_TO_HF) if name in given]:
+        reason = "cannot be combined with --to_hf" if request.to_hf else "needs --to_hf"
+        raise UsageError(f"--{refused[0]} {reason}")
+
+
+def _written(request: ConvertRequest) -> Manifest:
+    # Imports JAX, which --help and usage errors need not wait for.
+    from jaxchat.checkpoints import write
+    from jaxchat.checkpoints.quantized import Quant
+    from jaxchat.cli.progress_bar import copying_bar
+    from jaxchat.quant import QuantFormat
+
+    quant: Quant = "auto" if request.quant is None else QuantFormat.parse(request.quant)
+    catch_interrupts()
+    source = _source(request)
+    with copying_bar("converting") as progress:
+        if request.to_hf:
+            return write.to_hf(
+                source,
+                str(request.dst),
+                layer_spec=request.layer_spec,
+                max_shard_bytes=request.max_shard_bytes,
+                dequantize=request.dequantize,
+                overwrite=request.overwrite,
+                progress=progress,
+            )
+        return write.convert(
+            source,
+            str(request.dst),
+            layer_spec=request.layer_spec,
+            plan=request.plan,
+            dtype=request.dtype,
+            quant=quant,
+            format=request.format,
+            overwrite=request.overwrite,
+            progress=progress,
+        )
+
+
+def _source(request: ConvertRequest) -> str | Assembly:
+    """What to convert: a directory, or what a recipe assembles; its remarks go to standard error."""
+    if request.recipe is None:
+        return str(request.src)
+    assembly = read_recipe(request.recipe, request.model_path)
+    for note in assembly.notes:
+        complain(f"note: {note}")
+    return assembly
+
+
+COMMAND = Command(
+    usage=_USAGE,
+    request=ConvertRequest,
+    run=_run,
+    stray="give directories as --src DIR --dst DIR",
+    needs=(MODEL_PATH_NEEDS,),
+)

@@ -1,0 +1,135 @@
+"""`jaxchat generate`: continues one prompt, chats with -i, or only shows the model.
+
+What can be asked for is in `cli/request.py`, what then happens in `cli/terminal/`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+from jaxchat.analysis.show import check_max_length
+from jaxchat.cli.command_line import Command, Conflict, Need, catch_interrupts, read_text
+from jaxchat.cli.flags import flag_fields
+from jaxchat.cli.model_flags import RECIPE_NEEDS
+from jaxchat.cli.request import Request
+from jaxchat.commands.show import print_report
+from jaxchat.errors import UsageError
+from jaxchat.options import Flag, GenerateOptions, recommended_sampling
+
+_USAGE = """\
+usage: {program} [-m DIR] (-p TEXT | -i | ...)
+
+Continues a text or chats with a model, under any layer plan. The text goes to
+standard output, everything else to standard error.
+
+  {program} -i
+  {program} -m llama-3-8b -p "Why is the sky blue?"
+  {program} -m llama-3-8b -i --layer_spec 0:20,10:32
+  {program} -m llama-3-8b --show --layer_spec 0:10,10:20:2,20:
+  {program} -m llama-3-8b -i --quant int4
+"""
+STRAY = 'give the prompt in quotes: -p "..."'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateRequest(Request):
+    """A request, or only a look at the model."""
+
+    show: Annotated[
+        bool,
+        Flag(
+            help="Print the model's shapes, layers, parameters and memory under the plan, and leave; with "
+            "--json as JSON. Needs config.json only",
+            example="--show --layer_spec 0:10,10:20:2,20:",
+            group="What to do",
+        ),
+    ] = False
+
+
+def _run(request: GenerateRequest, given: frozenset[str]) -> int:
+    if not request.show:
+        return answer(request, given)
+    print_report(
+        request.or_boxed().chosen(),
+        max_length=request.max_length,
+        quant=request.quant,
+        kv_dtype=request.kv_dtype,
+        as_json=request.json,
+    )
+    return 0
+
+
+def answer(request: Request, given: frozenset[str]) -> int:
+    """Answers one prompt, or chats, and returns the exit code.
+
+    Args:
+      request: what is asked for.
+      given: the names of the flags that say so; what a model recommends stands in for the others.
+    """
+    _refuse(request, given)
+    request = completed(request, given)
+    chosen = request.chosen()
+    check_max_length(chosen.config, request.max_length)
+    # Not at the top: it imports JAX, which --help, --show and usage errors need not wait for.
+    from jaxchat.cli import terminal
+
+    catch_interrupts()
+    return terminal.run(request, chosen)
+
+
+def completed(request: Request, given: frozenset[str]) -> Request:
+    """The request with all that it names read: the boxed model, the prompt's file, the model's advice."""
+    request = request.or_boxed()
+    return dataclasses.replace(request, prompt=_prompt(request), options=_options(request, given))
+
+
+def _options(request: Request, given: frozenset[str]) -> GenerateOptions:
+    if request.model is None:
+        return request.options
+    recommended = recommended_sampling(Path(request.model))
+    return dataclasses.replace(
+        request.options, **{name: value for name, value in recommended.items() if name not in given}
+    )
+
+
+def _prompt(request: Request) -> str | None:
+    prompt, where = request.prompt, "--prompt"
+    if request.prompt_file is not None:
+        text = read_text(request.prompt_file, "prompt_file")
+        prompt = text.removesuffix("\n").removesuffix("\r")
+        where = f"--prompt_file {request.prompt_file}"
+    if prompt == "":
+        raise UsageError(f"{where}: the prompt is empty; give at least one character")
+    return prompt
+
+
+def _refuse(request: Request, given: frozenset[str]) -> None:
+    if request.format == "completion" and (chat_only := sorted(_CHAT_ONLY & given)):
+        raise UsageError(f"--{chat_only[0]} needs a chat; it cannot be combined with --format completion")
+    if not request.interactive and {"prompt", "prompt_file"}.isdisjoint(given):
+        raise UsageError(
+            "nothing to do: give a prompt with -p or --prompt_file (- is standard input), or chat with -i"
+        )
+    if request.interactive and request.prompt_file == "-":
+        raise UsageError("--interactive reads messages from standard input; give the first one with --prompt")
+
+
+_CHAT_ONLY = {field.name for field in flag_fields(Request) if field.flag.group == "Chat"}
+CONFLICTS = (
+    Conflict("prompt", "prompt_file", "give one"),
+    Conflict("interactive", "json", "--json is for one prompt"),
+    Conflict("markdown", "json", "JSON holds the text as it is"),
+    Conflict("load_session", "system", "a session has its own; /system changes it"),
+    Conflict("load_session", "reversed_role", "a session has its own roles; /role changes them"),
+    Conflict("load_session", "thought_tags", "a session has its own"),
+)
+NEEDS = (
+    *RECIPE_NEEDS,
+    Need("reversed_role", ("interactive",), "the model asks, and somebody has to answer"),
+    Need("ai_prefix_every_turn", ("interactive",), "one prompt is one turn"),
+    Need("ai_prefix_in", ("ai_prefix", "interactive"), "it says where a prefix goes"),
+    Need("history_file", ("interactive",), "it keeps what is typed in a chat"),
+)
+COMMAND = Command(
+    usage=_USAGE, request=GenerateRequest, run=_run, stray=STRAY, conflicts=CONFLICTS, needs=NEEDS
+)
