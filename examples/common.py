@@ -1,96 +1,134 @@
-"""What the example programs share: flags, loading, transcripts and errors."""
+"""What the example programs share: flags, loading, transcripts."""
 
-import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from jaxchat import demo
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.cli.command_line import Command, exit_process, run
+from jaxchat.errors import UsageError
 from jaxchat.files import write_atomically
-from jaxchat.options import GenerateOptions, with_setting
+from jaxchat.options import Flag, GenerateOptions, with_setting
+from jaxchat.runtime import Model
 from jaxchat.talk import ModelLoader
 
 BOX = "box"
 """Stands for the model in the box where a directory is expected."""
 
-
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser that knows the flags of every example; the help begins with the program's docstring."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--seed", type=int, default=0, help="the same seed gives the same text, e.g. --seed 7")
-    made.add_argument(
-        "--temperature", type=float, default=0.7, help="0 takes the likeliest token, e.g. --temperature 1.0"
-    )
-    made.add_argument(
-        "--max_new_tokens", type=int, default=200, help="of a message, e.g. --max_new_tokens 60"
-    )
-    made.add_argument("--quant", help="quantize while loading, e.g. --quant int8")
-    made.add_argument("--max_length", type=int, help="the longest context in tokens, e.g. --max_length 4096")
-    made.add_argument(
-        "--json", metavar="FILE", help="write a transcript, - to standard output, e.g. --json t.json"
-    )
-    return made
+R = TypeVar("R")
 
 
-def options_of(args: argparse.Namespace, settings: Sequence[str] = (), flag: str = "") -> GenerateOptions:
-    """The sampling options that the flags say, then `NAME=VALUE` settings of one speaker."""
-    options = GenerateOptions(
-        temperature=args.temperature,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        overflow="truncate_oldest",
-    )
-    for text in settings:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"{flag} {text}: expected NAME=VALUE, such as temperature=0.2")
-        options = with_setting(options, name, value)
-    return options
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """The flags of every example."""
+
+    seed: Annotated[int, Flag(help="The same seed gives the same text", example="--seed 7")] = 0
+    temperature: Annotated[float, Flag(help="0 takes the likeliest token", example="--temperature 1.0")] = 0.7
+    max_new_tokens: Annotated[
+        int, Flag(help="Of a message, at most", example="--max_new_tokens 60", low=1)
+    ] = 200
+    quant: Annotated[
+        str | None, Flag(help="Quantize while loading", example="--quant int8", value="FORMAT")
+    ] = None
+    max_length: Annotated[
+        int | None, Flag(help="The longest context in tokens", example="--max_length 4096", low=1)
+    ] = None
+    json: Annotated[
+        str | None,
+        Flag(help="Write a transcript, - to standard output", example="--json t.json", value="FILE"),
+    ] = None
+
+    def options(self, settings: Sequence[str] = (), flag: str = "") -> GenerateOptions:
+        """The sampling options that the flags say, then `NAME=VALUE` settings of one speaker."""
+        options = GenerateOptions(
+            temperature=self.temperature,
+            seed=self.seed,
+            max_new_tokens=self.max_new_tokens,
+            overflow="truncate_oldest",
+        )
+        for text in settings:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise UsageError(f"{flag} {text}: expected NAME=VALUE, such as temperature=0.2")
+            options = with_setting(options, name, value)
+        return options
+
+    def loader(self) -> ModelLoader:
+        """Loads directories, each once; `box` is the model in the box."""
+        return _Loader(quant=self.quant, max_length=self.max_length, said=lambda text: say(f"{text} ..."))
+
+    def write(self, text: str) -> None:
+        """Writes text of the conversation; to standard error if the transcript has standard output."""
+        print(text, end="", flush=True, file=sys.stderr if self.json == "-" else sys.stdout)
+
+    def save(self, transcript: dict[str, Any]) -> None:
+        """Writes the transcript where --json says."""
+        text = json.dumps(transcript, ensure_ascii=False, indent=2) + "\n"
+        if self.json == "-":
+            print(text, end="")
+        elif self.json:
+            try:
+                write_atomically(Path(self.json), text.encode())
+            except OSError as error:
+                raise UsageError(
+                    f"--json {self.json}: {error.strerror}; name a file that can be written"
+                ) from None
 
 
-def loader(args: argparse.Namespace) -> Callable[..., Any]:
-    """Loads directories, each once; `box` is the model in the box."""
-    load = ModelLoader(quant=args.quant, max_length=args.max_length, said=lambda text: say(f"{text} ..."))
+class _Loader(ModelLoader):
+    def __call__(self, directory: str | Path, layer_spec: str | None = None) -> Model:
+        return super().__call__(demo.path() if directory == BOX else directory, layer_spec)
 
-    def model(directory: str, layer_spec: str | None = None) -> Any:
-        return load(demo.path() if directory == BOX else directory, layer_spec)
 
-    return model
+Questions = Annotated[
+    tuple[str, ...],
+    Flag(
+        name="question",
+        help="Ask this and end; may be given more than once",
+        example='-q "Tell me a story."',
+        short="q",
+        many=True,
+    ),
+]
 
 
 def say(text: str) -> None:
-    """A line beside the conversation."""
+    """Writes a line beside the conversation."""
     print(text, file=sys.stderr, flush=True)
 
 
-def write(text: str, args: argparse.Namespace) -> None:
-    """Text of the conversation; to standard error if the transcript has standard output."""
-    print(text, end="", flush=True, file=sys.stderr if args.json == "-" else sys.stdout)
+def typed(greeting: str) -> Iterator[str]:
+    """Questions from standard input, until its end or /quit."""
+    prompts = sys.stdin.isatty()
+    if prompts:
+        say(greeting)
+    while True:
+        if prompts:
+            print("You  > ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        if line.strip():
+            yield line.strip()
 
 
-def save(transcript: dict[str, Any], args: argparse.Namespace) -> None:
-    """Writes the transcript where --json says."""
-    text = json.dumps(transcript, ensure_ascii=False, indent=2) + "\n"
-    if args.json == "-":
-        print(text, end="")
-    elif args.json:
-        try:
-            write_atomically(Path(args.json), text.encode())
-        except OSError as error:
-            raise UsageError(
-                f"--json {args.json}: {error.strerror}; name a file that can be written"
-            ) from None
+def program(name: str, doc: str | None, request: type[R], body: Callable[[R], None]) -> Callable[..., int]:
+    """The `main` of an example: its help is the module's docstring and the flags of `request`."""
+
+    def do(filled: R, given: frozenset[str]) -> int:
+        body(filled)
+        return 0
+
+    command = Command(usage=f"{doc}\n", request=request, run=do, stray="quote what has spaces")
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        """Runs the program and returns its exit code."""
+        return run(command, argv, program=f"python examples/{name}.py")
+
+    return main
 
 
-def run(main: Callable[[], None]) -> None:
-    """Ends the program with `main`'s success, or one line on what went wrong."""
-    try:
-        main()
-    except JaxchatError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, BrokenPipeError):
-        sys.exit(130)
+__all__ = ["BOX", "Common", "Questions", "exit_process", "program", "say", "typed"]

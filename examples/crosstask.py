@@ -8,53 +8,92 @@ A says the opening line. Assistants tend to offer each other their help for ever
 the user, which makes better conversations. A directory that is named twice is loaded once.
 """
 
+import dataclasses
 import time
+from typing import Annotated
 
-from common import loader, options_of, parser, run, save, say, write
+from common import Common, exit_process, program, say
 
+from jaxchat.options import Flag
 from jaxchat.talk import Speaker, Turn, crosstalk
 
 
-def main() -> None:
-    """Runs the program."""
-    flags = parser(__doc__)
-    flags.add_argument("a", metavar="A", help="the first model's directory; box is the model in the box")
-    flags.add_argument("b", metavar="B", help="the second model's directory")
-    flags.add_argument("opening", help='what A says first, e.g. "hello!"')
-    flags.add_argument("--reversed_role", action="store_true", help="A plays the user, e.g. --reversed_role")
-    flags.add_argument("--turns", type=int, default=10, help="end after so many, e.g. --turns 20")
-    flags.add_argument(
-        "--conversations", type=int, default=1,
-        help="so many at once, with seeds from --seed on, decoded as one batch, e.g. --conversations 4",
-    )  # fmt: skip
-    for who in ("a", "b"):
-        side = who.upper()
-        flags.add_argument(f"--{who}_layer_spec", metavar="LAYERS", help=f"{side}'s layer plan, e.g. 0:8,4:")
-        flags.add_argument(
-            f"--{who}_system", metavar="TEXT", help=f"{side}'s system prompt, e.g. 'Be brief.'"
-        )
-        flags.add_argument(
-            f"--{who}", dest=f"{who}_settings", action="append", default=[], metavar="NAME=VALUE",
-            help=f"one of {side}'s sampling options, e.g. --{who} temperature=0.2 --{who} top_p=0.9",
-        )  # fmt: skip
-    args = flags.parse_args()
-    settings = {who: options_of(args, vars(args)[f"{who}_settings"], f"--{who}") for who in ("a", "b")}
-    load = loader(args)
+def _place(name: str, what: str, example: str) -> Flag:
+    return Flag(name=name, help=what, example=example, group="Arguments", positional=True)
+
+
+def _plan(who: str) -> Flag:
+    return Flag(help=f"{who}'s layer plan", example=f"--{who.lower()}_layer_spec 0:8,4:", value="LAYERS")
+
+
+def _system(who: str) -> Flag:
+    return Flag(help=f"{who}'s system prompt", example=f"--{who.lower()}_system 'Be brief.'")
+
+
+def _settings(who: str) -> Flag:
+    name = who.lower()
+    return Flag(
+        name=name,
+        help=f"One of {who}'s sampling options; may be given more than once",
+        example=f"--{name} temperature=0.2 --{name} top_p=0.9",
+        value="NAME=VALUE",
+        many=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request(Common):
+    """Who talks, about what, for how long."""
+
+    a_model: Annotated[str, _place("A", "The first model's directory; box is the model in the box", "box")]
+    b_model: Annotated[str, _place("B", "The second model's directory", "models/llama-3-8b")]
+    opening: Annotated[str, _place("opening", "What A says first", '"hello!"')]
+    reversed_role: Annotated[bool, Flag(help="A plays the user", example="--reversed_role")] = False
+    turns: Annotated[int, Flag(help="End after so many", example="--turns 20")] = 10
+    conversations: Annotated[
+        int,
+        Flag(
+            help="So many at once, with seeds from --seed on, decoded as one batch",
+            example="--conversations 4",
+        ),
+    ] = 1
+    a_layer_spec: Annotated[str | None, _plan("A")] = None
+    a_system: Annotated[str | None, _system("A")] = None
+    a_settings: Annotated[tuple[str, ...], _settings("A")] = ()
+    b_layer_spec: Annotated[str | None, _plan("B")] = None
+    b_system: Annotated[str | None, _system("B")] = None
+    b_settings: Annotated[tuple[str, ...], _settings("B")] = ()
+
+
+def talk(request: Request) -> None:
+    """Lets them talk, and writes the transcript."""
+    options = {
+        "A": request.options(request.a_settings, "--a"),
+        "B": request.options(request.b_settings, "--b"),
+    }
+    load = request.loader()
     a = Speaker(
         name="A",
-        model=load(args.a, args.a_layer_spec),
-        system=args.a_system,
-        reversed_role=args.reversed_role,
-        options=settings["a"],
+        model=load(request.a_model, request.a_layer_spec),
+        system=request.a_system,
+        reversed_role=request.reversed_role,
+        options=options["A"],
     )
-    b = Speaker(name="B", model=load(args.b, args.b_layer_spec), system=args.b_system, options=settings["b"])
+    b = Speaker(
+        name="B",
+        model=load(request.b_model, request.b_layer_spec),
+        system=request.b_system,
+        options=options["B"],
+    )
     turns: list[Turn] = []
     start = time.perf_counter()
     try:
-        for turn in crosstalk(a, b, args.opening, turns=args.turns, conversations=args.conversations):
+        for turn in crosstalk(
+            a, b, request.opening, turns=request.turns, conversations=request.conversations
+        ):
             turns.append(turn)
-            number = f"{turn.conversation + 1} " if args.conversations > 1 else ""
-            write(f"{number}{turn.speaker} > {turn.text}\n", args)
+            number = f"{turn.conversation + 1} " if request.conversations > 1 else ""
+            request.write(f"{number}{turn.speaker} > {turn.text}\n")
             if turn.ends:
                 say(f"({number}ends: {turn.ends})")
     except KeyboardInterrupt:
@@ -63,13 +102,15 @@ def main() -> None:
         "program": "crosstask",
         "models": {s.name: {"directory": d, "layer_spec": str(s.model.plan), "system": s.system,
                             "reversed_role": s.reversed_role, "options": vars(s.options)}
-                   for s, d in ((a, args.a), (b, args.b))},
-        "seed": args.seed,
+                   for s, d in ((a, request.a_model), (b, request.b_model))},
+        "seed": request.seed,
         "seconds": round(time.perf_counter() - start, 3),
         "turns": [vars(turn) for turn in turns],
     }  # fmt: skip
-    save(transcript, args)
+    request.save(transcript)
 
+
+main = program("crosstask", __doc__, Request, talk)
 
 if __name__ == "__main__":
-    run(main)
+    exit_process(main())

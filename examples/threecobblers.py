@@ -10,19 +10,41 @@ each a model or a layer plan, with descriptions; see `jaxchat.talk.experts.read_
 """
 
 import contextlib
-import sys
-from typing import Any
+import dataclasses
+from typing import Annotated, Any
 
-from common import BOX, loader, options_of, parser, run, save, say, write
+from common import BOX, Common, Questions, exit_process, program, say, typed
 
+from jaxchat.options import Flag
 from jaxchat.talk import Expert, Panel
 from jaxchat.talk.experts import read_panel
 
 
-def box_panel(args: Any) -> Panel:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request(Common):
+    """Whom to ask what."""
+
+    panel: Annotated[
+        str | None,
+        Flag(
+            name="file",
+            help="YAML of experts",
+            example="experts.yaml",
+            group="Arguments",
+            value="FILE",
+            positional=True,
+        ),
+    ] = None
+    questions: Questions = ()
+    sticky: Annotated[bool, Flag(help="The first expert stays", example="--sticky")] = False
+    ask_all: Annotated[bool, Flag(help="Every expert answers", example="--ask_all")] = False
+    turns: Annotated[int, Flag(help="End after so many questions", example="--turns 3")] = 100
+
+
+def box_panel(request: Request) -> Panel:
     """Three experts over the model in the box: as it is, with its last layers again, and without some."""
-    load = loader(args)
-    options = options_of(args)
+    load = request.loader()
+    options = request.options()
     layers = load(BOX).config.num_layers
     plans = {
         "Stories": ("tales about animals, children and magic", None),
@@ -33,77 +55,57 @@ def box_panel(args: Any) -> Panel:
         Expert(name=name, description=text, model=load(BOX, spec), options=options)
         for name, (text, spec) in plans.items()
     ]
-    return Panel(experts, load(BOX), sticky=args.sticky)
+    return Panel(experts, load(BOX), sticky=request.sticky)
 
 
-def main() -> None:
-    """Runs the program."""
-    flags = parser(__doc__)
-    flags.add_argument("panel", nargs="?", metavar="FILE", help="YAML of experts, e.g. experts.yaml")
-    flags.add_argument(
-        "-q", "--question", action="append", default=[],
-        help='ask this and end; may be given more than once, e.g. -q "Tell me a story."',
-    )  # fmt: skip
-    flags.add_argument("--sticky", action="store_true", help="the first expert stays, e.g. --sticky")
-    flags.add_argument("--ask_all", action="store_true", help="every expert answers, e.g. --ask_all")
-    flags.add_argument("--turns", type=int, default=100, help="end after so many questions, e.g. --turns 3")
-    args = flags.parse_args()
-    panel = read_panel(args.panel, loader(args), options_of(args)) if args.panel else box_panel(args)
-    panel.sticky = panel.sticky or args.sticky
+def ask(request: Request) -> None:
+    """Asks what is to be asked, and writes the transcript."""
+    if request.panel is None:
+        panel = box_panel(request)
+    else:
+        panel = read_panel(request.panel, request.loader(), request.options())
+    panel.sticky = panel.sticky or request.sticky
+    answer_one = answer_of_all if request.ask_all else answer
     asked: list[dict[str, Any]] = []
     with contextlib.suppress(KeyboardInterrupt):
-        for question in args.question or typed():
+        for question in request.questions or typed(_GREETING):
             if question == "/restart":
                 panel.restart()
                 continue
-            asked.append(
-                answer_of_all(panel, question, args) if args.ask_all else answer(panel, question, args)
-            )
-            if len(asked) == args.turns:
+            asked.append(answer_one(panel, question, request))
+            if len(asked) == request.turns:
                 break
     experts = {
         e.name: {"description": e.description, "layer_spec": str(e.model.plan), "system": e.system}
         for e in panel.experts.values()
     }
-    save({"program": "threecobblers", "experts": experts, "seed": args.seed, "turns": asked}, args)
+    request.save({"program": "threecobblers", "experts": experts, "seed": request.seed, "turns": asked})
 
 
-def typed() -> Any:
-    """Questions from standard input."""
-    prompts = sys.stdin.isatty()
-    if prompts:
-        say("Ask something; /restart forgets, Ctrl-D leaves.")
-    while True:
-        if prompts:
-            print("You  > ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line or line.strip() == "/quit":
-            return
-        if line.strip():
-            yield line.strip()
-
-
-def answer(panel: Panel, question: str, args: Any) -> dict[str, Any]:
+def answer(panel: Panel, question: str, request: Request) -> dict[str, Any]:
     """The chosen expert's answer, as it comes."""
     choice, stream = panel.ask(question)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in choice.probabilities.items())
     say(f"({shares})")
-    write(f"{choice.name} > ", args)
+    request.write(f"{choice.name} > ")
     for piece in stream:
-        write(piece, args)
-    write("\n", args)
+        request.write(piece)
+    request.write("\n")
     return {"question": question, "expert": choice.name, "probabilities": dict(choice.probabilities),
             "answer": stream.result.text}  # fmt: skip
 
 
-def answer_of_all(panel: Panel, question: str, args: Any) -> dict[str, Any]:
+def answer_of_all(panel: Panel, question: str, request: Request) -> dict[str, Any]:
     """Every expert's answer."""
     answers = {}
     for name, message in panel.ask_all(question):
-        write(f"{name} > {message.text}\n", args)
+        request.write(f"{name} > {message.text}\n")
         answers[name] = message.text
     return {"question": question, "answers": answers}
 
 
+_GREETING = "Ask something; /restart forgets, Ctrl-D leaves."
+main = program("threecobblers", __doc__, Request, ask)
+
 if __name__ == "__main__":
-    run(main)
+    exit_process(main())

@@ -10,82 +10,115 @@ same reply. \\n is a line break. The summarizer then answers from question and t
 
 import contextlib
 import dataclasses
-import sys
-from typing import Any
+from typing import Annotated, Any
 
-from common import loader, options_of, parser, run, save, say, write
+from common import Common, Questions, exit_process, program, typed
 
-from jaxchat.options import unescape
+from jaxchat.options import Flag, unescape
 from jaxchat.talk import Nudge, Thinker
 from jaxchat.talk.thinking import NUDGES, PREFIX, PROMPT, SYSTEM
 
 
-def main() -> None:
-    """Runs the program."""
-    flags = parser(__doc__)
-    flags.add_argument("thinker", help="the directory of the model that thinks; box is the model in the box")
-    flags.add_argument("summarizer", help="the directory of the model that answers; may be the same")
-    flags.add_argument(
-        "-q", "--question", action="append", default=[],
-        help='ask this and end; may be given more than once, e.g. -q "Why is the sky blue?"',
-    )  # fmt: skip
-    flags.add_argument("--turns", type=int, default=100, help="end after so many questions, e.g. --turns 3")
-    flags.add_argument(
-        "--thinker_layer_spec", metavar="LAYERS", help="the thinker's layer plan, e.g. 0:20,10:"
-    )
-    flags.add_argument("--summarizer_layer_spec", metavar="LAYERS", help="the summarizer's, e.g. 0:30")
-    flags.add_argument("--prefix", default=PREFIX, help="how a thought begins, e.g. --prefix 'Hmm. '")
-    flags.add_argument(
-        "--nudge", action="append", metavar="TEXT",
-        help="appended to the thought to make it go on; may be given more than once, e.g. --nudge 'Hmm. '",
-    )  # fmt: skip
-    flags.add_argument("--budget", type=int, help="of tokens for the whole thought, e.g. --budget 500")
-    flags.add_argument("--system", default=SYSTEM, help="the summarizer's system prompt, e.g. --system ''")
-    flags.add_argument("--prompt", default=PROMPT, help="its task, e.g. --prompt '{question} {thoughts}'")
-    args = flags.parse_args()
-    options = options_of(args)
-    load = loader(args)
-    nudges = NUDGES if args.nudge is None else tuple(unescape(text, "--nudge") for text in args.nudge)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request(Common):
+    """Who thinks about what, and how long."""
+
+    thinker: Annotated[
+        str,
+        Flag(
+            help="The directory of the model that thinks; box is the model in the box",
+            example="box",
+            group="Arguments",
+            positional=True,
+        ),
+    ]
+    summarizer: Annotated[
+        str,
+        Flag(
+            help="The directory of the model that answers; may be the same",
+            example="models/llama-3-8b",
+            group="Arguments",
+            positional=True,
+        ),
+    ]
+    questions: Questions = ()
+    turns: Annotated[int, Flag(help="End after so many questions", example="--turns 3")] = 100
+    thinker_layer_spec: Annotated[
+        str | None,
+        Flag(help="The thinker's layer plan", example="--thinker_layer_spec 0:20,10:", value="LAYERS"),
+    ] = None
+    summarizer_layer_spec: Annotated[
+        str | None,
+        Flag(help="The summarizer's layer plan", example="--summarizer_layer_spec 0:30", value="LAYERS"),
+    ] = None
+    prefix: Annotated[
+        str,
+        Flag(
+            help="How a thought begins",
+            example="--prefix 'Hmm. '",
+            read=lambda text: unescape(text, "--prefix"),
+            shown=repr(PREFIX),
+        ),
+    ] = PREFIX
+    nudges: Annotated[
+        tuple[str, ...],
+        Flag(
+            name="nudge",
+            help="Appended to the thought to make it go on; may be given more than once",
+            example="--nudge 'Hmm. '",
+            many=True,
+            read=lambda texts: tuple(unescape(text, "--nudge") for text in texts),
+        ),
+    ] = NUDGES
+    budget: Annotated[int | None, Flag(help="Of tokens for the whole thought", example="--budget 500")] = None
+    system: Annotated[
+        str, Flag(help="The summarizer's system prompt, '' for none", example="--system 'Be brief.'")
+    ] = SYSTEM
+    prompt: Annotated[
+        str,
+        Flag(help="The summarizer's task", example="--prompt '{question} {thoughts}'", shown=repr(PROMPT)),
+    ] = PROMPT
+
+
+def think(request: Request) -> None:
+    """Thinks and answers, and writes the transcript."""
+    options = request.options()
+    load = request.loader()
     thinker = Thinker(
-        thinker=load(args.thinker, args.thinker_layer_spec),
-        summarizer=load(args.summarizer, args.summarizer_layer_spec),
-        prefix=unescape(args.prefix, "--prefix"),
-        nudges=[Nudge(text) for text in nudges],
-        budget=args.budget,
-        system=args.system or None,
-        prompt=args.prompt,
+        thinker=load(request.thinker, request.thinker_layer_spec),
+        summarizer=load(request.summarizer, request.summarizer_layer_spec),
+        prefix=request.prefix,
+        nudges=[Nudge(text) for text in request.nudges],
+        budget=request.budget,
+        system=request.system or None,
+        prompt=request.prompt,
         options=options,
         summary_options=dataclasses.replace(options, temperature=0.0),
     )
     asked: list[dict[str, Any]] = []
     with contextlib.suppress(KeyboardInterrupt):
-        for question in args.question or typed():
-            asked.append(answer(thinker, question, args))
-            if len(asked) == args.turns:
+        for question in request.questions or typed("Ask something; Ctrl-D leaves."):
+            asked.append(answer(thinker, question, request))
+            if len(asked) == request.turns:
                 break
-    save({"program": "ya_o1", "prefix": thinker.prefix, "nudges": list(nudges), "budget": args.budget,
-          "seed": args.seed, "turns": asked}, args)  # fmt: skip
+    request.save({"program": "ya_o1", "prefix": thinker.prefix, "nudges": list(request.nudges),
+                  "budget": request.budget, "seed": request.seed, "turns": asked})  # fmt: skip
 
 
-def answer(thinker: Thinker, question: str, args: Any) -> dict[str, Any]:
+def answer(thinker: Thinker, question: str, request: Request) -> dict[str, Any]:
     """Thought and answer, as they come."""
     parts = {"think": "", "nudge": "", "answer": ""}
     titles = {"think": "Thought", "nudge": "", "answer": "Answer"}
     for step, text in thinker.ask(question):
         if not parts[step] and titles[step]:
-            write(f"{'' if step == 'think' else chr(10)}{titles[step]} > ", args)
+            request.write(f"{'' if step == 'think' else chr(10)}{titles[step]} > ")
         parts[step] += text
-        write(text, args)
-    write("\n", args)
+        request.write(text)
+    request.write("\n")
     return {"question": question, "thought": parts["think"] + parts["nudge"], "answer": parts["answer"]}
 
 
-def typed() -> Any:
-    """Questions from standard input."""
-    if sys.stdin.isatty():
-        say("Ask something; Ctrl-D leaves.")
-    return (line.strip() for line in sys.stdin if line.strip())
-
+main = program("ya_o1", __doc__, Request, think)
 
 if __name__ == "__main__":
-    run(main)
+    exit_process(main())

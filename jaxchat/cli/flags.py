@@ -167,7 +167,8 @@ def _check_text(value: Any, name: str) -> None:
 def help_text(usage: str, fields: Sequence[FlagField]) -> str:
     """What `--help` prints: every flag with an example, in 80 columns."""
     lines = [usage]
-    for title in dict.fromkeys(field.flag.group for field in fields):
+    places_first = sorted(fields, key=lambda field: not field.flag.positional)
+    for title in dict.fromkeys(field.flag.group for field in places_first):
         lines.append(f"{title}:")
         for field in fields:
             if field.flag.group == title:
