@@ -1,12 +1,17 @@
 """The README's examples run as they stand, with a real model in place of its path."""
 
+import importlib
+import io
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from jaxchat import __main__ as program
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("python ")]
+    return [line for line in lines if line.startswith(("python ", "jaxchat "))]
 
 
 @pytest.fixture
@@ -35,21 +40,52 @@ def test_the_python_example_runs(
     assert "i enjoy listening to music" in capsys.readouterr().out
 
 
-def test_the_commands_run(model_path: str, shared_data: Path, tmp_path: Path):
+def main_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
+    """What a command of the README runs, to be called in this process."""
+    if words[0] == "jaxchat":
+        return program.main
+    if words[1] == "-m":
+        return importlib.import_module(words[2]).main
+    path = ROOT / words[1]
+    monkeypatch.syspath_prepend(path.parent)
+    return importlib.import_module(f"tools.{path.stem}" if path.parent.name == "tools" else path.stem).main
+
+
+def arguments_of(words: list[str]) -> list[str]:
+    """The arguments as `main` takes them, the program's name first."""
+    return words[2:] if words[1] == "-m" else words if words[0] == "jaxchat" else words[1:]
+
+
+def test_the_commands_run(
+    model_path: str,
+    shared_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
     (recipe,) = blocks("yaml")
     (tmp_path / "recipe.yaml").write_text(recipe.replace("path/to/model", model_path))
     story = (shared_data / "corpora" / "tinystories_2MiB.txt").read_text(encoding="utf-8")[:3000]
     (tmp_path / "story.txt").write_text(re.sub(r"[^a-z ]", "", story.lower()))  # what the model can read
+    monkeypatch.chdir(tmp_path)
     for command in commands():
         words = shlex.split(command.replace("path/to/model", model_path))
-        if words[1].startswith(("tools/", "examples/")):
-            words[1] = str(ROOT / words[1])
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        code = main_of(words, monkeypatch)(arguments_of(words))
+        assert code == 0, f"{command}\n{capsys.readouterr().err}"
+    for made in ("back-to-hf/model.safetensors", "expanded/config.json", "report/layers.csv", "talk.session"):
+        assert (tmp_path / made).exists()
+
+
+def test_a_module_and_a_script_run_as_processes(model_path: str, tmp_path: Path):
+    found = [command for command in commands() if "tools/convert.py" in command or "jaxchat.plan" in command]
+    for command in (found[0], found[-1]):
+        words = shlex.split(command.replace("path/to/model", model_path))
+        words = [str(ROOT / word) if word.startswith("tools/") else word for word in words]
         done = subprocess.run(
             [sys.executable, *words[1:]], cwd=tmp_path, input="", capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-    for made in ("back-to-hf/model.safetensors", "expanded/config.json", "report/layers.csv", "talk.session"):
-        assert (tmp_path / made).exists()
 
 
 def test_the_first_commands_are_chat_and_test():
