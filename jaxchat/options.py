@@ -6,11 +6,9 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
-from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import read_optional_json
+from jaxchat.errors import UsageError
 
 Format = Literal["chat", "completion"]
 Overflow = Literal["error", "truncate_oldest"]
@@ -203,29 +201,6 @@ class GenerateOptions:
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, without empty strings."""
         return tuple(s for s in ((self.stop,) if isinstance(self.stop, str) else self.stop) if s)
-
-
-_RECOMMENDABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-def recommended_sampling(directory: Path) -> dict[str, Any]:
-    """The sampling options that a model directory's `generation_config.json` recommends, by name.
-
-    Nothing is recommended where the file does not say `do_sample` (transformers' GenerationConfig). Ranges
-    are `GenerateOptions`' business.
-
-    Raises:
-      JaxchatError: the file is broken.
-    """
-    path = directory / "generation_config.json"
-    config = read_optional_json(path)
-    if config.get("do_sample") is not True:
-        return {}
-    found = {name: config[name] for name in _RECOMMENDABLE if config.get(name) is not None}
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else int | float):
-            raise JaxchatError(f"{path}: {name} is {value!r}, not a number; download the file again")
-    return found
 
 
 def checked_options(options: Mapping[str, Any]) -> GenerateOptions:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +18,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jaxchat
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.cli.command_line import Command, exit_process, run
 from jaxchat.cli.model_flags import MODEL
 from jaxchat.files import write_atomically
-from jaxchat.options import Flag, recommended_sampling
+from jaxchat.options import Flag
 from tools.stories import Corpus, Story, read_corpus
 
 PROMPTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -117,10 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(request: Request, given: frozenset[str]) -> int:
     corpus = read_corpus(Path(request.data))
-    model = jaxchat.load(request.model)
+    directory = ModelDirectory.at(request.model)
+    model = jaxchat.load(directory)
     figures: dict[str, Any] = held_out(model, corpus.held_out)
     replies: dict[str, list[dict[str, Any]]] = {}
-    for mode, options in (("greedy", {}), ("sampled", recommended_sampling(Path(request.model)))):
+    for mode, options in (("greedy", {}), ("sampled", directory.recommended_sampling)):
         replies[mode] = list(ask_all(model, options, request.seed))
         figures[mode] = rates(replies[mode])
     print(json.dumps(figures, indent=1))
@@ -143,7 +145,7 @@ def held_out(model: jaxchat.Model, stories: Sequence[Story]) -> dict[str, float]
     }
 
 
-def ask_all(model: jaxchat.Model, options: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
+def ask_all(model: jaxchat.Model, options: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
     """Every prompt in a chat of its own, and after the story who is in it."""
     for number, (prompt, things) in enumerate(PROMPTS):
         chat = model.chat_session()

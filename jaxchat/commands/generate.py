@@ -4,17 +4,18 @@ What can be asked for is in `cli/request.py`, what then happens in `cli/terminal
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 from jaxchat.analysis.show import check_max_length
+from jaxchat.checkpoints.assembly import Assembly
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.cli.command_line import Command, Conflict, Need, catch_interrupts, read_text
 from jaxchat.cli.flags import flag_fields
 from jaxchat.cli.model_flags import RECIPE_NEEDS
 from jaxchat.cli.request import Request
 from jaxchat.commands.show import print_report
 from jaxchat.errors import UsageError
-from jaxchat.options import Flag, GenerateOptions, recommended_sampling
+from jaxchat.options import Flag, GenerateOptions
 
 _USAGE = """\
 usage: {program} [-m DIR] (-p TEXT | -i | ...)
@@ -67,29 +68,25 @@ def answer(request: Request, given: frozenset[str]) -> int:
       given: the names of the flags that say so; what a model recommends stands in for the others.
     """
     _refuse(request, given)
-    request = completed(request, given)
+    request = dataclasses.replace(request.or_boxed(), prompt=_prompt(request))
     chosen = request.chosen()
     check_max_length(chosen.config, request.max_length)
+    options = advised(request.options, chosen.source, given)
     # Not at the top: it imports JAX, which --help, --show and usage errors need not wait for.
     from jaxchat.cli import terminal
 
     catch_interrupts()
-    return terminal.run(request, chosen)
+    return terminal.run(dataclasses.replace(request, options=options), chosen)
 
 
-def completed(request: Request, given: frozenset[str]) -> Request:
-    """The request with all that it names read: the boxed model, the prompt's file, the model's advice."""
-    request = request.or_boxed()
-    return dataclasses.replace(request, prompt=_prompt(request), options=_options(request, given))
-
-
-def _options(request: Request, given: frozenset[str]) -> GenerateOptions:
-    if request.model is None:
-        return request.options
-    recommended = recommended_sampling(Path(request.model))
-    return dataclasses.replace(
-        request.options, **{name: value for name, value in recommended.items() if name not in given}
-    )
+def advised(
+    options: GenerateOptions, model: ModelDirectory | Assembly, given: frozenset[str]
+) -> GenerateOptions:
+    """The options, as the model recommends where no flag was given; a recipe recommends nothing."""
+    if not isinstance(model, ModelDirectory):
+        return options
+    advice = {name: value for name, value in model.recommended_sampling.items() if name not in given}
+    return dataclasses.replace(options, **advice)  # type: ignore[arg-type]
 
 
 def _prompt(request: Request) -> str | None:

@@ -15,11 +15,12 @@ import pytest
 import jaxchat
 from jaxchat import demo, generate
 from jaxchat.analysis import show
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.cli import command_line
 from jaxchat.cli.command_line import Command, Conflict
 from jaxchat.cli.flags import flag_fields, parse, read
 from jaxchat.commands import COMMANDS
-from jaxchat.commands.generate import COMMAND, GenerateRequest, completed
+from jaxchat.commands.generate import COMMAND, GenerateRequest, advised
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.options import Flag, GenerateOptions, unescape
 from tests.support.commands import run_process
@@ -185,7 +186,8 @@ def test_dashes_in_flag_names_are_underscores_but_values_stay(commands, chat_mod
 
 def _options(*arguments):
     given = parse(COMMAND.fields, ["", "-p", "y", *map(str, arguments)], "")
-    return completed(read(GenerateRequest, given), given.names).options
+    request = read(GenerateRequest, given)
+    return advised(request.options, ModelDirectory.at(request.model), given.names)
 
 
 def test_sampling_that_is_not_asked_for_is_what_the_model_recommends(tmp_path):
