@@ -1,7 +1,10 @@
-"""Small files: those that somebody else wrote, read whole, and ours, written whole."""
+"""Files: small ones that somebody else wrote, read whole; ours, written whole; and locks."""
 
+import contextlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +68,49 @@ def read_optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it: a reader sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def replaced(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """Gives a new file to write, which replaces `path` if the block ends well, and is removed otherwise.
+
+    Whoever reads `path` sees the old file or the new one, whole.
+
+    Args:
+      path: the file that is to be.
+      mode: who may read and write it, as `os.open` takes it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     try:
-        temporary.write_bytes(data)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a whole file: a reader sees the old one or the new one."""
+    with replaced(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock, a file that is there only as long; a process that dies lets go of it.
+
+    Raises:
+      BlockingIOError: another process holds it.
+    """
+    import filelock  # 20 ms, which --help need not wait for
+
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BlockingIOError(f"{path} is locked") from None
+    try:
+        yield
+    finally:
+        # Before the release: who opened it in the meantime finds that it is gone, and makes another.
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            path.unlink(missing_ok=True)
+        lock.release()

@@ -4,13 +4,14 @@ Knows neither models nor plans: names and JSON values, under a description of wh
 """
 
 import collections
-import fcntl
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.files import locked
 
 
 class Journal(collections.UserDict[str, Any]):
@@ -33,17 +34,15 @@ class Journal(collections.UserDict[str, Any]):
         """
         super().__init__()
         self.path = path
-        self._file = open(path, "a+b")  # noqa: SIM115 (held open, and with it the lock)
-        try:
-            self._lock()
+        with contextlib.ExitStack() as opened:
+            self._lock(opened)
+            self._file = opened.enter_context(open(path, "a+b"))
             self._read(dict(of))
-        except BaseException:
-            self._file.close()
-            raise
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
         """Ends the writing, and lets others write."""
-        self._file.close()
+        self._opened.close()
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._append([name, value])
@@ -53,9 +52,9 @@ class Journal(collections.UserDict[str, Any]):
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
 
-    def _lock(self) -> None:
+    def _lock(self, opened: contextlib.ExitStack) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            opened.enter_context(locked(self.path.with_name(f".{self.path.name}.lock")))
         except BlockingIOError:
             raise UsageError(
                 f"another analysis is writing to {self.path.parent}; give another --out"

@@ -6,8 +6,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from jaxchat.checkpoints.fingerprint import bytes_of, weights_fingerprint
 from jaxchat.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
 from jaxchat.engine.session import KVRows
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.files import replaced
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.tokenizer import Tokenizer
@@ -63,18 +62,13 @@ def save(path: str | Path, chat: "ChatSession") -> None:
     specs = {name: (array.dtype, array.shape) for name, array in arrays.items()}
     order = sorted(specs, key=lambda name: -specs[name][0].itemsize)  # keeps every tensor aligned
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        try:
-            with SafetensorsWriter(
-                temporary, {name: specs[name] for name in order}, metadata=metadata
-            ) as out:
-                for name in order:
-                    out.write(name, arrays[name])
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        ordered = {name: specs[name] for name in order}
+        with (
+            replaced(path, mode=0o600) as temporary,
+            SafetensorsWriter(temporary, ordered, metadata=metadata) as out,
+        ):
+            for name in order:
+                out.write(name, arrays[name])
     except OSError as error:
         raise UsageError(f"{path}: the session cannot be saved there ({error.strerror or error})") from None
 

@@ -44,18 +44,15 @@ from jaxchat.checkpoints.source import Source, convert_into
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import Family, family_of, relayered_config
+from jaxchat.files import locked
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantizedTensor
 from jaxchat.quant import dequantize as dequantize_tensor
 from jaxchat.text.tokenizer_files import TOKENIZER_FILES
 
-try:
-    import fcntl
-except ImportError:  # Windows: leftovers of a running conversion are not told from those of a dead one
-    fcntl = None  # type: ignore[assignment]
-
 FORMATS = ("native", "orbax")
 KEEP = ("record", "bake")
+_LOCK = ".lock"
 _DEQUANTIZED = 1 << 22  # weights dequantized at a time
 
 
@@ -366,23 +363,24 @@ def _new_directory(sources: tuple[ModelDirectory, ...], dst: Path, overwrite: bo
     dst = Path(os.path.abspath(dst))
     for src in sources:
         _check_destination(src.path, dst, overwrite)
-    try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(dst)
-        partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
-        partial.mkdir()
-    except OSError as error:
-        raise JaxchatError(f"{dst}: cannot be created ({error.strerror or error})") from None
-    try:
-        with _locked(partial):
+    with contextlib.ExitStack() as held:
+        try:
+            dst.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(dst)
+            partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
+            held.enter_context(_locked(partial))
+            partial.mkdir()
+        except OSError as error:
+            raise JaxchatError(f"{dst}: cannot be created ({error.strerror or error})") from None
+        try:
             yield partial
             _publish(partial, dst)
-    except OSError as error:
-        raise JaxchatError(
-            f"{dst}: cannot be written ({error.strerror or error}); nothing was left behind"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        except OSError as error:
+            raise JaxchatError(
+                f"{dst}: cannot be written ({error.strerror or error}); nothing was left behind"
+            ) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
@@ -407,25 +405,20 @@ def _remove_leftovers(dst: Path) -> None:
             else:
                 path.rename(dst)
         elif path.name.startswith(f".{dst.name}.partial-"):
-            with _locked(path):
-                shutil.rmtree(path)
+            partial = path.with_name(path.name.removesuffix(_LOCK))
+            with _locked(partial):
+                if partial.exists():
+                    shutil.rmtree(partial)
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Holds the lock that marks a partial directory as being written; it dies with the process."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{directory}: another conversion is writing it; wait for its end") from None
-        yield
-    finally:
-        os.close(descriptor)
+        with locked(directory.with_name(directory.name + _LOCK)):
+            yield
+    except BlockingIOError:
+        raise UsageError(f"{directory}: another conversion is writing it; wait for its end") from None
 
 
 def _publish(partial: Path, dst: Path) -> None:

@@ -1,15 +1,14 @@
 """The persistent compilation cache: a second run of the same model and shapes compiles nothing."""
 
-import os
 from pathlib import Path
 
 import jax
+import platformdirs
 
 
 def default_directory() -> Path:
-    """`$XDG_CACHE_HOME/jaxchat/xla`, or `~/.cache/jaxchat/xla`."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "jaxchat" / "xla"
+    """`xla` in the user's cache directory: `$XDG_CACHE_HOME/jaxchat`, on Linux `~/.cache/jaxchat`."""
+    return platformdirs.user_cache_path("jaxchat", appauthor=False) / "xla"
 
 
 def enable_compilation_cache(directory: str | None = None) -> None:

@@ -257,7 +257,8 @@ def test_killed_conversion_leaves_no_destination_and_is_cleaned_up(
     half_way.kill()
     half_way.wait()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"hf", f".native.partial-{half_way.pid}"}
+    partial = f".native.partial-{half_way.pid}"
+    assert names == {"hf", partial, f"{partial}.lock"}
     convert(tmp_path / "hf", tmp_path / "native")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "native"}
     load_params(tmp_path / "native")

@@ -5,14 +5,18 @@ import json
 import os
 from pathlib import Path
 
+import platformdirs
+
+from jaxchat.files import replaced
+
+_PRIVATE = 0o600
 _KEPT = 1000
 """How many messages a file is cut down to once it has twice as many."""
 
 
 def default_file() -> Path:
-    """`$XDG_STATE_HOME/jaxchat/history`, or `~/.local/state/jaxchat/history`."""
-    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(root) / "jaxchat" / "history"
+    """`history` in the state directory: `$XDG_STATE_HOME/jaxchat`, on Linux `~/.local/state/jaxchat`."""
+    return platformdirs.user_state_path("jaxchat", appauthor=False) / "history"
 
 
 class MessageFile:
@@ -48,15 +52,12 @@ class MessageFile:
 
     def _replace(self, messages: list[str]) -> None:
         assert self._path is not None
-        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        with contextlib.suppress(OSError):
-            with open(beside, "w", encoding="utf-8", opener=_private) as file:
-                file.writelines(json.dumps(message) + "\n" for message in messages)
-            beside.replace(self._path)
+        with contextlib.suppress(OSError), replaced(self._path, _PRIVATE) as temporary:
+            temporary.write_text("".join(json.dumps(message) + "\n" for message in messages))
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    return os.open(path, flags, _PRIVATE)
 
 
 def _message(line: str) -> str | None:
