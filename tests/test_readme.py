@@ -68,11 +68,17 @@ def test_the_commands_run(
     story = (shared_data / "corpora" / "tinystories_2MiB.txt").read_text(encoding="utf-8")[:3000]
     (tmp_path / "story.txt").write_text(re.sub(r"[^a-z ]", "", story.lower()))  # what the model can read
     monkeypatch.chdir(tmp_path)
+    chatted = False
     for command in commands():
         words = shlex.split(command.replace("path/to/model", model_path))
         monkeypatch.setattr(sys, "stdin", io.StringIO())
         code = main_of(words, monkeypatch)(arguments_of(words))
-        assert code == 0, f"{command}\n{capsys.readouterr().err}"
+        out, err = capsys.readouterr()
+        assert code == 0, f"{command}\n{err}"
+        if command == 'python -m jaxchat.generate -m path/to/model -p "do you like music?"':
+            assert out == "yes, i enjoy listening to music while i feel happy and relaxed.\n"
+            chatted = True
+    assert chatted
     for made in ("back-to-hf/model.safetensors", "expanded/config.json", "report/layers.csv", "talk.session"):
         assert (tmp_path / made).exists()
 

@@ -23,8 +23,10 @@ from jaxchat.commands import COMMANDS
 from jaxchat.commands.generate import COMMAND, GenerateRequest, advised
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.options import Flag, GenerateOptions, unescape
-from tests.support.commands import run_process
+from tests.support.commands import environment, run_process
 from tests.support.tiny_chat import write_tiny_chat
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ENDLESS = {"max_position_embeddings": 1 << 20}  # with --ignore_eos it generates until it is stopped
 RATES = re.compile(
@@ -326,11 +328,6 @@ def test_show_as_json(chat_model, commands):
         assert json.loads(out)["layer_spec"] == "0,0"
 
 
-def test_craftgpt_holds_a_sensible_short_chat(shared_data, commands):
-    out = commands.output("generate", "-m", shared_data / "models/CraftGPT-hf", "-p", "do you like music?")
-    assert out.strip() == "yes, i enjoy listening to music while i feel happy and relaxed."
-
-
 # --- wrong usage: exit code 2 and one line
 
 
@@ -463,6 +460,7 @@ def test_a_reader_that_leaves_ends_the_program_quietly(chat_model):
         [*GENERATE, "-m", chat_model, "-p", "hello", "--ignore_eos"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=environment(),
     )
     process.stdout.read(1)
     process.stdout.close()
@@ -500,6 +498,7 @@ def test_an_interrupt_without_a_terminal_ends_with_130_and_one_line_break(chat_m
         [*GENERATE, "-m", chat_model, "-p", "hello", "--ignore_eos"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=environment(),
     )
     process.stdout.read(1)
     time.sleep(0.2)

@@ -11,17 +11,21 @@ import sys
 import pytest
 
 import jaxchat
-from jaxchat import generate
+from jaxchat import __main__ as program
 from jaxchat.cli.terminal import chat as chat_module
 from jaxchat.cli.terminal import commands
 from jaxchat.cli.terminal.history import MessageFile
 from jaxchat.cli.terminal.markdown import MarkdownSink
 from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions, setting_text, with_setting
+from tests.support.commands import QUICK
 from tests.support.emulator import CTRL_C, CTRL_D, CTRL_J, ENTER, ESCAPE, TAB, UP, Emulator
 from tests.support.tiny_chat import write_tiny_chat
 
-COMMAND = [sys.executable, "-m", "jaxchat.generate"]
+GENERATE = [sys.executable, "-m", "jaxchat.generate"]
+CHAT = [sys.executable, "-m", "jaxchat", "chat"]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ENDLESS = {"max_position_embeddings": 1 << 20}  # with --ignore_eos it generates until it is stopped
 THINKING = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].split('</think>')[-1] }}</s>{% endfor %}"
@@ -45,9 +49,9 @@ def open_chat(tmp_path):
     """`open_chat(model, *flags, **environment)`: a chat in a terminal, with a history of its own."""
 
     def start(model, *flags, columns=80, rows=30, **environment):
-        command = [*COMMAND, "-m", model, "-i", *flags]
+        command = [*CHAT, "-m", model, *flags]
         where = {"XDG_STATE_HOME": str(tmp_path)}
-        return Emulator(*command, columns=columns, rows=rows, **{**where, **environment})
+        return Emulator(*command, columns=columns, rows=rows, **{**QUICK, **where, **environment})
 
     return start
 
@@ -134,23 +138,23 @@ def test_ctrl_c_stops_a_reply_which_can_be_continued_and_twice_leaves(model, ope
     assert "Traceback" not in chat.text
 
 
-def test_nothing_the_model_writes_controls_the_terminal(model, open_chat):
+def test_nothing_the_model_writes_controls_the_terminal_and_reasoning_is_dim_and_apart(
+    thinking_model, open_chat
+):
     evil = r"\e[31mred\e]0;title\a\x08\u009b2Jok"  # colour, the window's title, a bell, backspace, clearing
-    chat = open_chat(model, "-p", "hello", "--ai_prefix", evil, "--max_new_tokens", "1")
+    flags = ("--ai_prefix", evil, "--max_new_tokens", "1", "--hide_banner")
+    chat = open_chat(thinking_model, "-p", "hello", *flags)
     chat.wait(r"^A\.I\. > ␛\[31mred␛\]0;title␇␈\\x9b2Jok")
     chat.send("/show" + ENTER + "/prefix " + evil + ENTER)
     chat.wait(r"^the next reply begins with '\\x1b\[31m")
-    chat.send(CTRL_D)
-    assert chat.finish() == 0
     reply = chat.output.decode().split("A.I. > \x1b[0m")[1].split("\r\n")[0]
     assert not re.search(r"[\x00-\x1f\x7f-\x9f]", reply)
-
-
-def test_reasoning_is_dim_and_apart(thinking_model, open_chat):
-    flags = ("--ai_prefix", "Hm.</think>Well", "--ai_prefix_in", "reasoning", "--max_new_tokens", "1")
-    chat = open_chat(thinking_model, "-p", "hello", *flags)
+    chat.send("/set ai_prefix_in=reasoning" + ENTER + "/prefix Hm.</think>Well" + ENTER + "again" + ENTER)
     chat.wait(r"^A\.I\. > Hm\.\n\nWell")
     assert b"\x1b[2mHm.\x1b[0m" in chat.output
+    chat.send("/set ai_prefix_in=content markdown=on" + ENTER)
+    chat.send(r"/prefix # Title\n\nSome **bold** words.\n\n- one\n- two\n\n" + ENTER + "more" + ENTER)
+    chat.wait(r"^A\.I\. >\n(.*\n)*.*Title.*\n\nSome bold words\.\n\n • one\n • two")
     chat.send(CTRL_D)
     assert chat.finish() == 0
 
@@ -175,16 +179,8 @@ def test_a_dumb_terminal_gets_plain_lines_and_no_sequences(model, open_chat):
     assert chat.text.count("You  >") == 4
 
 
-def test_markdown_is_rendered_while_it_grows_and_stays_as_text(model, open_chat):
-    text = r"# Title\n\nSome **bold** words.\n\n- one\n- two\n\n"
-    chat = open_chat(model, "-p", "hello", "--markdown", "--ai_prefix", text, "--max_new_tokens", "1")
-    chat.wait(r"^A\.I\. >\n(.*\n)*.*Title.*\n\nSome bold words\.\n\n • one\n • two")
-    chat.send(CTRL_D)
-    assert chat.finish() == 0
-
-
 def test_ctrl_c_ends_one_answer(model):
-    answer = Emulator(*COMMAND, "-m", model, "-p", "hello", "--ignore_eos", "--hide_banner")
+    answer = Emulator(*GENERATE, "-m", model, "-p", "hello", "--ignore_eos", "--hide_banner", **QUICK)
     answer.wait(r".{8}")
     answer.send(CTRL_C)
     assert answer.finish() == 130
@@ -200,7 +196,7 @@ def talk(model, monkeypatch, capfd):
 
     def run(*lines, flags=()):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        assert generate.main(["", "-m", str(model), "-i", "--max_new_tokens", "4", *map(str, flags)]) == 0
+        assert program.main(["", "chat", "-m", str(model), "--max_new_tokens", "4", *map(str, flags)]) == 0
         out, err = capfd.readouterr()
         return out.split("\n")[:-1], err
 
