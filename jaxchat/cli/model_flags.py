@@ -2,29 +2,21 @@
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from jaxchat import demo
-from jaxchat.analysis import show
-from jaxchat.checkpoints.assembly import Assembly, assembled_config
-from jaxchat.checkpoints.directory import ModelDirectory
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
 from jaxchat.cli.command_line import Need
-from jaxchat.config import ModelConfig
 from jaxchat.errors import UsageError
-from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import KV_DTYPES, Flag
-from jaxchat.recipes.recipe import read_recipe
 
 if TYPE_CHECKING:
     from jaxchat.checkpoints.load import Progress
+    from jaxchat.cli.chosen_model import ChosenModel
     from jaxchat.runtime import Model
 
-logger = logging.getLogger("jaxchat.cli")
-
+DTYPES = ("float32", "bfloat16", "float16")
 KERNELS = ("auto", "reference", "native", "pallas")
 
 _flag = functools.partial(Flag, group="Model")
@@ -52,7 +44,7 @@ DTYPE = _flag(
     help="Convert the weights to float32, bfloat16 or float16; as stored if not given",
     example="--dtype bfloat16",
     value="TYPE",
-    choices=tuple(WEIGHT_DTYPES),
+    choices=DTYPES,
 )
 QUANT = _flag(
     help="Quantize the weights while loading: int8 or int4, optionally with a group :32 :64 :128 :channel "
@@ -148,27 +140,17 @@ class ModelFlags:
         return dataclasses.replace(self, model=str(demo.path()))
 
     def chosen(self) -> "ChosenModel":
-        """The model that was asked for, of which small files are read and no weights.
+        """The model that was asked for; see `chosen_model.choose`."""
+        from jaxchat.cli.chosen_model import choose  # numpy and others, which --help need not wait for
 
-        Raises:
-          UsageError: neither a model nor a recipe or both, no such directory, a bad plan or recipe.
-          JaxchatError: a file is missing or malformed.
-        """
-        if self.model is not None and self.recipe is not None:
-            raise UsageError("--model and --recipe are given; a recipe names its own models, give one")
-        source: ModelDirectory | Assembly
-        if self.recipe is not None:
-            assembly = read_recipe(self.recipe, self.model_path, keep_identity=self.keep_identity)
-            config = assembled_config(assembly, [model.config for model in assembly.models])
-            plan, source = assembly.plan, assembly
-        elif self.model is not None:
-            source = ModelDirectory.at(self.model)
-            config, plan = source.config, source.plan
-        else:
-            raise UsageError("no model: give its directory with -m, or a --recipe")
-        if self.layer_spec is not None:
-            plan = plan.select(self.layer_spec)
-        return ChosenModel(name=self.model_name, source=source, recipe=self.recipe, config=config, plan=plan)
+        return choose(
+            self.model,
+            self.layer_spec,
+            recipe=self.recipe,
+            model_paths=self.model_path,
+            keep_identity=self.keep_identity,
+            name=self.model_name,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,44 +197,3 @@ class LoadFlags(ModelFlags):
             compilation_cache_dir=self.compilation_cache_dir,
             progress=progress,
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChosenModel:
-    """A model that is there, and the plan it is to run under. No weights are read yet.
-
-    Attributes:
-      name: what people call it.
-      source: its directory, or what its recipe assembles.
-      recipe: the recipe's file, if there is one.
-      config: of the stacked layers.
-      plan: over the stacked layers.
-    """
-
-    name: str
-    source: ModelDirectory | Assembly
-    recipe: str | None
-    config: ModelConfig
-    plan: LayerPlan
-
-    @property
-    def assembly(self) -> Assembly | None:
-        """What a recipe assembles, under the chosen plan; None without a recipe."""
-        if isinstance(self.source, Assembly):
-            return dataclasses.replace(self.source, plan=self.plan)
-        return None
-
-    def location(self) -> dict[str, Any]:
-        """The arguments of `jaxchat.load` that say where the model is; a recipe's remarks become warnings."""
-        if not isinstance(self.source, Assembly):
-            return {"path": self.source}
-        for note in self.source.notes:
-            logger.warning("%s: %s", self.recipe, note)
-        return {"recipe": self.source}
-
-    def report(self, *, max_length: int | None = None, quant: str | None = None) -> show.Report:
-        """What `--show` tells about it."""
-        if self.assembly is not None:
-            return show.describe_assembly(self.assembly, name=self.name, max_length=max_length, quant=quant)
-        assert isinstance(self.source, ModelDirectory)
-        return show.describe_directory(self.source, self.plan, max_length=max_length, quant=quant)

@@ -3,15 +3,16 @@
 import dataclasses
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxchat.checkpoints.assembly import Assembly
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest
 from jaxchat.cli.command_line import Command, catch_interrupts, complain
-from jaxchat.cli.model_flags import MODEL_PATH_NEEDS, ModelPaths, RecipeFile
+from jaxchat.cli.model_flags import DTYPES, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
 from jaxchat.errors import UsageError
 from jaxchat.options import Flag
-from jaxchat.recipes.recipe import read_recipe
+
+if TYPE_CHECKING:
+    from jaxchat.checkpoints.assembly import Assembly
+    from jaxchat.checkpoints.manifest import Manifest
 
 _USAGE = """\
 usage: {program} (--src DIR | --recipe FILE) --dst DIR [...]
@@ -70,7 +71,7 @@ class ConvertRequest:
             help="Store what is not quantized in this type instead of the one it has",
             example="--dtype bfloat16",
             value="TYPE",
-            choices=tuple(WEIGHT_DTYPES),
+            choices=DTYPES,
         ),
     ] = None
     quant: Annotated[
@@ -144,7 +145,7 @@ def _refuse(request: ConvertRequest, given: frozenset[str]) -> None:
         raise UsageError(f"--{refused[0]} {reason}")
 
 
-def _written(request: ConvertRequest) -> Manifest:
+def _written(request: ConvertRequest) -> "Manifest":
     # Imports JAX, which --help and usage errors need not wait for.
     from jaxchat.checkpoints import write
     from jaxchat.checkpoints.quantized import Quant
@@ -178,10 +179,12 @@ def _written(request: ConvertRequest) -> Manifest:
         )
 
 
-def _source(request: ConvertRequest) -> str | Assembly:
+def _source(request: ConvertRequest) -> "str | Assembly":
     """What to convert: a directory, or what a recipe assembles; its remarks go to standard error."""
     if request.recipe is None:
         return str(request.src)
+    from jaxchat.recipes.recipe import read_recipe
+
     assembly = read_recipe(request.recipe, request.model_path)
     for note in assembly.notes:
         complain(f"note: {note}")

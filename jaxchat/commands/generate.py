@@ -4,11 +4,9 @@ What can be asked for is in `cli/request.py`, what then happens in `cli/terminal
 """
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from jaxchat.analysis.show import check_max_length
-from jaxchat.checkpoints.assembly import Assembly
-from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.cli.command_line import Command, Conflict, Need, catch_interrupts, read_text
 from jaxchat.cli.flags import flag_fields
 from jaxchat.cli.model_flags import RECIPE_NEEDS
@@ -70,8 +68,8 @@ def answer(request: Request, given: frozenset[str]) -> int:
     _refuse(request, given)
     request = dataclasses.replace(request.or_boxed(), prompt=_prompt(request))
     chosen = request.chosen()
-    check_max_length(chosen.config, request.max_length)
-    options = advised(request.options, chosen.source, given)
+    chosen.check_max_length(request.max_length)
+    options = advised(request.options, chosen.advice, given)
     # Not at the top: it imports JAX, which --help, --show and usage errors need not wait for.
     from jaxchat.cli import terminal
 
@@ -79,14 +77,9 @@ def answer(request: Request, given: frozenset[str]) -> int:
     return terminal.run(dataclasses.replace(request, options=options), chosen)
 
 
-def advised(
-    options: GenerateOptions, model: ModelDirectory | Assembly, given: frozenset[str]
-) -> GenerateOptions:
-    """The options, as the model recommends where no flag was given; a recipe recommends nothing."""
-    if not isinstance(model, ModelDirectory):
-        return options
-    advice = {name: value for name, value in model.recommended_sampling.items() if name not in given}
-    return dataclasses.replace(options, **advice)  # type: ignore[arg-type]
+def advised(options: GenerateOptions, advice: Mapping[str, Any], given: frozenset[str]) -> GenerateOptions:
+    """The options, as a model advises where no flag was given."""
+    return dataclasses.replace(options, **{name: advice[name] for name in advice if name not in given})
 
 
 def _prompt(request: Request) -> str | None:

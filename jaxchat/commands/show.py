@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from jaxchat.analysis import show
 from jaxchat.cli.command_line import Command
 from jaxchat.cli.model_flags import (
     KV_DTYPE,
@@ -12,10 +11,12 @@ from jaxchat.cli.model_flags import (
     QUANT,
     RECIPE_NEEDS,
     BoxedModel,
-    ChosenModel,
     ModelFlags,
 )
 from jaxchat.options import Flag
+
+if TYPE_CHECKING:
+    from jaxchat.cli.chosen_model import ChosenModel
 
 _USAGE = """\
 usage: {program} [-m DIR | --recipe FILE] [...]
@@ -41,7 +42,7 @@ class ShowRequest(ModelFlags):
 
 
 def print_report(
-    chosen: ChosenModel,
+    chosen: "ChosenModel",
     *,
     max_length: int | None,
     quant: str | None,
@@ -49,6 +50,8 @@ def print_report(
     as_json: bool,
 ) -> None:
     """Writes what there is to know of a model to standard output."""
+    from jaxchat.analysis import show  # numpy and others, which --help need not wait for
+
     report = chosen.report(max_length=max_length, quant=quant)
     report = dataclasses.replace(report, kv_dtype=kv_dtype)
     print(json.dumps(show.as_json(report), indent=2) if as_json else show.render(report))

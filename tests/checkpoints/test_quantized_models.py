@@ -490,10 +490,12 @@ def test_show_json_has_the_bytes_by_group(
     assert sizes.pop("total") == sum(sizes.values())
 
 
-def test_kernels_the_command_knows_are_those_there_are() -> None:
+def test_kernels_and_dtypes_the_commands_know_are_those_there_are() -> None:
+    from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
     from jaxchat.pallas import backends
 
     assert model_flags.KERNELS == backends.NAMES
+    assert tuple(WEIGHT_DTYPES) == model_flags.DTYPES
 
 
 def test_format_for_is_what_loading_applies(tiny_directory: Directory) -> None:

@@ -189,7 +189,7 @@ def test_dashes_in_flag_names_are_underscores_but_values_stay(commands, chat_mod
 def _options(*arguments):
     given = parse(COMMAND.fields, ["", "-p", "y", *map(str, arguments)], "")
     request = read(GenerateRequest, given)
-    return advised(request.options, ModelDirectory.at(request.model), given.names)
+    return advised(request.options, ModelDirectory.at(request.model).recommended_sampling, given.names)
 
 
 def test_sampling_that_is_not_asked_for_is_what_the_model_recommends(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxchat import demo
 from jaxchat.analysis import show
-from jaxchat.cli.model_flags import ChosenModel
+from jaxchat.cli.chosen_model import ChosenModel
 from jaxchat.cli.progress_bar import loading_bar
 from jaxchat.cli.request import Request
 from jaxchat.cli.stats import CompileClock, Stats

@@ -1,0 +1,98 @@
+"""The model that a command is about: found and its plan parsed, before anything is loaded. Needs no JAX."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from jaxchat.analysis import show
+from jaxchat.checkpoints.assembly import Assembly, assembled_config
+from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.config import ModelConfig
+from jaxchat.errors import UsageError
+from jaxchat.layer_plan import LayerPlan
+from jaxchat.recipes.recipe import read_recipe
+
+logger = logging.getLogger(__name__)
+
+
+def choose(
+    model: str | None,
+    layer_spec: str | None,
+    *,
+    recipe: str | None,
+    model_paths: Mapping[str, str],
+    keep_identity: bool,
+    name: str,
+) -> "ChosenModel":
+    """The model that flags ask for, of which small files are read and no weights.
+
+    Raises:
+      UsageError: neither a model nor a recipe or both, no such directory, a bad plan or recipe.
+      JaxchatError: a file is missing or malformed.
+    """
+    if model is not None and recipe is not None:
+        raise UsageError("--model and --recipe are given; a recipe names its own models, give one")
+    source: ModelDirectory | Assembly
+    if recipe is not None:
+        assembly = read_recipe(recipe, model_paths, keep_identity=keep_identity)
+        config = assembled_config(assembly, [found.config for found in assembly.models])
+        plan, source = assembly.plan, assembly
+    elif model is not None:
+        source = ModelDirectory.at(model)
+        config, plan = source.config, source.plan
+    else:
+        raise UsageError("no model: give its directory with -m, or a --recipe")
+    if layer_spec is not None:
+        plan = plan.select(layer_spec)
+    return ChosenModel(name=name, source=source, recipe=recipe, config=config, plan=plan)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChosenModel:
+    """A model that is there, and the plan it is to run under. No weights are read yet.
+
+    Attributes:
+      name: what people call it.
+      source: its directory, or what its recipe assembles.
+      recipe: the recipe's file, if there is one.
+      config: of the stacked layers.
+      plan: over the stacked layers.
+    """
+
+    name: str
+    source: ModelDirectory | Assembly
+    recipe: str | None
+    config: ModelConfig
+    plan: LayerPlan
+
+    @property
+    def assembly(self) -> Assembly | None:
+        """What a recipe assembles, under the chosen plan; None without a recipe."""
+        if isinstance(self.source, Assembly):
+            return dataclasses.replace(self.source, plan=self.plan)
+        return None
+
+    def location(self) -> dict[str, Any]:
+        """The arguments of `jaxchat.load` that say where the model is; a recipe's remarks become warnings."""
+        if not isinstance(self.source, Assembly):
+            return {"path": self.source}
+        for note in self.source.notes:
+            logger.warning("%s: %s", self.recipe, note)
+        return {"recipe": self.source}
+
+    @property
+    def advice(self) -> Mapping[str, Any]:
+        """Sampling options that the model recommends; a recipe recommends none."""
+        return {} if isinstance(self.source, Assembly) else self.source.recommended_sampling
+
+    def check_max_length(self, max_length: int | None) -> None:
+        """Refuses a context longer than the model has positions for."""
+        show.check_max_length(self.config, max_length)
+
+    def report(self, *, max_length: int | None = None, quant: str | None = None) -> show.Report:
+        """What `--show` tells about it."""
+        if self.assembly is not None:
+            return show.describe_assembly(self.assembly, name=self.name, max_length=max_length, quant=quant)
+        assert isinstance(self.source, ModelDirectory)
+        return show.describe_directory(self.source, self.plan, max_length=max_length, quant=quant)
