@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jaxchat.checkpoints.load import load_params
-from jaxchat.pallas import native
 from tests.support.tiny import write_tiny_hf
 
 # Shells start background jobs with SIGINT ignored, children inherit that, and the tests of Ctrl-C need it.
@@ -107,13 +106,3 @@ def tiny_model(tiny_directory):
         return loaded[directory, load_dtype]
 
     return load
-
-
-@pytest.fixture(params=["avx2", "dotprod", "portable"])
-def other_instruction_set(request):
-    """A variant of the native kernels that this processor runs when asked for, and not by itself."""
-    others = {"avx512": ("avx2", "portable"), "avx2": ("portable",)}
-    others |= {"i8mm": ("dotprod", "portable"), "dotprod": ("portable",)}
-    if request.param not in others.get(native.instruction_set(), ()):
-        pytest.skip(f"{request.param} does not run here, or is what the other tests use")
-    return request.param

@@ -2,7 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
+#include <string>
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -44,35 +44,36 @@ bool Supports(Isa isa) {
   return isa == Isa::kPortable;
 }
 
-const char* Name(Isa isa) {
-  switch (isa) {
-    case Isa::kPortable: return "portable";
-    case Isa::kAvx2: return "avx2";
-    case Isa::kAvx512: return "avx512";
-    case Isa::kDotprod: return "dotprod";
-    case Isa::kI8mm: return "i8mm";
-    case Isa::kNone: break;
-  }
-  return "";
+constexpr struct {
+  Isa isa;
+  const char* name;
+} kBestFirst[] = {{Isa::kAvx512, "avx512"},
+                  {Isa::kAvx2, "avx2"},
+                  {Isa::kI8mm, "i8mm"},
+                  {Isa::kDotprod, "dotprod"},
+                  {Isa::kPortable, "portable"}};
+
+// The best that runs here, of all or of those with this name.
+Isa Best(const char* name) {
+  for (const auto& set : kBestFirst)
+    if (Supports(set.isa) && (name == nullptr || std::strcmp(name, set.name) == 0)) return set.isa;
+  return Isa::kNone;
 }
 
-Isa Choose() {
-  const char* wanted = std::getenv("JAXCHAT_CPU_ISA");
-  for (Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kI8mm, Isa::kDotprod, Isa::kPortable})
-    if (Supports(isa) && (wanted == nullptr || std::strcmp(wanted, Name(isa)) == 0)) return isa;
-  return Isa::kNone;
+Isa Default() {
+  static const Isa chosen = Best(std::getenv("JAXCHAT_CPU_ISA"));
+  return chosen;
 }
 
 }  // namespace
 
-Isa InstructionSet() {
-  static const Isa chosen = Choose();
-  return chosen;
+Isa InstructionSet(std::string_view name) {
+  return name.empty() ? Default() : Best(std::string(name).c_str());
 }
 
 bool MultipliesBfloat16() {
 #if defined(__x86_64__)
-  return InstructionSet() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  return __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
@@ -81,9 +82,25 @@ bool MultipliesBfloat16() {
 }  // namespace jaxchat
 
 // For jaxchat/pallas/native.py.
-extern "C" int JaxchatMultipliesBfloat16() { return jaxchat::MultipliesBfloat16(); }
+extern "C" {
 
-// The name, empty where there is none.
-extern "C" const char* JaxchatInstructionSet() {
-  return jaxchat::Name(jaxchat::InstructionSet());
+int JaxchatMultipliesBfloat16() { return jaxchat::MultipliesBfloat16(); }
+
+// The names of what runs here, the best first, and a space after each.
+const char* JaxchatInstructionSets() {
+  static const std::string names = [] {
+    std::string all;
+    for (const auto& set : jaxchat::kBestFirst)
+      if (jaxchat::Supports(set.isa)) all += set.name + std::string(" ");
+    return all;
+  }();
+  return names.c_str();
+}
+
+// The default's name, empty where JAXCHAT_CPU_ISA names none that runs here.
+const char* JaxchatInstructionSet() {
+  for (const auto& set : jaxchat::kBestFirst)
+    if (set.isa == jaxchat::InstructionSet("")) return set.name;
+  return "";
+}
 }

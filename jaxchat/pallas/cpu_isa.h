@@ -1,14 +1,15 @@
-// Which of the compiled instruction sets this process uses.
+// The instruction sets that kernels are compiled for, and which of them run here.
 #pragma once
+#include <string_view>
 
 namespace jaxchat {
 
-enum class Isa { kNone, kPortable, kAvx2, kAvx512, kDotprod, kI8mm };
+enum class Isa { kPortable, kAvx2, kAvx512, kDotprod, kI8mm, kNone };
+constexpr int kIsas = static_cast<int>(Isa::kNone);
 
-// Decided once: the best that the processor has, or the one that the environment variable JAXCHAT_CPU_ISA names
-// (`portable`, `avx2`, `avx512`, `dotprod`, `i8mm`: tests run every variant on one machine). kNone: that one is unknown
-// or not here.
-Isa InstructionSet();
+// The instruction set of a name (`portable`, `avx2`, `avx512`, `dotprod`, `i8mm`); kNone: unknown, or not here. Empty:
+// the default, decided once: the one that the environment variable JAXCHAT_CPU_ISA names, or else the best.
+Isa InstructionSet(std::string_view name);
 
 // Whether the processor multiplies bfloat16, beside kAvx512.
 bool MultipliesBfloat16();

@@ -23,7 +23,8 @@ TARGETS = {
 class _Native(NamedTuple):
     """What loading the library came to: an instruction set, or the reason why there is none."""
 
-    instruction_set: str = ""
+    instruction_set: str = ""  # the default
+    instruction_sets: tuple[str, ...] = ()  # all that run here, the best first
     why_not: str = ""
     multiplies_bfloat16: bool = False
 
@@ -34,18 +35,24 @@ def available() -> bool:
 
 
 def instruction_set() -> str:
-    """The instruction set the kernels use; empty when unavailable.
+    """The instruction set the kernels use by default; empty when unavailable.
 
-    `avx512` (with VNNI), `avx2`, `i8mm`, `dotprod` (both ARM) or `portable`.
-
-    The best the processor has, unless the environment variable JAXCHAT_CPU_ISA names another (for tests).
+    The best the processor has, unless the environment variable JAXCHAT_CPU_ISA names another.
     """
     return _native().instruction_set
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has AVX512-BF16, which the kernels then use."""
-    return _native().multiplies_bfloat16
+def instruction_sets() -> tuple[str, ...]:
+    """All that run here, the best first: what the kernels take as `isa`; none when unavailable.
+
+    Of `avx512` (with VNNI), `avx2`, `i8mm`, `dotprod` (both ARM) and `portable`.
+    """
+    return _native().instruction_sets
+
+
+def multiplies_bfloat16(isa: str = "") -> bool:
+    """Whether kernels for an instruction set (empty: the default) multiply bfloat16: AVX-512's, with BF16."""
+    return _native().multiplies_bfloat16 and (isa or instruction_set()) == "avx512"
 
 
 def why_not() -> str:
@@ -80,11 +87,12 @@ def load(path: Path) -> _Native:
     """Loads one library and registers its functions; never raises."""
     try:
         library = ctypes.CDLL(str(path))
-        name, multiplies_bfloat16 = library.JaxchatInstructionSet, library.JaxchatMultipliesBfloat16
+        name, names = library.JaxchatInstructionSet, library.JaxchatInstructionSets
+        multiplies_bfloat16 = library.JaxchatMultipliesBfloat16
         functions = {target: getattr(library, symbol) for target, symbol in TARGETS.items()}
     except (OSError, AttributeError) as error:
         return _Native(why_not=f"no native kernels: {_one_line(error)}; reinstall jaxchat")
-    name.restype = ctypes.c_char_p
+    name.restype = names.restype = ctypes.c_char_p
     isa = name().decode()
     if not isa:
         wanted = os.environ.get("JAXCHAT_CPU_ISA")
@@ -97,7 +105,7 @@ def load(path: Path) -> _Native:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
     except Exception as error:  # its type is not documented
         return _Native(why_not=f"no native kernels: {_one_line(error)}; reinstall jaxchat")
-    return _Native(instruction_set=isa, multiplies_bfloat16=bool(multiplies_bfloat16()))
+    return _Native(isa, tuple(names().decode().split()), multiplies_bfloat16=bool(multiplies_bfloat16()))
 
 
 def _one_line(error: Exception) -> str:

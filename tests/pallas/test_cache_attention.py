@@ -1,10 +1,6 @@
 """Attention over the KV cache and the writes to it: each implementation against float64, on random inputs."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -27,22 +23,22 @@ SCALE = 0.3
 SLOT, SLOTS = 1, 2
 TOLERANCE = 2e-5  # of float32: scores up to 15 are off by some 4e-6, so are the weights of values up to 4
 
-needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not() or "native kernels run")
-needs_affinity = pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity"), reason="cannot limit threads on this system"
-)
-
 
 class Backend(NamedTuple):
     attend: "functools.partial"
     unwritten: float  # what lies in the rows that no query may see
 
 
-@pytest.fixture(params=["reference", pytest.param("native", marks=needs_native)])
+@functools.cache
+def backend_of(name):
+    if name == "reference":
+        return Backend(reference.attend, 1e30)  # they may be multiplied by 0
+    return Backend(functools.partial(cpu.attend, isa=name), np.nan)  # it never reads them
+
+
+@pytest.fixture(params=["reference", *native.instruction_sets()])
 def backend(request):
-    if request.param == "native":
-        return Backend(cpu.attend, np.nan)  # it never reads them
-    return Backend(reference.attend, 1e30)  # they may be multiplied by 0
+    return backend_of(request.param)
 
 
 def normal(rng, shape):
@@ -169,48 +165,20 @@ def test_a_nan_in_a_query_reaches_its_own_head_only(backend, rng, t):
 # --- the native kernel's variants
 
 
-def fixed_outputs():
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "they run")
+def test_an_instruction_set_that_is_not_here_is_refused(rng):
+    case = make_case(rng, SHAPES[0], 1, np.float32, 0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="isa names no instruction set that runs here"):
+        attend_one(functools.partial(cpu.attend, isa="mmx"), case)
+
+
+def fixed_outputs(isa: str) -> list[np.ndarray]:
     """From fixed inputs, work enough to be shared among threads."""
     rng = np.random.default_rng(0)
-    out = []
-    for shape in ((2, 8, 2, 64, 700), (1, 5, 5, 80, 1500)):
-        for t in (1, 17):
-            for dtype in CACHES:
-                case = make_case(rng, shape, t, dtype, np.nan)
-                out.append(attend_one(cpu.attend, case, window=600, softcap=30.0).ravel())
-    return np.concatenate(out)
-
-
-def outputs_elsewhere(path, before="", **environment):
-    code = (
-        f"{before}\nfrom jaxchat.pallas import native; assert native.available(), native.why_not()\n"
-        "import numpy; from tests.pallas import test_cache_attention as t\n"
-        f"numpy.save({str(path)!r}, t.fixed_outputs())\n"
-        "print(native.instruction_set())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), np.load(path)
-
-
-@needs_native
-@needs_affinity
-def test_the_number_of_threads_does_not_change_a_bit(tmp_path):
-    one_core = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
-    _, found = outputs_elsewhere(tmp_path / "out.npy", one_core)
-    np.testing.assert_array_equal(found, fixed_outputs())
-
-
-def test_every_instruction_set_gives_nearly_the_same(other_instruction_set, tmp_path):
-    name, found = outputs_elsewhere(tmp_path / "out.npy", JAXCHAT_CPU_ISA=other_instruction_set)
-    assert name == other_instruction_set
-    assert np.abs(found - fixed_outputs()).max() < TOLERANCE
+    shapes = ((2, 8, 2, 64, 700), (1, 5, 5, 80, 1500))
+    cases = [make_case(rng, shape, t, d, np.nan) for shape in shapes for t in (1, 17) for d in CACHES]
+    attend = functools.partial(cpu.attend, isa=isa)
+    return [np.asarray(y) for y in attend_all(attend, jax.tree.map(jnp.asarray, cases), jnp.int32(600))]
 
 
 # --- write_rows

@@ -1,12 +1,8 @@
 """x @ w[layer].T over a stack of weights: every implementation against float64, on random inputs."""
 
 import dataclasses
-import hashlib
-import os
-import subprocess
-import sys
+import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -40,25 +36,27 @@ class Implementation(NamedTuple):
     rows: tuple[int, ...]  # of x, to be tested
     fine: float = ROUNDING  # error where 8-bit weights meet a few tokens of a sequence
     coarse: float = ROUNDING  # with 4-bit weights, or many tokens
-    native: bool = False  # many tokens may be rounded to bfloat16
+    bfloat16: float = ROUNDING  # where bfloat16 weights meet many tokens
 
     def tolerance(self, x, w):
         few = x.ndim == 2 or x.shape[-2] < cpu.FEW_TOKENS
         if not isinstance(w, QuantizedTensor):
-            narrow = w.dtype == np.uint16 and not few and self.native
-            return 2**-9 + ROUNDING if narrow and native.multiplies_bfloat16() else ROUNDING
+            return self.bfloat16 if w.dtype == np.uint16 and not few else ROUNDING
         return self.fine if few and w.bits == 8 else self.coarse
 
 
-@pytest.fixture(params=["reference", "native"])
+def native_matmul(isa):
+    bfloat16 = 2**-9 + ROUNDING if native.multiplies_bfloat16(isa) else ROUNDING
+    run = jax.jit(functools.partial(cpu.stacked_matmul, isa=isa))
+    rows = (1, 2, 3, 5, 8, 9, 16, 23, 40)
+    return Implementation(run, rows, fine=rounded(16256), coarse=rounded(127), bfloat16=bfloat16)
+
+
+@pytest.fixture(params=["reference", *native.instruction_sets()])
 def matmul(request):
     if request.param == "reference":
         return Implementation(jax.jit(reference.stacked_matmul), rows=(1, 3, 16))
-    if not native.available():
-        pytest.skip(native.why_not())
-    rows = (1, 2, 3, 5, 8, 9, 16, 23, 40)
-    run = jax.jit(cpu.stacked_matmul)
-    return Implementation(run, rows, fine=rounded(16256), coarse=rounded(127), native=True)
+    return native_matmul(request.param)
 
 
 class Case(NamedTuple):
@@ -235,45 +233,26 @@ def test_subnormal_float16_scales(matmul, rng, lead):
 # ---------------------------------------------------------------- the native kernels' variants
 
 
-def digest() -> str:
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "they run")
+def test_an_instruction_set_that_is_not_here_is_refused(rng):
+    w = case_of(rng, "float32", (40, 100)).arrays()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="isa names no instruction set that runs here"):
+        jax.block_until_ready(cpu.stacked_matmul(normal(rng, (1, 100)), w, jnp.int32(0), isa="mmx"))
+
+
+def fixed_outputs(isa: str) -> list[np.ndarray]:
     """Of products large enough to be shared among threads, from fixed inputs."""
     rng = np.random.default_rng(0)
-    total = hashlib.sha256()
+    inputs, weights = [], []
     for kind in KINDS:
         for lead in ((1,), (9,), (1, 40)):
-            w = case_of(rng, kind, (1001, 300)).arrays()
-            x = normal(rng, (*lead, 300))
-            if kind not in FLOATS or lead[-1] <= cpu.MAX_FLOAT_ROWS:
-                total.update(np.asarray(cpu.stacked_matmul(x, w, jnp.int32(2))).tobytes())
-    return total.hexdigest()
+            few = kind not in FLOATS or lead[-1] <= cpu.MAX_FLOAT_ROWS
+            if few or (kind == "bfloat16" and len(lead) == 2 and native.multiplies_bfloat16(isa)):
+                inputs.append(normal(rng, (*lead, 300)))
+                weights.append(case_of(rng, kind, (1001, 300)).arrays())
 
+    @jax.jit
+    def run(inputs, weights):
+        return [cpu.stacked_matmul(x, w, jnp.int32(2), isa=isa) for x, w in zip(inputs, weights, strict=True)]
 
-def run_python(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=os.environ | environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot limit threads on this system")
-def test_the_number_of_threads_does_not_change_a_bit():
-    if not native.available():
-        pytest.skip(native.why_not())
-    one_core = (
-        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from jaxchat.pallas import native; assert native.available(), native.why_not()\n"
-        "from tests.pallas import test_stacked_matmul as t; print(t.digest())"
-    )
-    done = run_python("-c", one_core, JAX_PLATFORMS="cpu")
-    assert done.stdout.strip() == digest(), done.stderr
-
-
-def test_every_instruction_set_passes(other_instruction_set):
-    """This file's tests of native kernels, once more with another variant of them."""
-    done = run_python("-m", "pytest", "-x", __file__, "-k", "native", JAXCHAT_CPU_ISA=other_instruction_set)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    return [np.asarray(y) for y in run(inputs, weights)]

@@ -1,5 +1,5 @@
 // XLA foreign function: attention of new tokens over one slot of the slot-stacked KV cache.
-#include <memory>
+#include <string_view>
 #include <vector>
 
 #include "../cpu_isa.h"
@@ -12,8 +12,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-const AttentionKernels* Pick() {
-  switch (InstructionSet()) {
+const AttentionKernels* Pick(Isa isa) {
+  switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx512: return &Avx512AttentionKernels();
     case Isa::kAvx2: return &Avx2AttentionKernels();
@@ -28,9 +28,9 @@ const AttentionKernels* Pick() {
 ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                           ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> slot,
                           ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> window,
-                          ffi::Result<ffi::Buffer<ffi::F32>> out, float softcap) {
-  static const AttentionKernels* const kernels = Pick();
-  if (kernels == nullptr) return ffi::Error::Internal("no kernel for this processor");
+                          ffi::Result<ffi::Buffer<ffi::F32>> out, float softcap, std::string_view isa) {
+  const AttentionKernels* const kernels = Pick(InstructionSet(isa));
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("isa names no instruction set that runs here");
   const auto q_dims = q.dimensions(), k_dims = k.dimensions();
   Attention a{};
   a.batch = q_dims[0];
@@ -78,4 +78,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxchatCacheAttention, jaxchat::CacheAttention,
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<float>("softcap"));
+                                  .Attr<float>("softcap")
+                                  .Attr<std::string_view>("isa"));

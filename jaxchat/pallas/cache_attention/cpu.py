@@ -20,8 +20,9 @@ def attend(
     scale: jax.Array,
     window: jax.Array,
     softcap: float,
+    isa: str = "",
 ) -> jax.Array:
-    """See `reference.attend`."""
+    """See `reference.attend`; `isa` is one of `native.instruction_sets()`, empty: the default."""
     if isinstance(k_cache, QuantizedRows) and isinstance(v_cache, QuantizedRows):
         operands = k_cache.codes, v_cache.codes, k_cache.scale, v_cache.scale
     elif jax.tree.leaves(k_cache)[0].dtype in (jnp.float32, jnp.bfloat16, jnp.uint16):
@@ -38,4 +39,5 @@ def attend(
         jnp.asarray(scale, jnp.float32).reshape(1),
         jnp.asarray(window, jnp.int32).reshape(1),
         softcap=np.float32(softcap),
+        isa=isa,
     )

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <string_view>
 #include <vector>
 
 #include "cpu_kernels.h"
@@ -14,8 +15,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-const Kernels* Pick() {
-  switch (InstructionSet()) {
+const Kernels* Pick(Isa isa) {
+  switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx512: return &Avx512Kernels();
     case Isa::kAvx2: return &Avx2Kernels();
@@ -72,9 +73,9 @@ using Integers = ffi::Span<const int64_t>;
 // Weight i is arguments 3 i to 3 i + 2: codes, scales and minimums (empty where there are none).
 ffi::Error StackedMatmuls(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> layers,
                           ffi::RemainingArgs weights, ffi::RemainingRets outs, Integers kinds, Integers cols,
-                          Integers groups, bool few) {
-  static const Kernels* const kernels = Pick();
-  if (kernels == nullptr) return ffi::Error::Internal("no kernel for this processor");
+                          Integers groups, bool few, std::string_view isa) {
+  const Kernels* const kernels = Pick(InstructionSet(isa));
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("isa names no instruction set that runs here");
   const int64_t m = x.dimensions()[0];
   const float* in = x.typed_data();
   std::vector<Product> products;
@@ -141,4 +142,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxchatStackedMatmuls, jaxchat::StackedMatmuls,
                                   .Attr<jaxchat::Integers>("kinds")
                                   .Attr<jaxchat::Integers>("cols")
                                   .Attr<jaxchat::Integers>("groups")
-                                  .Attr<bool>("few"));
+                                  .Attr<bool>("few")
+                                  .Attr<std::string_view>("isa"));

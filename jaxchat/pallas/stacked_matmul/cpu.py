@@ -24,13 +24,19 @@ _FLOAT_KINDS = {"float32": 0, "uint16": 1, "float16": 2}  # uint16 holds the bit
 _QUANTIZED_KINDS = {8: 3, 4: 4}
 
 
-def stacked_matmul(x: jax.Array, w: jax.Array | QuantizedTensor, layer: jax.Array) -> jax.Array:
-    """`x @ w[layer].T`; see `reference.stacked_matmul`."""
-    return stacked_matmuls(x, [w], [layer])[0]
+def stacked_matmul(
+    x: jax.Array, w: jax.Array | QuantizedTensor, layer: jax.Array, *, isa: str = ""
+) -> jax.Array:
+    """`x @ w[layer].T`; see `reference.stacked_matmul`, and `stacked_matmuls` for `isa`."""
+    return stacked_matmuls(x, [w], [layer], isa=isa)[0]
 
 
 def stacked_matmuls(
-    x: jax.Array, weights: Sequence[jax.Array | QuantizedTensor], layers: Sequence[jax.Array]
+    x: jax.Array,
+    weights: Sequence[jax.Array | QuantizedTensor],
+    layers: Sequence[jax.Array],
+    *,
+    isa: str = "",
 ) -> list[jax.Array]:
     """`stacked_matmul` of one x with several weights, in one call: fewer waits for the slowest thread.
 
@@ -39,6 +45,8 @@ def stacked_matmuls(
     `FEW_TOKENS` on, which is bound by arithmetic, 8 bits or more: what the processor multiplies best. There
     bfloat16 weights meet bfloat16 activations, if the processor multiplies those. The choice depends on T
     (x is [B, T, I]) and not on B: a sequence's tokens do not depend on its neighbours.
+
+    `isa` is one of `native.instruction_sets()`; empty: the default.
     """
     few = x.ndim <= 2 or x.shape[-2] < FEW_TOKENS
     calls: dict[bool, list[int]] = {}  # few or many -> numbers of the weights
@@ -48,12 +56,12 @@ def stacked_matmuls(
             calls.setdefault(few, []).append(number)
         elif math.prod(x.shape[:-1]) <= MAX_FLOAT_ROWS and w.dtype.name in _FLOAT_KINDS:
             calls.setdefault(True, []).append(number)
-        elif not few and w.dtype == jnp.uint16 and w.shape[-1] % 2 == 0 and native.multiplies_bfloat16():
+        elif not few and w.dtype == jnp.uint16 and w.shape[-1] % 2 == 0 and native.multiplies_bfloat16(isa):
             calls.setdefault(False, []).append(number)
         else:
             out[number] = reference.stacked_matmul(x, w, layer)
     for few, numbers in calls.items():
-        ys = _call(x, [weights[n] for n in numbers], [layers[n] for n in numbers], few=few)
+        ys = _call(x, [weights[n] for n in numbers], [layers[n] for n in numbers], few=few, isa=isa)
         out.update(zip(numbers, ys, strict=True))
     return [out[number] for number in range(len(weights))]
 
@@ -76,7 +84,12 @@ def _operand(w: jax.Array | QuantizedTensor) -> _Operand:
 
 
 def _call(
-    x: jax.Array, weights: Sequence[jax.Array | QuantizedTensor], layers: Sequence[jax.Array], *, few: bool
+    x: jax.Array,
+    weights: Sequence[jax.Array | QuantizedTensor],
+    layers: Sequence[jax.Array],
+    *,
+    few: bool,
+    isa: str,
 ) -> list[jax.Array]:
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     operands = [_operand(w) for w in weights]
@@ -89,5 +102,6 @@ def _call(
         cols=np.array([operand.cols for operand in operands], np.int64),
         groups=np.array([operand.group for operand in operands], np.int64),
         few=few,
+        isa=isa,
     )
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
