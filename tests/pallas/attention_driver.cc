@@ -1,4 +1,4 @@
-// Attends to what it reads from standard input by one instruction set's kernels (KERNELS names their table), writes the
+// Attends to what it reads from standard input by one instruction set's kernels (TABLE names them), writes the
 // results to standard output, and so on to the end: so that kernels run under an emulator without Python.
 //
 // A record: eight int64 (batch, tokens, heads, kv heads, capacity, head size, stored, window), float32 scale and
@@ -26,7 +26,6 @@ const T* ReadSome(int64_t count) {
 
 int main() {
   using namespace jaxchat;
-  const AttentionKernels& kernels = KERNELS();
   for (int64_t head[8]; std::fread(head, sizeof head, 1, stdin) == 1;) {
     Attention a{};
     a.batch = head[0];
@@ -35,17 +34,18 @@ int main() {
     a.kv_heads = head[3];
     a.capacity = head[4];
     a.head_dim = head[5];
-    a.stored = static_cast<Stored>(head[6]);
+    const auto form = static_cast<Stored>(head[6]);
+    const AttentionKernels& kernels = TABLE[form];
     a.window = head[7];
     a.scale = *ReadSome<float>(1);
     a.softcap = *ReadSome<float>(1);
     const int64_t outputs = a.batch * a.tokens * a.heads * a.head_dim;
     const int64_t rows = a.batch * a.kv_heads * a.capacity;
-    const int64_t width = a.stored == Stored::kFloat32 ? 4 : a.stored == Stored::kBfloat16 ? 2 : 1;
+    const int64_t width = form == Stored::kFloat32 ? 4 : form == Stored::kBfloat16 ? 2 : 1;
     a.q = ReadSome<float>(outputs);
     a.k = Read(rows * a.head_dim * width);
     a.v = Read(rows * a.head_dim * width);
-    if (a.stored == Stored::kInt8) {
+    if (form == Stored::kInt8) {
       a.k_scale = ReadSome<float>(rows);
       a.v_scale = ReadSome<float>(rows);
     }

@@ -176,12 +176,6 @@ Narrow Truncate(__m512i v) {
   return narrow;
 }
 
-inline __m512i Insert(__m512i v, __m256i part, int half) {
-  auto x = Of<int8_t>(v);
-  std::memcpy(x.at + 32 * half, &part, 32);
-  return To<__m512i>(x);
-}
-
 inline __m512i Gather(__m512i index, const void* base, int scale) {
   const auto x = Of<int32_t>(index);
   return Each<int32_t>([&](int i) {
@@ -211,9 +205,7 @@ inline float Sum(__m512 v) {
 
 }  // namespace lanes
 
-// Defined only now: the compiler's own header would take it for an option.
-#define __AVX512F__ 1
-#define target(set)  // functions have no instruction set of their own
+#define JAXCHAT_EMULATED  // functions are compiled for no other processor than the compiler is told
 
 #define LANES_SPLAT(T, x) lanes::Each<T>([&](int) { return static_cast<T>(x); })
 #define LANES_SHIFT(T, a, op, n) \
@@ -221,10 +213,8 @@ inline float Sum(__m512 v) {
 
 #define _mm512_add_epi32(a, b) lanes::Pairs<uint32_t>(a, b, [](auto x, auto y) { return x + y; })
 #define _mm512_and_si512(a, b) lanes::Pairs<uint64_t>(a, b, [](auto x, auto y) { return x & y; })
-#define _mm512_castsi256_si512(a) lanes::Insert(LANES_SPLAT(int8_t, 0x5a), a, 0)
 #define _mm512_cvtepi32_epi8(a) (lanes::Truncate<int8_t, int32_t, __m128i>(a))
 #define _mm512_cvtepi32_ps(a) lanes::Each<float>([x = lanes::Of<int32_t>(a)](int i) { return float(x.at[i]); })
-#define _mm512_cvtepi64_epi32(a) (lanes::Truncate<int32_t, int64_t, __m256i>(a))
 #define _mm512_cvtepi8_epi32 lanes::WidenBytes
 #define _mm512_cvtneps_pbh lanes::Bfloat16
 #define _mm512_cvtph_ps lanes::WidenHalves
@@ -232,7 +222,6 @@ inline float Sum(__m512 v) {
 #define _mm512_dpbusd_epi32 lanes::DotProduct
 #define _mm512_fmadd_ps lanes::MultiplyAdd
 #define _mm512_i32gather_epi32 lanes::Gather
-#define _mm512_inserti64x4 lanes::Insert
 #define _mm512_load_ps lanes::Load<__m512>
 #define _mm512_load_si512 lanes::Load<__m512i>
 #define _mm512_loadu_si512 lanes::LoadAnywhere
@@ -242,20 +231,16 @@ inline float Sum(__m512 v) {
 #define _mm256_maskz_loadu_epi16 lanes::LoadShorts
 #define _mm512_maskz_loadu_ps lanes::LoadFloats
 #define _mm512_mul_ps(a, b) lanes::Pairs<float>(a, b, [](auto x, auto y) { return x * y; })
-#define _mm512_mullo_epi64(a, b) lanes::Pairs<uint64_t>(a, b, [](auto x, auto y) { return x * y; })
 #define _mm512_permutex2var_ps lanes::Permute
 #define _mm512_permutexvar_ps(index, a) lanes::Permute(a, index, a)
 #define _mm512_reduce_add_ps lanes::Sum
 #define _mm512_set1_epi32(x) LANES_SPLAT(int32_t, x)
-#define _mm512_set1_epi64(x) LANES_SPLAT(int64_t, x)
 #define _mm512_set1_epi8(x) LANES_SPLAT(int8_t, x)
-#define _mm512_set1_ps(x) LANES_SPLAT(float, x)
 #define _mm512_setzero_ps() LANES_SPLAT(float, 0)
 #define _mm512_setzero_si512() LANES_SPLAT(int32_t, 0)
 #define _mm512_slli_epi32(a, n) LANES_SHIFT(uint32_t, a, <<, n)
 #define _mm512_srli_epi16(a, n) LANES_SHIFT(uint16_t, a, >>, n)
 #define _mm512_store_si512 lanes::Store
-#define _mm512_sub_epi64(a, b) lanes::Pairs<uint64_t>(a, b, [](auto x, auto y) { return x - y; })
 #define _mm512_unpackhi_epi32(a, b) lanes::Unpack<int32_t>(a, b, 2)
 #define _mm512_unpackhi_epi64(a, b) lanes::Unpack<int64_t>(a, b, 1)
 #define _mm512_unpacklo_epi32(a, b) lanes::Unpack<int32_t>(a, b, 0)

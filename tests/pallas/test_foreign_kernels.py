@@ -3,7 +3,6 @@
 ARM's are cross-compiled and run under qemu; under those of AVX-512, `avx512.h` stands in for it.
 """
 
-import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -31,9 +30,9 @@ SOURCES = TESTS.parents[1] / "jaxchat" / "pallas"
 
 
 class Variant(NamedTuple):
-    """A table of kernels; the errors of products, relative to the norms of both sides."""
+    """The kernels of an instruction set; the errors of products, relative to the norms of both sides."""
 
-    source: str
+    isa: str
     flags: str
     fine: float = 0  # where 8-bit weights meet a few tokens
     coarse: float = 0  # where other quantized weights or more tokens meet
@@ -48,26 +47,19 @@ class Variant(NamedTuple):
         """Why this machine cannot run it, or nothing."""
         if self.arm:
             return "" if ARM_COMPILER and EMULATOR else "no aarch64-linux-gnu-g++ or no qemu-aarch64"
-        avx2 = platform.machine() in ("x86_64", "AMD64") and native.instruction_set() in ("avx2", "avx512")
-        return "" if COMPILER and avx2 else "no C++ compiler or no AVX2"
+        return "" if COMPILER and "avx2" in native.instruction_sets() else "no C++ compiler or no AVX2"
 
-    def run(self, table: str, driver: str, records: bytes, folder: Path) -> np.ndarray:
+    def run(self, operation: str, table: str, driver: str, records: bytes, folder: Path) -> np.ndarray:
         """What a driver, compiled in a folder with the kernels, makes of the records: float32."""
         if self.missing():
             pytest.skip(self.missing())
+        source, program = SOURCES / operation / f"cpu_{self.isa}.cc", folder / "driver"
         flags = f"-std=c++17 -Wall -Wextra -Werror -Wno-psabi -fno-math-errno {self.flags}"
-        source, program = SOURCES / self.source, folder / "driver"
-        paths = [
-            TESTS / driver,
-            source,
-            f"-I{source.parent}",
-            f"-I{TESTS}",
-            f"-DKERNELS={table}",
-            "-o",
-            program,
-        ]
+        flags += f" -I{source.parent} -I{TESTS} -DTABLE={self.isa}::{table}"
         compiler = ARM_COMPILER if self.arm else COMPILER
-        subprocess.run([compiler, *flags.split(), *paths], check=True, capture_output=True, text=True)
+        command = [compiler, *flags.split(), TESTS / driver, source, "-o", program]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         command = [EMULATOR, "-cpu", "max", str(program)] if self.arm else [str(program)]
         done = subprocess.run(command, input=records, capture_output=True, check=True)
         return np.frombuffer(done.stdout, np.float32)
@@ -77,48 +69,39 @@ COMPILER = shutil.which("g++")
 ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 
-ARM = "-O2 -static -march=armv8"
+ARM = "-O2 -static -march=armv8-a"
 AVX512 = "-O1 -mavx2 -mfma -mf16c -Wno-ignored-attributes -include avx512.h"
-PRODUCTS = {
-    "PortableKernels": Variant("stacked_matmul/cpu_portable.cc", f"{ARM}-a", rounded(32767), rounded(32767)),
-    "DotprodKernels": Variant(
-        "stacked_matmul/cpu_neon.cc", f"{ARM}.2-a+dotprod", rounded(16256), rounded(127)
-    ),
-    "I8mmKernels": Variant(
-        "stacked_matmul/cpu_neon.cc", f"{ARM}.2-a+dotprod+i8mm", rounded(16256), rounded(127)
-    ),
-    "Avx512Kernels": Variant(
-        "stacked_matmul/cpu_avx512.cc",
-        AVX512,
-        rounded(16256),
-        rounded(127),
-        2**-9 + ROUNDING,
-    ),
-}
-ATTENTION = {
-    "PortableAttentionKernels": Variant("cache_attention/cpu_portable.cc", f"{ARM}-a"),
-    "Avx512AttentionKernels": Variant("cache_attention/cpu_avx512.cc", AVX512),
-}
+PRODUCTS = [
+    Variant("portable", ARM, rounded(32767), rounded(32767)),
+    Variant("dotprod", ARM, rounded(16256), rounded(127)),
+    Variant("i8mm", ARM, rounded(16256), rounded(127)),
+    Variant("avx512", AVX512, rounded(16256), rounded(127), 2**-9 + ROUNDING),
+]
+ATTENTION = [Variant("portable", ARM), Variant("avx512", AVX512)]
 SHAPES = ((33, 172), (100, 96), (7, 31), (1, 1), (65, 2400))
-KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, 8: 3, 4: 4}
+KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, (8, False): 3, (8, True): 4, (4, False): 5, (4, True): 6}
 
 
 def record(case: Case, kind, x: np.ndarray, few: bool) -> bytes:
     """What `kernel_driver.cc` reads: the product of x [m, I] with the first layer."""
     if kind in ("float32", "bfloat16", "float16"):
-        head = (*case.w.shape[1:], 1, x.shape[1], len(x), few, False, False)
-        arrays = [case.w[0], x]
+        kind, cols, group, wide, arrays = KINDS[kind], x.shape[1], 1, False, [case.w[0], x]
     else:
         w = case.w
-        head = (w.codes.shape[1], w.padded_columns, w.group, x.shape[1], len(x), few)
-        head = (*head, w.scales.dtype == np.float32, w.mins is not None)
-        arrays = [w.codes[0], w.scales[0], *([] if w.mins is None else [w.mins[0]]), x]
-    return np.array([KINDS[kind], *head], np.int64).tobytes() + b"".join(a.tobytes() for a in arrays)
+        kind, cols, group, wide = (
+            KINDS[kind, w.affine],
+            w.padded_columns,
+            w.group,
+            w.scales.dtype == np.float32,
+        )
+        arrays = [part[0] for part in (w.codes, w.scales, w.mins) if part is not None] + [x]
+    codes = arrays[0]
+    head = (kind, len(codes), codes[0].nbytes, cols, group, x.shape[1], len(x), few, wide)
+    return np.array(head, np.int64).tobytes() + b"".join(a.tobytes() for a in arrays)
 
 
-@pytest.mark.parametrize("table", PRODUCTS)
-def test_products(table, rng, tmp_path):
-    variant = PRODUCTS[table]
+@pytest.mark.parametrize("variant", PRODUCTS, ids=lambda variant: variant.isa)
+def test_products(variant, rng, tmp_path):
     products = []  # case, kind, x, few
     for shape in SHAPES:
         forms = [(kind, float_case(rng, kind, shape)) for kind in ("float32", "bfloat16", "float16")]
@@ -133,7 +116,7 @@ def test_products(table, rng, tmp_path):
                 if few or tiled:
                     products.append((case, kind, rng.standard_normal((m, shape[1]), np.float32), few))
     records = b"".join(record(*product) for product in products)
-    results = variant.run(table, "kernel_driver.cc", records, tmp_path)
+    results = variant.run("stacked_matmul", "kProducts", "kernel_driver.cc", records, tmp_path)
     for case, kind, x, few in products:
         y, results = np.split(results, [len(x) * case.values.shape[1]])
         x64 = x.astype(np.float64)
@@ -171,8 +154,8 @@ def attention_record(case, dtype, window: int, softcap: float) -> bytes:
     return head + b"".join(part.tobytes() for part in parts)
 
 
-@pytest.mark.parametrize("table", ATTENTION)
-def test_attention(table, rng, tmp_path):
+@pytest.mark.parametrize("variant", ATTENTION, ids=lambda variant: variant.isa)
+def test_attention(variant, rng, tmp_path):
     runs = [
         (make_case(rng, shape, t, dtype, np.nan), dtype, window, softcap)
         for dtype in CACHES
@@ -182,7 +165,7 @@ def test_attention(table, rng, tmp_path):
         for softcap in SOFTCAPS
     ]
     records = b"".join(attention_record(*run) for run in runs)
-    results = ATTENTION[table].run(table, "attention_driver.cc", records, tmp_path)
+    results = variant.run("cache_attention", "kAttention", "attention_driver.cc", records, tmp_path)
     for case, dtype, window, softcap in runs:
         out, results = np.split(results, [case.q.size])
         error = np.abs(out.reshape(case.q.shape) - expected(case, window, softcap)).max()

@@ -3,6 +3,7 @@
 import ctypes.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from jaxchat.pallas import native
 
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 ROOT = Path(__file__).parents[2]
+LIBRARY = native._find()
 
 
 def python(code: str, **environment: str) -> str:
@@ -120,6 +122,25 @@ def test_a_library_built_for_another_jaxlib_leaves_xla_working(tmp_path):
     why, result = shown.splitlines()
     assert_one_line(why, "API version (99.", "reinstall jaxchat")
     assert result == "2"
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or not shutil.which("objdump") or not native.available(),
+    reason="for x86-64 libraries, and needs objdump and nm",
+)
+def test_no_function_that_sources_share_needs_more_than_any_processor_has():
+    """Of an inline function that several sources contain the linker keeps one: for all instruction sets."""
+
+    def shown(*command):
+        return subprocess.run([*command, LIBRARY], check=True, capture_output=True, text=True).stdout
+
+    sizes = re.findall(r"^([0-9a-f]+) ([0-9a-f]+) [Wu] \S+$", shown("nm", "-D", "-S"), re.MULTILINE)
+    shared = {at for start, size in sizes for at in range(int(start, 16), int(start, 16) + int(size, 16))}
+    code = shown("objdump", "-d", "--no-show-raw-insn")
+    wide = re.findall(r"^ *([0-9a-f]+):\t(v[a-z]+ .*|.*%[yz]mm.*)$", code, re.MULTILINE)
+    assert any("%zmm" in instruction for _, instruction in wide)
+    assert len(sizes) > 10
+    assert not [instruction for at, instruction in wide if int(at, 16) in shared]
 
 
 def test_a_failing_build_installs_plain_python():

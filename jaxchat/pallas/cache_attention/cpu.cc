@@ -12,15 +12,15 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-const AttentionKernels* Pick(Isa isa) {
+const AttentionTable* TableOf(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
-    case Isa::kAvx512: return &Avx512AttentionKernels();
-    case Isa::kAvx2: return &Avx2AttentionKernels();
+    case Isa::kAvx512: return &avx512::kAttention;
+    case Isa::kAvx2: return &avx2::kAttention;
 #endif
     case Isa::kPortable:
     case Isa::kDotprod:
-    case Isa::kI8mm: return &PortableAttentionKernels();
+    case Isa::kI8mm: return &portable::kAttention;
     default: return nullptr;
   }
 }
@@ -29,8 +29,8 @@ ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
                           ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> slot,
                           ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> window,
                           ffi::Result<ffi::Buffer<ffi::F32>> out, float softcap, std::string_view isa) {
-  const AttentionKernels* const kernels = Pick(InstructionSet(isa));
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("isa names no instruction set that runs here");
+  const AttentionTable* const table = TableOf(InstructionSet(isa));
+  if (table == nullptr) return ffi::Error::InvalidArgument("isa names no instruction set that runs here");
   const auto q_dims = q.dimensions(), k_dims = k.dimensions();
   Attention a{};
   a.batch = q_dims[0];
@@ -42,12 +42,13 @@ ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
   const int64_t at = slot.typed_data()[0];
   if (at < 0 || at >= k_dims[0]) return ffi::Error::InvalidArgument("slot out of range");
   const size_t width = ffi::ByteWidth(k.element_type());  // cpu.py passes nothing else than these three
-  a.stored = width == 4 ? Stored::kFloat32 : width == 2 ? Stored::kBfloat16 : Stored::kInt8;
+  const Stored form = width == 4 ? Stored::kFloat32 : width == 2 ? Stored::kBfloat16 : Stored::kInt8;
+  const AttentionKernels& kernels = (*table)[form];
   const int64_t rows = at * a.batch * a.kv_heads * a.capacity, bytes = rows * a.head_dim * width;
   a.q = q.typed_data();
   a.k = static_cast<const char*>(k.untyped_data()) + bytes;
   a.v = static_cast<const char*>(v.untyped_data()) + bytes;
-  if (a.stored == Stored::kInt8) {
+  if (form == Stored::kInt8) {
     a.k_scale = k_scale.typed_data() + rows;
     a.v_scale = v_scale.typed_data() + rows;
   }
@@ -56,9 +57,9 @@ ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
   a.scale = scale.typed_data()[0];
   a.window = window.typed_data()[0];
   a.softcap = softcap;
-  std::vector<float> partial(kernels->partial_floats(a));
-  ParallelFor(pool, kernels->tasks(a), [&](int64_t task) { kernels->run(a, task, partial.data()); });
-  kernels->merge(a, partial.data());
+  std::vector<float> partial(kernels.partial_floats(a));
+  ParallelFor(pool, kernels.tasks(a), [&](int64_t task) { kernels.run(a, task, partial.data()); });
+  kernels.merge(a, partial.data());
   return ffi::Error::Success();
 }
 

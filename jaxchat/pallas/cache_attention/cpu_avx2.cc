@@ -1,2 +1,3 @@
-// The portable source's vectors are two of AVX2's.
-#include "cpu_portable.cc"
+// Nothing here needs an intrinsic: vectors are AVX2's, of 32 bytes.
+#define JAXCHAT_ISA JAXCHAT_AVX2
+#include "cpu_attend-inl.h"

@@ -1,16 +1,17 @@
-// One call of cache attention, and the kernel over it. Each instruction set compiles cpu_portable.cc once.
+// One call of cache attention, and the kernels over it: a table for each instruction set, a row of it for each form of
+// the cache. cpu.cc picks at run time.
 #pragma once
 #include <cstdint>
 
 namespace jaxchat {
 
-enum class Stored { kFloat32, kBfloat16, kInt8 };  // int8: codes, times one scale a row
+enum class Stored : int64_t { kFloat32, kBfloat16, kInt8 };  // int8: codes, times one scale a row
+constexpr int64_t kStored = 3;
 
 struct Attention {
   const float* q;  // [B, T, N, H]
   const void* k;   // [B, K, S, H] of one slot
   const void* v;
-  Stored stored;
   const float* k_scale;  // [B, K, S] of the same slot, with int8
   const float* v_scale;
   float* out;      // [B, T, N, H]
@@ -29,10 +30,21 @@ struct AttentionKernels {
   void (*merge)(const Attention&, const float* partial);  // after all tasks
 };
 
-const AttentionKernels& PortableAttentionKernels();
+struct AttentionTable {
+  AttentionKernels stored[kStored];
+  constexpr const AttentionKernels& operator[](Stored form) const { return stored[static_cast<int64_t>(form)]; }
+};
+
+namespace portable {
+extern const AttentionTable kAttention;
+}
 #if defined(__x86_64__)
-const AttentionKernels& Avx2AttentionKernels();
-const AttentionKernels& Avx512AttentionKernels();
+namespace avx2 {
+extern const AttentionTable kAttention;
+}
+namespace avx512 {
+extern const AttentionTable kAttention;
+}
 #endif
 
 }  // namespace jaxchat

@@ -14,19 +14,20 @@ namespace jaxchat {
 namespace {
 
 namespace ffi = xla::ffi;
+using Integers = ffi::Span<const int64_t>;
 
-const Kernels* Pick(Isa isa) {
+const KernelTable* TableOf(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
-    case Isa::kAvx512: return &Avx512Kernels();
-    case Isa::kAvx2: return &Avx2Kernels();
+    case Isa::kAvx512: return &avx512::kProducts;
+    case Isa::kAvx2: return &avx2::kProducts;
 #elif defined(__aarch64__)
-    case Isa::kDotprod: return &DotprodKernels();
+    case Isa::kDotprod: return &dotprod::kProducts;
 #if !defined(JAXCHAT_NO_I8MM)
-    case Isa::kI8mm: return &I8mmKernels();
+    case Isa::kI8mm: return &i8mm::kProducts;
 #endif
 #endif
-    case Isa::kPortable: return &PortableKernels();
+    case Isa::kPortable: return &portable::kProducts;
     default: return nullptr;
   }
 }
@@ -44,16 +45,16 @@ const void* AtLayer(const ffi::AnyBuffer& stack, int64_t layer) {
   return static_cast<const char*>(stack.untyped_data()) + layer * bytes;
 }
 
-// A product of the call: its weight, and x as that weight reads it.
+// A product of the call: its weight, and x as that weight meets it.
 struct Product {
   Weights w;
+  const Kernels* kernels;
   float* out;
   const void* prepared;
 };
 
-bool ReadAlike(const Weights& a, const Weights& b) {
-  return a.kind == b.kind && a.cols == b.cols && (a.mins == nullptr) == (b.mins == nullptr);
-}
+// Whether they meet x in the same form.
+bool Alike(const Product& a, const Product& b) { return a.kernels == b.kernels && a.w.cols == b.w.cols; }
 
 // Calls work(product, begin, end) for all rows of all weights, `chunk` at a time.
 template <typename Work>
@@ -68,65 +69,91 @@ void ForAllRows(ffi::ThreadPool& pool, const std::vector<Product>& products, int
   });
 }
 
-using Integers = ffi::Span<const int64_t>;
+// What a call multiplies: x, and for each weight its product.
+struct Call {
+  const float* x;
+  int64_t m;
+  std::vector<Product> products;
+  std::vector<Memory> memory;  // of the prepared x
+
+  int64_t Rows() const {
+    int64_t rows = 0;
+    for (const Product& product : products) rows += product.w.rows;
+    return rows;
+  }
+
+  // Gives each product x as it meets it; make(product, to) makes that, in bytes(product) bytes.
+  template <typename Bytes, typename Make>
+  void Prepare(const Bytes& bytes, const Make& make) {
+    for (auto product = products.begin(); product != products.end(); ++product) {
+      const auto alike = std::find_if(products.begin(), product, [&](const Product& p) { return Alike(p, *product); });
+      if (alike == product) {
+        memory.push_back(Allocate(bytes(*product)));
+        make(*product, memory.back().get());
+        product->prepared = memory.back().get();
+      } else {
+        product->prepared = alike->prepared;
+      }
+    }
+  }
+};
+
+ffi::Error Few(ffi::ThreadPool& pool, Call& call) {
+  const int64_t m = call.m;
+  call.Prepare([&](const Product& p) { return p.kernels->few.bytes(p.w, m); },
+               [&](const Product& p, void* to) { p.kernels->few.prepare(p.w, call.x, m, to); });
+  const auto work = [&](const Product& p, int64_t begin, int64_t end) {
+    p.kernels->few.run(p.w, call.x, p.prepared, m, p.out, begin, end);
+  };
+  ForAllRows(pool, call.products, std::clamp<int64_t>(call.Rows() / 16, 8, 512), work);
+  return ffi::Error::Success();
+}
+
+ffi::Error Many(ffi::ThreadPool& pool, Call& call) {
+  const int64_t m = call.m;
+  for (const Product& p : call.products)
+    if (p.kernels->many.run == nullptr) return ffi::Error::InvalidArgument("no kernel of this kind for many rows");
+  call.Prepare([&](const Product& p) { return p.kernels->many.bytes(p.w, m); },
+               [&](const Product& p, void* to) {
+                 ParallelFor(pool, (m + 15) / 16, [&](int64_t c) {
+                   p.kernels->many.prepare(p.w, call.x, m, c * 16, std::min(m, c * 16 + 16), to);
+                 });
+               });
+  ForAllRows(pool, call.products, 64, [&](const Product& p, int64_t begin, int64_t end) {
+    Memory scratch = Allocate(p.kernels->many.scratch_bytes(p.w));
+    p.kernels->many.run(p.w, p.prepared, m, p.out, begin, end, scratch.get());
+  });
+  return ffi::Error::Success();
+}
 
 // Weight i is arguments 3 i to 3 i + 2: codes, scales and minimums (empty where there are none).
 ffi::Error StackedMatmuls(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> layers,
                           ffi::RemainingArgs weights, ffi::RemainingRets outs, Integers kinds, Integers cols,
                           Integers groups, bool few, std::string_view isa) {
-  const Kernels* const kernels = Pick(InstructionSet(isa));
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("isa names no instruction set that runs here");
-  const int64_t m = x.dimensions()[0];
-  const float* in = x.typed_data();
-  std::vector<Product> products;
-  std::vector<Memory> memory;
-  int64_t rows = 0;
+  const KernelTable* const table = TableOf(InstructionSet(isa));
+  if (table == nullptr) return ffi::Error::InvalidArgument("isa names no instruction set that runs here");
+  Call call{x.typed_data(), x.dimensions()[0], {}, {}};
   for (size_t i = 0; i < kinds.size(); ++i) {
     const auto codes = weights.get<ffi::AnyBuffer>(3 * i), scales = weights.get<ffi::AnyBuffer>(3 * i + 1),
                mins = weights.get<ffi::AnyBuffer>(3 * i + 2);
     auto out = outs.get<ffi::Buffer<ffi::F32>>(i);
     if (!codes.has_value() || !scales.has_value() || !mins.has_value() || !out.has_value())
       return ffi::Error::InvalidArgument("three arguments and one result a weight");
+    if (kinds[i] < 0 || kinds[i] >= kKinds) return ffi::Error::InvalidArgument("no such kind of weights");
     const int64_t at = layers.typed_data()[i];
     if (at < 0 || at >= codes->dimensions()[0]) return ffi::Error::InvalidArgument("layer out of range");
     Weights w{};
-    w.kind = static_cast<Kind>(kinds[i]);
     w.codes = AtLayer(*codes, at);
     w.scales = AtLayer(*scales, at);
-    w.mins = mins->element_count() ? AtLayer(*mins, at) : nullptr;
+    w.mins = AtLayer(*mins, at);
     w.wide_scales = scales->element_type() == ffi::F32;
     w.rows = codes->dimensions()[1];
     w.cols = cols[i];
     w.group = groups[i];
     w.inputs = x.dimensions()[1];
-    rows += w.rows;
-    const auto alike = std::find_if(products.begin(), products.end(),
-                                    [&](const Product& other) { return ReadAlike(other.w, w); });
-    if (alike != products.end()) {
-      products.push_back({w, (*out)->typed_data(), alike->prepared});
-      continue;
-    }
-    memory.push_back(Allocate(few ? kernels->few_bytes(w, m) : kernels->tiled_bytes(w, m)));
-    void* prepared = memory.back().get();
-    if (few)
-      kernels->few_prepare(w, in, m, prepared);
-    else
-      ParallelFor(pool, (m + 15) / 16, [&](int64_t c) {
-        kernels->tiled_prepare(w, in, m, c * 16, std::min(m, c * 16 + 16), prepared);
-      });
-    products.push_back({w, (*out)->typed_data(), prepared});
+    call.products.push_back({w, &(*table)[static_cast<Kind>(kinds[i])], (*out)->typed_data(), nullptr});
   }
-  if (few) {
-    ForAllRows(pool, products, std::clamp<int64_t>(rows / 16, 8, 512), [&](const Product& p, int64_t begin, int64_t end) {
-      kernels->few(p.w, in, p.prepared, m, p.out, begin, end);
-    });
-  } else {
-    ForAllRows(pool, products, 64, [&](const Product& p, int64_t begin, int64_t end) {
-      Memory scratch = Allocate(kernels->tiled_scratch_bytes(p.w));
-      kernels->tiled(p.w, p.prepared, m, p.out, begin, end, scratch.get());
-    });
-  }
-  return ffi::Error::Success();
+  return few ? Few(pool, call) : Many(pool, call);
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ FEW_TOKENS = 32
 """From so many tokens of a sequence on, quantized weights are unpacked once for all of them."""
 
 _FLOAT_KINDS = {"float32": 0, "uint16": 1, "float16": 2}  # uint16 holds the bits of bfloat16
-_QUANTIZED_KINDS = {8: 3, 4: 4}
+_QUANTIZED_KINDS = {(8, False): 3, (8, True): 4, (4, False): 5, (4, True): 6}  # bits, affine
 
 
 def stacked_matmul(
@@ -78,7 +78,8 @@ class _Operand(NamedTuple):
 def _operand(w: jax.Array | QuantizedTensor) -> _Operand:
     if isinstance(w, QuantizedTensor):
         mins = jnp.zeros((w.codes.shape[0], 0), w.scales.dtype) if w.mins is None else w.mins
-        return _Operand(_QUANTIZED_KINDS[w.bits], w.padded_columns, w.group, (w.codes, w.scales, mins))
+        kind = _QUANTIZED_KINDS[w.bits, w.affine]
+        return _Operand(kind, w.padded_columns, w.group, (w.codes, w.scales, mins))
     none = jnp.zeros((w.shape[0], 0), jnp.float16)
     return _Operand(_FLOAT_KINDS[w.dtype.name], w.shape[-1], 1, (w, none, none))
 

@@ -1,18 +1,19 @@
-// Weights as they lie in the layer stack, and the row kernels over them. Each instruction set exports one
-// table; cpu.cc picks one at run time.
+// Weights as they lie in the layer stack, and the kernels over them: a table for each instruction set, a row of it for
+// each kind of weights. cpu.cc picks at run time.
 #pragma once
 #include <cstdint>
 
 namespace jaxchat {
 
-enum class Kind : int64_t { kF32 = 0, kBf16 = 1, kF16 = 2, kInt8 = 3, kInt4 = 4 };
+// As in cpu.py. Affine: code * scale + min; other quantized weights: code * scale.
+enum class Kind : int64_t { kFloat32, kBfloat16, kFloat16, kInt8, kInt8Affine, kInt4, kInt4Affine };
+constexpr int64_t kKinds = 7;
 
-// One layer's weight [rows, cols]: w = code * scale (+ min), scale and min per `group` columns.
+// One layer's weight [rows, cols], with scales (and minimums) per `group` columns.
 struct Weights {
-  Kind kind;
   const void* codes;
-  const void* scales;  // [rows, cols / group], float16 or float32; null for float kinds
-  const void* mins;    // like scales, or null
+  const void* scales;  // [rows, cols / group], float16 or float32; for quantized kinds
+  const void* mins;    // like scales, for affine kinds
   bool wide_scales;    // scales and mins are float32
   int64_t rows;
   int64_t cols;   // a multiple of `group`, which is a multiple of 32, for quantized kinds
@@ -21,30 +22,52 @@ struct Weights {
   int64_t inputs;
 };
 
-// x [m, inputs] in the form a kernel reads. Filled by `prepare`, in `bytes(m)` bytes of 64-byte aligned memory.
-// Few rows: 8-bit weights meet at least 15 bits per activation, 4-bit weights at least 8. Tiled, many rows: at least
-// 8 bits for both (as in llama.cpp).
-struct Kernels {
-  const char* name;
-  int64_t (*few_bytes)(const Weights&, int64_t m);
-  void (*few_prepare)(const Weights&, const float* x, int64_t m, void* out);
-  void (*few)(const Weights&, const float* x, const void* prepared, int64_t m, float* y, int64_t begin,
-                  int64_t end);
-  int64_t (*tiled_bytes)(const Weights&, int64_t m);
-  void (*tiled_prepare)(const Weights&, const float* x, int64_t m, int64_t begin, int64_t end, void* out);
-  // Rows [begin, end) of the weights, begin a multiple of 32; `scratch` holds tiled_scratch_bytes.
-  void (*tiled)(const Weights&, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end,
-                void* scratch);
-  int64_t (*tiled_scratch_bytes)(const Weights&);
+// A few rows of x [m, inputs]: 8-bit weights meet at least 15 bits per activation, 4-bit weights at least 8.
+struct FewKernel {
+  // x in the form the weights meet it: `prepare` fills `bytes` bytes of 64-byte aligned memory.
+  int64_t (*bytes)(const Weights&, int64_t m);
+  void (*prepare)(const Weights&, const float* x, int64_t m, void* out);
+  void (*run)(const Weights&, const float* x, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end);
 };
 
-const Kernels& PortableKernels();
+// Many rows of x: at least 8 bits for both sides (as in llama.cpp).
+struct ManyKernel {
+  int64_t (*bytes)(const Weights&, int64_t m);
+  // Rows [begin, end) of x, begin a multiple of 16.
+  void (*prepare)(const Weights&, const float* x, int64_t m, int64_t begin, int64_t end, void* out);
+  // Rows [begin, end) of the weights, begin a multiple of 32; `scratch` holds `scratch_bytes`, aligned as above.
+  void (*run)(const Weights&, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end, void* scratch);
+  int64_t (*scratch_bytes)(const Weights&);
+};
+
+struct Kernels {
+  FewKernel few;
+  ManyKernel many;  // null where nothing is faster than XLA
+};
+
+struct KernelTable {
+  Kernels kinds[kKinds];
+  constexpr Kernels& operator[](Kind kind) { return kinds[static_cast<int64_t>(kind)]; }
+  constexpr const Kernels& operator[](Kind kind) const { return kinds[static_cast<int64_t>(kind)]; }
+};
+
+namespace portable {
+extern const KernelTable kProducts;
+}
 #if defined(__x86_64__)
-const Kernels& Avx2Kernels();
-const Kernels& Avx512Kernels();
+namespace avx2 {
+extern const KernelTable kProducts;
+}
+namespace avx512 {
+extern const KernelTable kProducts;
+}
 #elif defined(__aarch64__)
-const Kernels& DotprodKernels();
-const Kernels& I8mmKernels();
+namespace dotprod {
+extern const KernelTable kProducts;
+}
+namespace i8mm {
+extern const KernelTable kProducts;
+}
 #endif
 
 }  // namespace jaxchat

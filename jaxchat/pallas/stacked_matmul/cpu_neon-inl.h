@@ -4,10 +4,12 @@
 //
 // Few rows of x: 4-bit weights meet activations of 8 bits; 8-bit weights 15 bits, split into two signed bytes,
 // q = 128 h + l. Many rows: a register tile of eight weight rows, and 8 bits.
-#if defined(__aarch64__)
-#include "cpu_common.h"
+#pragma once
+#include "../cpu_target.h"
+#include "cpu_products-inl.h"
 
-namespace jaxchat {
+JAXCHAT_BEGIN
+namespace jaxchat::JAXCHAT_NAMESPACE {
 namespace {
 
 constexpr int64_t kBlock = 128;           // columns that few rows take at a time
@@ -36,28 +38,27 @@ inline int8x16x2_t Unpack(int8x16_t raw) {
 }
 
 // The place of a column among the 32 of a sub-group, in the order in which its codes are unpacked.
-constexpr int64_t Place(Kind kind, int64_t column) {
-  return kind == Kind::kInt4 ? column % 2 * 16 + column / 2 : column;
+template <int kBits>
+constexpr int64_t Place(int64_t column) {
+  return kBits == 4 ? column % 2 * 16 + column / 2 : column;
 }
 
 // ---------------------------------------------------------------- a few rows of x
 
 // One block of one row of x.
-template <Kind kind>
+template <int kBits>
 struct Block {
-  static constexpr int kParts = kind == Kind::kInt4 ? 1 : 2;  // bytes of an activation: 8-bit weights: high, low
+  static constexpr int kParts = kBits == 4 ? 1 : 2;  // bytes of an activation: 8-bit weights: high, low
   int8_t q[kSubs][kParts][kSub];                              // in the order of `Place`
   float scale[kSubs];
   float sum[kSubs];  // of the values, for affine weights
 };
 
 // The products of a sub-group, in four sums.
-template <bool kAffine>
 inline int32x4_t Products(int8x16x2_t w, const int8_t (&q)[1][kSub]) {
   return vdotq_s32(vdotq_s32(vdupq_n_s32(0), w.val[0], LoadBytes(q[0])), w.val[1], LoadBytes(q[0] + 16));
 }
 
-template <bool kAffine>
 inline int32x4_t Products(int8x16x2_t w, const int8_t (&q)[2][kSub]) {
   const int32x4_t zero = vdupq_n_s32(0);
   const int32x4_t high = vdotq_s32(vdotq_s32(zero, w.val[0], LoadBytes(q[0])), w.val[1], LoadBytes(q[0] + 16));
@@ -65,29 +66,29 @@ inline int32x4_t Products(int8x16x2_t w, const int8_t (&q)[2][kSub]) {
 }
 
 // Adds the products of a block to M sums.
-template <Kind kind, int M, bool kAffine>
-inline void Step(const uint8_t* codes, float32x4_t scales, float32x4_t mins, const Block<kind>* x, int64_t stride,
+template <int kBits, int M, bool kAffine>
+inline void Step(const uint8_t* codes, float32x4_t scales, float32x4_t mins, const Block<kBits>* x, int64_t stride,
                  float32x4_t* acc) {
   int8x16x2_t w[kSubs];
   for (int s = 0; s < kSubs; ++s) {
-    if constexpr (kind == Kind::kInt4)
+    if constexpr (kBits == 4)
       w[s] = Unpack<kAffine>(LoadBytes(codes + s * 16));
     else
       w[s] = {{LoadBytes(codes + s * 32), LoadBytes(codes + s * 32 + 16)}};
   }
   for (int m = 0; m < M; ++m) {
-    const Block<kind>& block = x[m * stride];
+    const Block<kBits>& block = x[m * stride];
     int32x4_t sum[kSubs];
-    for (int s = 0; s < kSubs; ++s) sum[s] = Products<kAffine>(w[s], block.q[s]);
+    for (int s = 0; s < kSubs; ++s) sum[s] = Products(w[s], block.q[s]);
     const int32x4_t total = vpaddq_s32(vpaddq_s32(sum[0], sum[1]), vpaddq_s32(sum[2], sum[3]));  // a lane a sub-group
     acc[m] = vfmaq_f32(acc[m], vcvtq_f32_s32(total), vmulq_f32(scales, vld1q_f32(block.scale)));
     if constexpr (kAffine) acc[m] = vfmaq_f32(acc[m], mins, vld1q_f32(block.sum));
   }
 }
 
-template <Kind kind>
+template <int kBits, bool kAffine>
 struct Few {
-  using Block = jaxchat::Block<kind>;
+  using Block = JAXCHAT_NAMESPACE::Block<kBits>;
   static constexpr int kMost = 4;
 
   static int64_t Blocks(const Weights& w) { return (w.cols + kBlock - 1) / kBlock; }
@@ -102,17 +103,17 @@ struct Few {
         out[b].sum[s] = sub.sum;
         for (int64_t c = 0; c < kSub; ++c) {
           const int32_t q = sub.At(c), high = (q + 64) >> 7;
-          out[b].q[s][0][Place(kind, c)] = static_cast<int8_t>(kSplit ? high : q);
-          if constexpr (kSplit) out[b].q[s][1][Place(kind, c)] = static_cast<int8_t>(q - (high << 7));
+          out[b].q[s][0][Place<kBits>(c)] = static_cast<int8_t>(kSplit ? high : q);
+          if constexpr (kSplit) out[b].q[s][1][Place<kBits>(c)] = static_cast<int8_t>(q - (high << 7));
         }
       }
   }
 
-  template <int M, bool kAffine>
+  template <int M>
   static void Row(const Weights& w, const Groups& scales, const Groups& mins, const Block* x, int64_t row,
                   int64_t from, int64_t to, float* y) {
-    constexpr int64_t kBytes = kind == Kind::kInt4 ? kBlock / 2 : kBlock;
-    const int64_t bytes = kind == Kind::kInt4 ? w.cols / 2 : w.cols;
+    constexpr int64_t kBytes = kBlock * kBits / 8;
+    const int64_t bytes = CodeBytes<kBits>(w);
     const auto* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
     float32x4_t acc[M];
     for (int m = 0; m < M; ++m) acc[m] = vdupq_n_f32(0);
@@ -124,7 +125,7 @@ struct Few {
       else
         Prefetch<kBytes>(at);
       const float32x4_t min = kAffine ? FourScales(w, mins, row, b) : vdupq_n_f32(0);
-      Step<kind, M, kAffine>(at, FourScales(w, scales, row, b), min, x + b, Blocks(w), acc);
+      Step<kBits, M, kAffine>(at, FourScales(w, scales, row, b), min, x + b, Blocks(w), acc);
     }
     for (int m = 0; m < M; ++m) Put(vaddvq_f32(acc[m]), from, y + m * w.rows + row);
   }
@@ -133,10 +134,9 @@ struct Few {
 // ---------------------------------------------------------------- many rows of x
 
 constexpr int64_t kTileRows = 8;  // weight rows in a register tile
-constexpr int64_t kPart = 2048;   // columns of a tile: 16 KB, which stay in the first-level cache
-constexpr int64_t kRows = 4;      // of x in a register tile
+constexpr int64_t kInputRows = 4;  // of x in a register tile
 
-#if defined(__ARM_FEATURE_MATMUL_INT8)
+#if JAXCHAT_ISA == JAXCHAT_I8MM
 // A vector is eight columns of two rows, of x as of the weights; their product is two by two sums.
 constexpr int64_t kPerVector = 2;
 #else
@@ -147,57 +147,10 @@ constexpr int64_t kWidth = 16 / kPerVector;            // columns in a vector of
 constexpr int64_t kSteps = kSub / kWidth;              // in a sub-group
 constexpr int64_t kVectors = kTileRows / kPerVector;   // side by side
 
-// Prepared x, kRows rows at a time (those after the last are zero): bytes [m / kRows, cols / 32, 128], then scale and
-// sum [m / kRows, cols / 32, kRows].
-struct TiledX {
-  int8_t* q;
-  float* scale;
-  float* sum;
-};
-
-int64_t Padded(int64_t m) { return (m + kRows - 1) / kRows * kRows; }
-
-int64_t TiledBytes(const Weights& w, int64_t m) { return Padded(m) * (w.cols + w.cols / kSub * 8); }
-
-TiledX TiledView(const Weights& w, const void* prepared, int64_t m) {
-  auto* q = static_cast<int8_t*>(const_cast<void*>(prepared));
-  auto* scale = reinterpret_cast<float*>(q + Padded(m) * w.cols);
-  return {q, scale, scale + Padded(m) * (w.cols / kSub)};
-}
-
 // Where the byte of a row and a place lies among the 128 of a sub-group.
 constexpr int64_t PlaceInTile(int64_t row, int64_t place) {
   if (kPerVector == 4) return row * kSub + place;
   return (place / 8 * 2 + row / 2) * 16 + row % 2 * 8 + place % 8;
-}
-
-void TiledPrepare(const Weights& w, const float* x, int64_t m, int64_t begin, int64_t end, void* out) {
-  const TiledX view = TiledView(w, out, m);
-  const int64_t subs = w.cols / kSub;
-  for (int64_t i = begin; i < (end == m ? Padded(m) : end); ++i)
-    for (int64_t s = 0; s < subs; ++s) {
-      const Quantized sub = Quantize(x + i * w.inputs + s * kSub, i < m ? w.inputs - s * kSub : 0, 127);
-      const int64_t at = i / kRows * subs + s, row = i % kRows;
-      for (int64_t c = 0; c < kSub; ++c)
-        view.q[at * kRows * kSub + PlaceInTile(row, Place(w.kind, c))] = static_cast<int8_t>(sub.At(c));
-      view.scale[at * kRows + row] = sub.scale;
-      view.sum[at * kRows + row] = sub.sum;
-    }
-}
-
-// Part of a tile: codes [sub-group][step][vector], scales and minimums [sub-group][8 rows].
-struct Tile {
-  int8x16_t* codes;
-  float* scale;
-  float* min;
-};
-
-int64_t TiledScratchBytes(const Weights&) { return kTileRows * (kPart + kPart / kSub * 8); }
-
-Tile TileView(void* scratch) {
-  auto* codes = static_cast<int8x16_t*>(scratch);
-  auto* scale = reinterpret_cast<float*>(codes + kTileRows * kPart / 16);
-  return {codes, scale, scale + kTileRows * (kPart / kSub)};
 }
 
 inline int8x16_t Interleave64(int8x16_t a, int8x16_t b, bool upper) {
@@ -207,7 +160,7 @@ inline int8x16_t Interleave64(int8x16_t a, int8x16_t b, bool upper) {
 
 // Sixteen columns of eight rows to the tile's vectors, out[step][vector].
 inline void PackVectors(const int8x16_t* rows, int8x16_t* out) {
-#if defined(__ARM_FEATURE_MATMUL_INT8)
+#if JAXCHAT_ISA == JAXCHAT_I8MM
   for (int v = 0; v < kVectors; ++v)
     for (int j = 0; j < 2; ++j) out[j * kVectors + v] = Interleave64(rows[2 * v], rows[2 * v + 1], j);
 #else
@@ -226,42 +179,13 @@ inline void PackVectors(const int8x16_t* rows, int8x16_t* out) {
 #endif
 }
 
-template <Kind kind, bool kAffine>
-void Pack(const Weights& w, const Groups& scales, const Groups& mins, int64_t begin, int64_t from, int64_t to,
-          const Tile& tile) {
-  const int64_t bytes = kind == Kind::kInt4 ? 16 : 32;  // of a sub-group
-  const uint8_t* codes[kTileRows];
-  int64_t rows[kTileRows];
-  for (int64_t r = 0; r < kTileRows; ++r) {
-    rows[r] = std::min(begin + r, w.rows - 1);  // past the end: repeat the last
-    codes[r] = static_cast<const uint8_t*>(w.codes) + (rows[r] * w.cols + from) / kSub * bytes;
-  }
-  for (int64_t s = 0; s < (to - from) / kSub; ++s) {
-    int8x16_t half[2][kTileRows];
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      const int8x16_t raw = LoadBytes(codes[r] + s * bytes);
-      if constexpr (kind == Kind::kInt4) {
-        const int8x16x2_t both = Unpack<kAffine>(raw);
-        half[0][r] = both.val[0];
-        half[1][r] = both.val[1];
-      } else {
-        half[0][r] = raw;
-        half[1][r] = LoadBytes(codes[r] + s * bytes + 16);
-      }
-      tile.scale[s * kTileRows + r] = scales.At(rows[r], from / kSub + s);
-      if constexpr (kAffine) tile.min[s * kTileRows + r] = mins.At(rows[r], from / kSub + s);
-    }
-    for (int i = 0; i < 2; ++i) PackVectors(half[i], tile.codes + (s * kSteps + i * kSteps / 2) * kVectors);
-  }
-}
-
-// The products of a sub-group of kRows rows of x and a tile.
-#if defined(__ARM_FEATURE_MATMUL_INT8)
-using Sums = int32x4_t[kRows / 2][kVectors];  // of two rows of x and two of the weights
+// The products of a sub-group of kInputRows rows of x and a tile.
+#if JAXCHAT_ISA == JAXCHAT_I8MM
+using Sums = int32x4_t[kInputRows / 2][kVectors];  // of two rows of x and two of the weights
 
 inline void AddProducts(const int8x16_t* w, const int8_t* x, Sums& sums) {
   for (int j = 0; j < kSteps; ++j)
-    for (int m = 0; m < kRows / 2; ++m) {
+    for (int m = 0; m < kInputRows / 2; ++m) {
       const int8x16_t inputs = LoadBytes(x + (j * 2 + m) * 16);
       for (int v = 0; v < kVectors; ++v) sums[m][v] = vmmlaq_s32(sums[m][v], inputs, w[j * kVectors + v]);
     }
@@ -273,18 +197,18 @@ inline int32x4_t RowOf(const Sums& sums, int m, int v) {
   return vreinterpretq_s32_s64(m % 2 ? vtrn2q_s64(a, b) : vtrn1q_s64(a, b));
 }
 #else
-using Sums = int32x4_t[kRows][kVectors];  // of one row of x and four of the weights
+using Sums = int32x4_t[kInputRows][kVectors];  // of one row of x and four of the weights
 
 template <int kLane>
 inline void AddLane(const int8x16_t* w, const int8x16_t* x, Sums& sums) {
-  for (int m = 0; m < kRows; ++m)
+  for (int m = 0; m < kInputRows; ++m)
     for (int v = 0; v < kVectors; ++v) sums[m][v] = vdotq_laneq_s32(sums[m][v], w[kLane * kVectors + v], x[m], kLane);
 }
 
 inline void AddProducts(const int8x16_t* w, const int8_t* x, Sums& sums) {
   for (int half = 0; half < 2; ++half, w += 4 * kVectors) {
-    int8x16_t inputs[kRows];
-    for (int m = 0; m < kRows; ++m) inputs[m] = LoadBytes(x + m * kSub + half * 16);
+    int8x16_t inputs[kInputRows];
+    for (int m = 0; m < kInputRows; ++m) inputs[m] = LoadBytes(x + m * kSub + half * 16);
     AddLane<0>(w, inputs, sums);
     AddLane<1>(w, inputs, sums);
     AddLane<2>(w, inputs, sums);
@@ -295,75 +219,54 @@ inline void AddProducts(const int8x16_t* w, const int8_t* x, Sums& sums) {
 inline int32x4_t RowOf(const Sums& sums, int m, int v) { return sums[m][v]; }
 #endif
 
-// Columns [from, to) of kRows rows of x, the first a multiple of kRows, times a tile: added to y unless these are the
-// first columns.
-template <bool kAffine>
-void Multiply(const Weights& w, const TiledX& x, const Tile& tile, int64_t first, int64_t m, int64_t from, int64_t to,
-              float* y, int64_t begin, int64_t end) {
-  float32x4_t acc[kRows][2];
-  for (auto& row : acc) row[0] = row[1] = vdupq_n_f32(0);
-  for (int64_t s = 0; s < (to - from) / kSub; ++s) {
-    const int64_t at = first / kRows * (w.cols / kSub) + from / kSub + s;
-    Sums sums = {};
-    AddProducts(tile.codes + s * kSteps * kVectors, x.q + at * kRows * kSub, sums);
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < 2; ++v) {
-        const float32x4_t scale = vmulq_n_f32(vld1q_f32(tile.scale + s * kTileRows + 4 * v), x.scale[at * kRows + r]);
-        acc[r][v] = vfmaq_f32(acc[r][v], vcvtq_f32_s32(RowOf(sums, r, v)), scale);
-        if constexpr (kAffine)
-          acc[r][v] = vfmaq_n_f32(acc[r][v], vld1q_f32(tile.min + s * kTileRows + 4 * v), x.sum[at * kRows + r]);
-      }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    if (first + r >= m) break;
-    float* out = y + (first + r) * w.rows + begin;
-    float results[kTileRows];
-    for (int v = 0; v < 2; ++v) vst1q_f32(results + 4 * v, acc[r][v]);
-    for (int64_t i = 0; i < std::min(kTileRows, end - begin); ++i) Put(results[i], from, out + i);
-  }
-}
+// [step][vector] of bytes; of x four rows, 128 bytes a sub-group.
+template <int kBits, bool kAffine_>
+struct Tile {
+  using Code = int8_t;
+  using Input = int8_t;
+  static constexpr bool kAffine = kAffine_;
+  static constexpr int64_t kRows = kTileRows, kPanel = kInputRows;
+  static constexpr int64_t kPart = 2048;  // 16 KB, which stay in the first-level cache
+  static constexpr int kMost = kInputRows, kLevels = 127, kInputs = kSub, kCodes = kSub;
 
-template <Kind kind, bool kAffine>
-void TiledRows(const Weights& w, const TiledX& x, int64_t m, float* y, int64_t begin, int64_t end, void* scratch) {
-  const Tile tile = TileView(scratch);
-  const Groups scales(w, w.scales), mins(w, w.mins);
-  for (int64_t from = 0; from < w.cols; from += kPart) {
-    const int64_t to = std::min(from + kPart, w.cols);
-    for (int64_t row = begin; row < end; row += kTileRows) {
-      Pack<kind, kAffine>(w, scales, mins, row, from, to, tile);
-      for (int64_t i = 0; i < m; i += kRows) Multiply<kAffine>(w, x, tile, i, m, from, to, y, row, end);
+  static int32_t Prepare(const Quantized& x, int64_t lane, int8_t* panel) {
+    for (int64_t c = 0; c < kSub; ++c) panel[PlaceInTile(lane, Place<kBits>(c))] = static_cast<int8_t>(x.At(c));
+    return 0;
+  }
+
+  static void Pack(const Weights& w, const int64_t* rows, int64_t from, int64_t to, int8_t* out) {
+    constexpr int64_t kBytes = kSub * kBits / 8;
+    auto* vectors = reinterpret_cast<int8x16_t*>(out);
+    for (int64_t s = 0; s < (to - from) / kSub; ++s, vectors += kSteps * kVectors) {
+      int8x16_t half[2][kRows];
+      for (int64_t r = 0; r < kRows; ++r) {
+        const auto* codes = static_cast<const uint8_t*>(w.codes) + (rows[r] * w.cols + from) * kBits / 8 + s * kBytes;
+        const int8x16x2_t both = Halves32(codes);
+        half[0][r] = both.val[0];
+        half[1][r] = both.val[1];
+      }
+      for (int i = 0; i < 2; ++i) PackVectors(half[i], vectors + i * kSteps / 2 * kVectors);
     }
   }
-}
 
-void Tiled(const Weights& w, const void* prepared, int64_t m, float* y, int64_t begin, int64_t end, void* scratch) {
-  const TiledX x = TiledView(w, prepared, m);
-  if (w.kind == Kind::kInt4) {
-    const auto rows = w.mins ? TiledRows<Kind::kInt4, true> : TiledRows<Kind::kInt4, false>;
-    return rows(w, x, m, y, begin, end, scratch);
+  template <int M>
+  static void Products(const int8_t* codes, const int8_t* x, int64_t, const int32_t*, Ints (&out)[M][2]) {
+    Sums sums = {};
+    AddProducts(reinterpret_cast<const int8x16_t*>(codes), x, sums);
+    for (int r = 0; r < M; ++r)
+      for (int v = 0; v < 2; ++v) out[r][v] = Bits<Ints>(RowOf(sums, r, v));
   }
-  const auto rows = w.mins ? TiledRows<Kind::kInt8, true> : TiledRows<Kind::kInt8, false>;
-  rows(w, x, m, y, begin, end, scratch);
-}
 
-constexpr Kernels Table(const char* name) {
-  return {name,       FewRows<Few>::Bytes, FewRows<Few>::Prepare, FewRows<Few>::Rows,
-          TiledBytes, TiledPrepare,        Tiled,                 TiledScratchBytes};
-}
+ private:
+  static int8x16x2_t Halves32(const uint8_t* codes) {
+    if constexpr (kBits == 4) return Unpack<kAffine>(LoadBytes(codes));
+    return {{LoadBytes(codes), LoadBytes(codes + 16)}};
+  }
+};
 
 }  // namespace
 
-#if defined(__ARM_FEATURE_MATMUL_INT8)
-const Kernels& I8mmKernels() {
-  static constexpr Kernels kernels = Table("i8mm");
-  return kernels;
-}
-#else
-const Kernels& DotprodKernels() {
-  static constexpr Kernels kernels = Table("dotprod");
-  return kernels;
-}
-#endif
+const KernelTable kProducts = TableOf<Few, Tile>({});
 
-}  // namespace jaxchat
-#endif
+}  // namespace jaxchat::JAXCHAT_NAMESPACE
+JAXCHAT_END

@@ -1,23 +1,16 @@
 // Vectors as wide as the instruction set's, by the compiler's vector extension: arithmetic needs no intrinsics.
 //
-// Compiled once per instruction set: everything is in an unnamed namespace.
+// Each source compiles it for its processors: everything is in an unnamed namespace.
 #pragma once
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
+#include "cpu_target.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON) && defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-namespace jaxchat {
+JAXCHAT_BEGIN
+namespace jaxchat::JAXCHAT_NAMESPACE {
 namespace {
 
-#if defined(__AVX512F__)
+#if JAXCHAT_ISA == JAXCHAT_AVX512
 constexpr int kBytes = 64;
-#elif defined(__AVX2__)
+#elif JAXCHAT_ISA == JAXCHAT_AVX2
 constexpr int kBytes = 32;
 #else
 constexpr int kBytes = 16;
@@ -55,13 +48,32 @@ inline Floats Splat(float x) { return Floats{} + x; }
 
 inline Floats ToFloats(Ints v) { return __builtin_convertvector(v, Floats); }
 
+// float16 bits -> float32. In integers except for subnormals, whose offset trick also works where the thread
+// flushes float32 subnormals to zero.
+inline Floats WidenHalf(Halves half) {
+#if JAXCHAT_ISA == JAXCHAT_AVX512
+  return Bits<Floats>(_mm512_cvtph_ps(Bits<__m256i>(half)));
+#elif JAXCHAT_ISA == JAXCHAT_AVX2
+  return Bits<Floats>(_mm256_cvtph_ps(Bits<__m128i>(half)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return Bits<Floats>(vcvt_f32_f16(Bits<float16x4_t>(half)));
+#else
+  const Ints h = __builtin_convertvector(half, Ints);
+  const Ints exponent = h & 0x7c00, shifted = (h & 0x7fff) << 13;
+  const Ints normal = shifted + (112 << 23) + (exponent == 0x7c00 ? Ints{} + (112 << 23) : Ints{});
+  const Floats small = Bits<Floats>(shifted + (113 << 23)) - 0x1p-14f;
+  const Ints magnitude = exponent == 0 ? Bits<Ints>(small) : normal;
+  return Bits<Floats>(magnitude | (h & 0x8000) << 16);
+#endif
+}
+
 inline Floats WidenBfloat16(Halves half) { return Bits<Floats>(__builtin_convertvector(half, Ints) << 16); }
 
 // kLanes of them. GCC has no single instruction for the general form.
 inline Ints WidenBytes(const int8_t* from) {
-#if defined(__AVX512F__)
+#if JAXCHAT_ISA == JAXCHAT_AVX512
   return Bits<Ints>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(__AVX2__)
+#elif JAXCHAT_ISA == JAXCHAT_AVX2
   return Bits<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #else
   return __builtin_convertvector(Load<Quarters>(from), Ints);
@@ -77,7 +89,7 @@ inline auto Sum(Vector v) {
 
 // ---------------------------------------------------------------- kLanes vectors, transposed in place
 
-#if defined(__AVX512F__)
+#if JAXCHAT_ISA == JAXCHAT_AVX512
 // Lanes D apart change places between two rows that are D apart: by halves, quarters and so on.
 template <int D>
 inline void Exchange(Floats* first, Floats* second) {
@@ -110,7 +122,7 @@ inline void Transpose(Floats* rows) {
   Exchange<2>(rows);
   Exchange<1>(rows);
 }
-#elif defined(__AVX2__)
+#elif JAXCHAT_ISA == JAXCHAT_AVX2
 inline void Transpose(Floats* rows) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; ++i) a[i] = reinterpret_cast<__m256>(rows[i]);
@@ -136,7 +148,7 @@ inline void Transpose(Floats* rows) {
 #endif
 
 // The sums of kLanes vectors: lane i is that of vector i. Fewer shuffles than a transposition takes.
-#if defined(__AVX512F__)
+#if JAXCHAT_ISA == JAXCHAT_AVX512
 template <int D = 8>
 inline Floats SumEach(Floats* v) {
   for (int i = 0; i < D; ++i) {
@@ -146,7 +158,7 @@ inline Floats SumEach(Floats* v) {
   if constexpr (D > 1) return SumEach<D / 2>(v);
   return v[0];
 }
-#elif defined(__AVX2__)
+#elif JAXCHAT_ISA == JAXCHAT_AVX2
 inline Floats SumEach(Floats* v) {
   const auto add = [](Floats a, Floats b, auto low, auto high) {
     return Bits<Floats>(_mm256_shuffle_ps(Bits<__m256>(a), Bits<__m256>(b), decltype(low)::value)) +
@@ -171,4 +183,5 @@ inline Floats SumEach(Floats* v) {
 #endif
 
 }  // namespace
-}  // namespace jaxchat
+}  // namespace jaxchat::JAXCHAT_NAMESPACE
+JAXCHAT_END
