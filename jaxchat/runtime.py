@@ -11,9 +11,11 @@ from typing import Any
 import jax
 
 from jaxchat.chat import session_file
+from jaxchat.chat.batch import ChatBatch
 from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.replies import Batch, Result, Score, TextStream
 from jaxchat.chat.session import ChatSession
+from jaxchat.chat.vocabulary import Vocabulary
 from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import Progress, load_assembly, load_params
@@ -72,6 +74,11 @@ class Model:
         own = self.tokenizer.eos_ids if self.tokenizer else ()
         return tuple(dict.fromkeys((*self.config.eos_ids, *own)))
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the model's token ids are."""
+        return Vocabulary(self.tokenizer, self.eos_ids, self.config.vocab_size)
+
     def with_plan(self, plan: str | LayerPlan) -> "Model":
         """The same weights under another plan: no copy, no reload, no recompilation up to the same slots.
 
@@ -120,7 +127,7 @@ class Model:
         chosen, slots = self._plans(plans, len(ids))
         results: dict[int, Result] = {}
         for group, session in self._groups(ids, chosen, slots, batch_size):
-            batch = Batch(self, session, settings, numbers=group)
+            batch = Batch(self.vocabulary, session, settings, numbers=group)
             for _ in batch.pieces():
                 pass
             results.update(zip(group, batch.results(), strict=True))
@@ -137,7 +144,7 @@ class Model:
         ids = self._prompt_ids(prompt, None if token_ids is None else [token_ids])
         session = self.engine.session(self.plan, max_slots=self.max_slots)
         session.set_ids(ids[0])
-        return TextStream(Batch(self, session, checked_options(options)))
+        return TextStream(Batch(self.vocabulary, session, checked_options(options)))
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Result:
         """Replies to a conversation through the model's chat template.
@@ -182,11 +189,34 @@ class Model:
             thought_tags=thought_tags,
             template_kwargs=template_kwargs,
         )
-        return ChatSession(self, conversation)
+        return ChatSession(
+            self.engine,
+            self.plan,
+            conversation,
+            self.vocabulary,
+            base_plan=self.base_plan,
+            max_slots=self.max_slots,
+        )
+
+    def chat_batch(self, conversations: Sequence[Conversation]) -> ChatBatch:
+        """Several conversations, from `conversation`, whose replies are decoded as one batch."""
+        return ChatBatch(self.engine, self.plan, conversations, self.vocabulary)
 
     def load_session(self, path: str | Path) -> ChatSession:
-        """The conversation that `ChatSession.save` wrote, its KV cache included."""
-        return session_file.load(path, self)
+        """The conversation that `ChatSession.save` wrote, its KV cache included.
+
+        Raises:
+          UsageError: there is no such file, or the chat is another model's or another plan's; the message
+            says what differs and what to do.
+          JaxchatError: the file is damaged, no session, or of another version.
+        """
+        chat = self.chat_session()
+        saved = session_file.load(path)
+        try:
+            chat.restore(saved)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        return chat
 
     def score(
         self,

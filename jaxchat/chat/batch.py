@@ -6,9 +6,11 @@ from typing import NamedTuple
 from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.replies import Batch
 from jaxchat.chat.session import fitting
+from jaxchat.chat.vocabulary import Vocabulary
 from jaxchat.engine.generation import FinishReason
+from jaxchat.engine.session import Engine
+from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import GenerateOptions
-from jaxchat.runtime import Model
 
 
 class Message(NamedTuple):
@@ -24,14 +26,19 @@ class ChatBatch:
     Each has its own history, system prompt and role, and gets the tokens it would get alone.
 
     Args:
-      model: the model.
+      engine: runs the model.
+      plan: the layer plan that it runs under.
       conversations: one a sequence, from `Model.conversation`.
+      vocabulary: of the model.
     """
 
-    def __init__(self, model: Model, conversations: Sequence[Conversation]):
-        self.model = model
+    def __init__(
+        self, engine: Engine, plan: LayerPlan, conversations: Sequence[Conversation], vocabulary: Vocabulary
+    ):
         self.conversations = list(conversations)
-        self._session = model.engine.session(model.plan, batch=len(self.conversations))
+        self._session = engine.session(plan, batch=len(self.conversations))
+        self._engine = engine
+        self._vocabulary = vocabulary
 
     def send(self, texts: Sequence[str | None], options: GenerateOptions) -> list[Message | None]:
         """Says something in each conversation, and returns the replies.
@@ -50,7 +57,7 @@ class ChatBatch:
                 if texts[row]:
                     self.conversations[row].add_typed(texts[row] or "")
                     typed.append(row)
-            limit = self.model.engine.max_length
+            limit = self._engine.max_length
             openings = {
                 row: fitting(talk, talk.open, limit, options.overflow)
                 for row, talk in enumerate(self.conversations)
@@ -65,7 +72,7 @@ class ChatBatch:
         for row, ids in enumerate(self._session.ids):
             if not ids:  # has never spoken, and does not now: a sequence cannot be empty
                 self._session.set_ids([0], row)
-        batch = Batch(self.model, self._session, options, ends=tuple(openings.values()))
+        batch = Batch(self._vocabulary, self._session, options, ends=tuple(openings.values()))
         for row in range(len(self.conversations)):
             if row not in openings:
                 batch.generation.stop(row)
@@ -77,7 +84,7 @@ class ChatBatch:
             self.conversations[row].add_reply(
                 [*opening.ids, *batch.ids[row]],
                 opening,
-                end_ids=self.model.eos_ids,
+                end_ids=self._vocabulary.eos_ids,
                 length=text.length if text.stopped else None,
             )
             said = self.conversations[row].messages[-1]["content"]

@@ -154,6 +154,16 @@ class Conversation:
         if opening is not None:
             self._entries.append(_Entry({"role": "user", "content": opening}))
 
+    @property
+    def template(self) -> ChatTemplate:
+        """The model's chat template."""
+        return self._template
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
     # --- the history
 
     @property

@@ -6,11 +6,11 @@ Joins what the engine draws with the tokenizer; which prompts run, and under whi
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxchat.chat.conversation import Opening
+from jaxchat.chat.vocabulary import Vocabulary
 from jaxchat.engine.generation import FinishReason, Generation, generate
 from jaxchat.engine.sampling import SamplingParams
 from jaxchat.engine.session import Session
@@ -19,9 +19,6 @@ from jaxchat.options import GenerateOptions
 from jaxchat.text.healing import SETTLED_AFTER, Healing, byte_length, settle
 from jaxchat.text.reasoning import Kind, Piece, ReasoningSplitter, ThoughtTags, overlap
 from jaxchat.text.tokenizer import Detokenizer, Tokenizer
-
-if TYPE_CHECKING:
-    from jaxchat.runtime import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,14 +208,14 @@ class _Message:
       ids: of the whole message so far.
     """
 
-    def __init__(self, owner: "Model", session: Session, opening: Opening, end_ids: frozenset[int]):
-        assert owner.tokenizer is not None
+    def __init__(self, vocabulary: Vocabulary, session: Session, opening: Opening, end_ids: frozenset[int]):
+        assert vocabulary.tokenizer is not None
         self.opening = opening
-        self._tokenizer, self._session, self._vocabulary = owner.tokenizer, session, owner.config.vocab_size
+        self._tokenizer, self._session, self._size = vocabulary.tokenizer, session, vocabulary.size
         self._end_ids = end_ids
         fresh = opening.given or (opening.lead and opening.continued is None)
-        self._healing = Healing(owner.tokenizer, opening.ids if fresh else [])
-        self._joint = byte_length(owner.tokenizer, opening.ids) if fresh else None
+        self._healing = Healing(self._tokenizer, opening.ids if fresh else [])
+        self._joint = byte_length(self._tokenizer, opening.ids) if fresh else None
         self.kept = self._healing.kept if fresh else len(opening.ids)
         self.ids = list(opening.ids[: self.kept])
         self._beyond = 0
@@ -231,11 +228,11 @@ class _Message:
     def allowed(self) -> np.ndarray | None:
         """bool [V]: the ids the next token may be; None is all."""
         if ids := self._healing.allowed():
-            mask = np.zeros(self._vocabulary, bool)
-            mask[[i for i in ids if i < self._vocabulary]] = True
+            mask = np.zeros(self._size, bool)
+            mask[[i for i in ids if i < self._size]] = True
             return mask
         if self.opening.resumes_ended and not self._beyond:
-            mask = np.ones(self._vocabulary, bool)
+            mask = np.ones(self._size, bool)
             mask[list(self._end_ids)] = False
             return mask
         return None
@@ -273,7 +270,7 @@ class Batch:
 
     def __init__(
         self,
-        owner: "Model",
+        vocabulary: Vocabulary,
         session: Session,
         options: GenerateOptions,
         message: Opening | None = None,
@@ -281,13 +278,13 @@ class Batch:
         numbers: Sequence[int] | None = None,
         ends: Sequence[Opening] = (),
     ):
-        if options.stop_strings and owner.tokenizer is None:
+        if options.stop_strings and vocabulary.tokenizer is None:
             raise UsageError("stop strings need a tokenizer; use stop_token_ids")
         ends = (message,) if message else ends
         stop_ids = set(options.stop_token_ids)
         if not options.ignore_eos:
-            stop_ids |= {*owner.eos_ids, *(i for opening in ends for i in opening.stop_ids)}
-        self.message = _Message(owner, session, message, frozenset(stop_ids)) if message else None
+            stop_ids |= {*vocabulary.eos_ids, *(i for opening in ends for i in opening.stop_ids)}
+        self.message = _Message(vocabulary, session, message, frozenset(stop_ids)) if message else None
         if self.message:
             session.set_ids(self.message.start_ids)
         started = time.perf_counter()
@@ -308,7 +305,7 @@ class Batch:
         self._prompts = [list(ids) for ids in session.ids]
         self._end_ids = frozenset(i for opening in ends for i in opening.stop_ids)
         stops = tuple(dict.fromkeys((*options.stop_strings, *(s for o in ends for s in o.stop_strings))))
-        self.rows = [_RowText(owner.tokenizer, ids, stops, message, tags) for ids in self._prompts]
+        self.rows = [_RowText(vocabulary.tokenizer, ids, stops, message, tags) for ids in self._prompts]
         self.ids: list[list[int]] = [[] for _ in self.rows]
         self.logprobs: list[list[float]] = [[] for _ in self.rows]
 

@@ -5,18 +5,19 @@ The history itself is `Conversation`; the streams that it hands out are in `repl
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxchat.chat import session_file
 from jaxchat.chat.conversation import Conversation, Opening, Snapshot
+from jaxchat.chat.identity import Fingerprint, described, difference, fingerprint_of
 from jaxchat.chat.replies import Batch, TextStream
-from jaxchat.engine.session import ContextOverflowError
+from jaxchat.chat.session_file import SavedChat
+from jaxchat.chat.vocabulary import Vocabulary
+from jaxchat.engine.session import ContextOverflowError, Engine
+from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import GenerateOptions, Overflow, checked_options
 from jaxchat.text.reasoning import Kind
-
-if TYPE_CHECKING:
-    from jaxchat.runtime import Model
 
 
 class ChatSession:
@@ -24,16 +25,39 @@ class ChatSession:
 
     The options of each turn are those of `GenerateOptions`. A message joins the history when its stream ends.
 
+    Args:
+      engine: runs the model.
+      plan: the layer plan that it begins under.
+      conversation: the history.
+      vocabulary: of the model.
+      base_plan: what plans in text count the slots of, see `Model.base_plan`.
+      max_slots: cache slots to reserve.
+
     Attributes:
-      model: the model under its present plan.
       conversation: the history.
       session: the token ids and their KV cache.
     """
 
-    def __init__(self, owner: "Model", conversation: Conversation):
-        self.model = owner
+    def __init__(
+        self,
+        engine: Engine,
+        plan: LayerPlan,
+        conversation: Conversation,
+        vocabulary: Vocabulary,
+        *,
+        base_plan: LayerPlan,
+        max_slots: int = 0,
+    ):
         self.conversation = conversation
-        self.session = owner.engine.session(owner.plan, max_slots=owner.max_slots)
+        self.session = engine.session(plan, max_slots=max_slots)
+        self._engine = engine
+        self._vocabulary = vocabulary
+        self._base_plan = base_plan
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The layer plan that runs now."""
+        return self.session.plan
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -109,8 +133,7 @@ class ChatSession:
 
         The KV of the slots that both plans begin with is kept; the rest is recomputed at the next turn.
         """
-        self.model = self.model.with_plan(plan)
-        self.session.set_plan(self.model.plan)
+        self.session.set_plan(self._base_plan.select(plan) if isinstance(plan, str) else plan)
 
     def set_system(self, text: str | None) -> None:
         """Replaces the system prompt, from the next turn on for the whole history; None takes it away."""
@@ -126,16 +149,54 @@ class ChatSession:
 
     def save(self, path: str | Path) -> None:
         """Writes conversation and KV cache to a file; see `Model.load_session`."""
-        session_file.save(path, self)
+        session_file.save(path, self.saved())
+
+    def saved(self) -> SavedChat:
+        """All of the chat, for `restore`."""
+        return SavedChat(
+            ids=self.session.ids[0],
+            rows=self.session.cached_rows(),
+            plan=str(self.plan),
+            model=self._fingerprint(),
+            conversation=self.conversation.state(),
+        )
+
+    def restore(self, saved: SavedChat) -> None:
+        """Goes on with a chat that was saved; it equals never having stopped.
+
+        Raises:
+          UsageError: it is another model's or another plan's; the message says what differs and what to do.
+        """
+        here = self._fingerprint()
+        if found := difference(saved.model, here):
+            raise UsageError(
+                f"made with another model ({described(saved.model)}), this is {described(here)}: "
+                f"{found}. Load it with its own model"
+            )
+        plan = LayerPlan.parse(saved.plan, self._engine.config.num_layers)
+        if plan != self.plan:
+            raise UsageError(f"made under the layer plan {plan}, this is {self.plan}: {self._advice(plan)}")
+        own = self.conversation
+        conversation = Conversation.from_state(own.template, own.tokenizer, saved.conversation)
+        self.session.restore(saved.ids, saved.rows)
+        self.conversation = conversation
+
+    def _fingerprint(self) -> Fingerprint:
+        return fingerprint_of(self._engine, self.conversation.tokenizer, self.conversation.template)
+
+    def _advice(self, plan: LayerPlan) -> str:
+        if self._base_plan != LayerPlan.identity(plan.num_layers):  # --layer_spec counts its slots
+            return "give the --layer_spec or --recipe it was made with"
+        return f"give --layer_spec '{plan}'"
 
     def _stream(
         self, open_message: Callable[[], Opening], settings: GenerateOptions, before: Snapshot
     ) -> TextStream:
         """Starts the model's message; where that fails, all is as it was `before`."""
-        limit = self.model.engine.max_length
+        limit = self._engine.max_length
         try:
             opening = fitting(self.conversation, open_message, limit, settings.overflow)
-            batch = Batch(self.model, self.session, settings, opening, self.conversation.thought_tags)
+            batch = Batch(self._vocabulary, self.session, settings, opening, self.conversation.thought_tags)
         except Exception:
             self.conversation.restore(before)
             self.session.set_ids(self.conversation.token_ids)
@@ -149,7 +210,7 @@ class ChatSession:
         self.conversation.add_reply(
             message.ids,
             message.opening,
-            end_ids=self.model.eos_ids,
+            end_ids=self._vocabulary.eos_ids,
             length=row.length if row.stopped else None,
         )
         if self.session.ids[0][: len(message.opening.prompt)] == list(message.opening.prompt):

@@ -67,22 +67,26 @@ class SafetensorsFile:
       entries: name -> `Entry`, without the padding tensors.
       metadata: the free-form strings of the header.
 
+    Args:
+      path: the file.
+      advice: what to do about a file that is not whole.
+
     Raises:
       JaxchatError: the file is missing, truncated or malformed; the message has found and expected bytes.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, advice: str = "download the file again"):
         self.path = Path(path)
         try:
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                header, data_start = _read_header(file, size, self.path)
+                header, data_start = _read_header(file, size, self.path, advice)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise JaxchatError(f"{self.path}: cannot be read ({error.strerror or error})") from None
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         entries = {name: _entry(name, value, data_start, self.path) for name, value in header.items()}
-        _check_offsets(entries, data_start, size, self.path)
+        _check_offsets(entries, data_start, size, self.path, advice)
         self.entries = {name: entry for name, entry in entries.items() if not name.startswith(PAD_PREFIX)}
 
     def view(self, name: str) -> np.ndarray:
@@ -110,11 +114,9 @@ class SafetensorsFile:
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
-def _read_header(file: Any, size: int, path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(file: Any, size: int, path: Path, advice: str) -> tuple[dict[str, Any], int]:
     if size < 8:
-        raise JaxchatError(
-            f"{path}: truncated: expected at least 8 bytes, found {size}; download the file again"
-        )
+        raise JaxchatError(f"{path}: truncated: expected at least 8 bytes, found {size}; {advice}")
     length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER:
         raise JaxchatError(
@@ -123,7 +125,7 @@ def _read_header(file: Any, size: int, path: Path) -> tuple[dict[str, Any], int]
     if 8 + length > size:
         raise JaxchatError(
             f"{path}: truncated inside the header: expected at least {8 + length} bytes, found {size}; "
-            "download the file again"
+            f"{advice}"
         )
     try:
         header = json.loads(file.read(length).decode("utf-8"))
@@ -157,7 +159,7 @@ def _entry(name: str, value: Any, data_start: int, path: Path) -> Entry:
     return Entry(dtype, tuple(shape), data_start + start, data_start + stop)
 
 
-def _check_offsets(entries: Mapping[str, Entry], data_start: int, size: int, path: Path) -> None:
+def _check_offsets(entries: Mapping[str, Entry], data_start: int, size: int, path: Path, advice: str) -> None:
     end, previous = data_start, "the header"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != end:
@@ -169,7 +171,7 @@ def _check_offsets(entries: Mapping[str, Entry], data_start: int, size: int, pat
         end, previous = entry.stop, name
     if end != size:
         what = "truncated" if size < end else "has bytes after the last tensor"
-        raise JaxchatError(f"{path}: {what}: expected {end} bytes, found {size}; download the file again")
+        raise JaxchatError(f"{path}: {what}: expected {end} bytes, found {size}; {advice}")
 
 
 class SafetensorsWriter:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 
-from jaxchat.chat.batch import ChatBatch, Message
+from jaxchat.chat.batch import Message
 from jaxchat.chat.conversation import Conversation
 from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions
@@ -82,8 +82,8 @@ def crosstalk(
     if a.name == b.name:
         raise UsageError(f"both speakers are called {a.name}: give them different names")
     talks = {
-        a.name: ChatBatch(a.model, [begin(a, opening) for _ in range(conversations)]),
-        b.name: ChatBatch(b.model, [b.model.conversation(system=b.system, reversed_role=b.reversed_role)
+        a.name: a.model.chat_batch([begin(a, opening) for _ in range(conversations)]),
+        b.name: b.model.chat_batch([b.model.conversation(system=b.system, reversed_role=b.reversed_role)
                                     for _ in range(conversations)]),
     }  # fmt: skip
     for conversation in range(conversations):

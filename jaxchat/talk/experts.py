@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from jaxchat.chat.batch import ChatBatch, Message
+from jaxchat.chat.batch import Message
 from jaxchat.chat.replies import TextStream
 from jaxchat.chat.session import ChatSession
 from jaxchat.errors import UsageError
@@ -152,7 +152,7 @@ class Panel:
             groups.setdefault(key, []).append(expert)
         for group in groups.values():
             model = group[0].model
-            batch = ChatBatch(model, [model.conversation(system=expert.system) for expert in group])
+            batch = model.chat_batch([model.conversation(system=expert.system) for expert in group])
             replies = batch.send([question] * len(group), group[0].options)
             for expert, reply in zip(group, replies, strict=True):
                 assert reply is not None

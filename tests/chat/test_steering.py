@@ -85,22 +85,21 @@ def run(stream):
 
 
 def fresh_logits(chat):
-    session = chat.model.engine.session(chat.model.plan, max_slots=4)
+    session = chat.session.engine.session(chat.plan, max_slots=4)
     session.set_ids(chat.token_ids)
     return np.asarray(session.prefill()[0])
 
 
 def assert_in_step(chat):
     """Cache, history and template agree, and the logits are those of a fresh prefill."""
-    conversation, template = chat.conversation, chat.model.template
+    conversation = chat.conversation
+    template, tokenizer = conversation.template, conversation.tokenizer
     if not chat.token_ids:
         return
     assert chat.session.ids[0] == chat.token_ids
     np.testing.assert_allclose(np.asarray(chat.session.prefill()[0]), fresh_logits(chat), atol=2e-4)
-    assert squeezed(spelled(chat.model.tokenizer, chat.token_ids)) == squeezed(conversation.rendered_text())
-    copy = Conversation.from_state(
-        template, chat.model.tokenizer, json.loads(json.dumps(conversation.state()))
-    )
+    assert squeezed(spelled(tokenizer, chat.token_ids)) == squeezed(conversation.rendered_text())
+    copy = Conversation.from_state(template, tokenizer, json.loads(json.dumps(conversation.state())))
     assert (copy.messages, copy.token_ids) == (chat.messages, chat.token_ids)
     try:
         copy.open()
@@ -108,7 +107,7 @@ def assert_in_step(chat):
         return  # not this role's turn
     expected = rendered(template, chat.messages, chat.conversation.role)
     assert copy.rendered_text() == expected
-    assert squeezed(spelled(chat.model.tokenizer, copy.token_ids)) == squeezed(expected)
+    assert squeezed(spelled(tokenizer, copy.token_ids)) == squeezed(expected)
 
 
 def rendered(template, messages, role):
@@ -279,7 +278,7 @@ steps = st.one_of(
 )
 
 
-def take(chat, step, seed, options, path):
+def take(model, chat, step, seed, options, path):
     """Does one step and returns the chat."""
     name, *arguments = step
     options = {**options, "temperature": 1.0, "top_k": 40, "seed": seed}
@@ -304,7 +303,7 @@ def take(chat, step, seed, options, path):
         case "reload":
             if chat.token_ids:
                 chat.save(path)
-                return chat.model.load_session(path)
+                return model.with_plan(chat.plan).load_session(path)
         case "restart":
             chat.restart()
     return chat
@@ -330,14 +329,14 @@ def test_after_any_steps_the_cache_holds_the_rendered_conversation(name, chat_of
     def check(steps, reversed_role, opening):
         chat = model.chat_session(reversed_role=reversed_role, opening=opening if reversed_role else None)
         chat = (
-            take(chat, ("send", "Hi", "", 3), 0, {"stop_token_ids": [end]}, None)
+            take(model, chat, ("send", "Hi", "", 3), 0, {"stop_token_ids": [end]}, None)
             if not reversed_role
             else chat
         )
         for number, step in enumerate(steps):
             before = chat.messages
             try:
-                chat = take(chat, step, number, {"stop_token_ids": [end]}, tmp_path / "chat")
+                chat = take(model, chat, step, number, {"stop_token_ids": [end]}, tmp_path / "chat")
             except UsageError:
                 assert chat.messages == before  # refused, and nothing changed
             if step[0] in ("send", "think", "continue", "retry", "reload"):
@@ -365,14 +364,15 @@ def ended_chat(chat_of, name="qwen2.5"):
 
 @needs_data
 def test_the_prefix_is_part_of_message_and_history(chat_of):
-    chat = chat_of("qwen2.5")[0].chat_session()
+    model, _ = chat_of("qwen2.5")
+    chat = model.chat_session()
     stream = chat.send("Hi", prefix="Let's think.\n", **OPTIONS)
     pieces = list(stream)
     assert pieces[0] == "Let's think.\n"
     assert chat.messages[-1]["content"] == stream.result.text == "".join(pieces)
     run(chat.send("More", **OPTIONS))  # for one turn only
     assert not chat.messages[-1]["content"].startswith("Let's")
-    assert "<|im_start|>assistant\nLet's think.\n" in spelled(chat.model.tokenizer, chat.session.ids[0])
+    assert "<|im_start|>assistant\nLet's think.\n" in spelled(model.tokenizer, chat.session.ids[0])
     assert_in_step(chat)
 
 
@@ -416,13 +416,13 @@ def test_a_turn_ended_by_length_keeps_its_last_token(tiny):
 def test_the_end_of_turn_is_in_the_cache(ended, chat_of):
     chat, end = ended_chat(chat_of)
     if ended == "by length":
-        chat = chat.model.chat_session()
+        chat = chat_of("qwen2.5")[0].chat_session()
         run(chat.send("Hi", max_new_tokens=2))
     before = chat.session.ids[0].count(end)
     run(chat.send("Next", **OPTIONS, stop_token_ids=[end]))
     prompt = chat.session.ids[0][: chat.session.ids[0].index(end) + 1]
     assert len(prompt) < len(chat.session.ids[0])
-    turns = spelled(chat.model.tokenizer, chat.session.ids[0]).split("<|im_end|>\n")
+    turns = spelled(chat.conversation.tokenizer, chat.session.ids[0]).split("<|im_end|>\n")
     assert len(turns) >= 5  # system, user, assistant, user, assistant
     assert chat.session.ids[0].count(end) >= before + 1
     assert_in_step(chat)
@@ -673,13 +673,14 @@ def test_a_stream_tells_reasoning_from_content(name, prefix_in, chat_of):
 
 @needs_data
 def test_a_model_that_does_not_think_has_no_reasoning(chat_of):
-    chat = chat_of("llama-3.1")[0].chat_session()
+    model, _ = chat_of("llama-3.1")
+    chat = model.chat_session()
     assert run(chat.send("Hi", **OPTIONS)).reasoning is None
     with pytest.raises(UsageError, match=r"knows no reasoning: .*thought_tags"):
         chat.send("Hi", prefix="Hm", prefix_in="reasoning")
     assert len(chat.messages) == 2
     assert_in_step(chat)  # a refusal changes nothing
-    named = chat.model.chat_session(thought_tags=("<think>", "</think>"))
+    named = model.chat_session(thought_tags=("<think>", "</think>"))
     assert run(named.send("Hi", prefix="Hm", prefix_in="reasoning", **OPTIONS)).reasoning.startswith("Hm")
 
 

@@ -9,7 +9,6 @@ import jaxchat
 from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions
 from jaxchat.talk import (
-    ChatBatch,
     Expert,
     ModelLoader,
     Nudge,
@@ -49,7 +48,7 @@ def say(chat, text, options=OPTIONS):
 
 def test_a_batch_of_conversations_says_what_each_would_say_alone(model):
     systems = ["Be brief.", None, "Sing."]
-    batch = ChatBatch(model, [model.conversation(system=system) for system in systems])
+    batch = model.chat_batch([model.conversation(system=system) for system in systems])
     alone = [model.chat_session(system) for system in systems]
     for texts in (["hi", "hello there, all of you", "x"], ["again", None, "y"], [None, "late", None]):
         replies = batch.send(texts, OPTIONS)
@@ -64,7 +63,7 @@ def test_a_batch_of_conversations_says_what_each_would_say_alone(model):
 
 
 def test_what_does_not_fit_is_said_in_no_conversation(model):
-    batch = ChatBatch(model, [model.conversation(), model.conversation()])
+    batch = model.chat_batch([model.conversation(), model.conversation()])
     with pytest.raises(jaxchat.ContextOverflowError, match="too many for the context of 400"):
         batch.send(["hi", "x" * 500], OPTIONS)
     assert [talk.messages for talk in batch.conversations] == [[], []]

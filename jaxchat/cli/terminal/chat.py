@@ -198,7 +198,7 @@ class Chat:
 
     def use_session(self, path: str) -> None:
         """Goes on with a saved conversation."""
-        self.replies = ChatReplies(self.replies.model.load_session(path))
+        self.replies = ChatReplies(self.replies.model, self.replies.model.load_session(path))
         self.session_file = path
         self._last_reply = ""
 

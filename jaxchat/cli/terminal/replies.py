@@ -47,13 +47,9 @@ class ChatReplies:
 
     format = "chat"
 
-    def __init__(self, session: ChatSession):
+    def __init__(self, model: Model, session: ChatSession):
+        self.model = model
         self.session = session
-
-    @property
-    def model(self) -> Model:
-        """See `Replies`."""
-        return self.session.model
 
     @property
     def context_used(self) -> int:
@@ -66,7 +62,9 @@ class ChatReplies:
 
     def set_plan(self, spec: str) -> None:
         """See `Replies`."""
-        self.session.set_plan(spec)
+        model = self.model.with_plan(spec)
+        self.session.set_plan(model.plan)
+        self.model = model
 
     def restart(self) -> None:
         """See `Replies`."""
@@ -113,17 +111,18 @@ class CompletionReplies:
 def open_replies(model: Model, request: Request) -> Replies:
     """A chat where asked for or where the model has a template; says so if it has none."""
     if request.load_session is not None:
-        return ChatReplies(model.load_session(request.load_session))
+        return ChatReplies(model, model.load_session(request.load_session))
     if request.format == "chat" or (request.format is None and model.template is not None):
         # In a chat with reversed roles the prompt is what the model has said already.
         opening = request.prompt if request.reversed_role else None
         return ChatReplies(
+            model,
             model.chat_session(
                 request.system,
                 reversed_role=request.reversed_role,
                 opening=opening,
                 thought_tags=request.thought_tags,
-            )
+            ),
         )
     for flag in ("system", "ai_prefix", "reversed_role", "thought_tags", "save_session"):
         if getattr(request, flag):
