@@ -1,7 +1,5 @@
 """What can be typed in a chat instead of a message: the `/commands`, their help and their completion."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import glob
@@ -10,50 +8,40 @@ import shlex
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from jaxchat.analysis import show
+from jaxchat.chat.replies import TextStream
+from jaxchat.cli.terminal.reading import Candidate
+from jaxchat.cli.terminal.state import ChatState
+from jaxchat.cli.terminal.transcript import write_last_exchange
 from jaxchat.cli.terminal.writing import say
 from jaxchat.errors import UsageError
 from jaxchat.families import count_parameters
 from jaxchat.options import GenerateOptions, PrefixIn, read_switch, setting_text, unescape, with_setting
 
-if TYPE_CHECKING:
-    from jaxchat.cli.terminal.chat import Chat
-
-
-class Candidate(NamedTuple):
-    """A way to complete what stands before the cursor.
-
-    Attributes:
-      text: what is put in place of the last `replaces` characters.
-      replaces: how many characters it replaces.
-      help: a few words beside it.
-    """
-
-    text: str
-    replaces: int
-    help: str = ""
+StartReply = Callable[[], TextStream]
+"""Begins a reply, for the loop to write."""
 
 
 class Command(NamedTuple):
     """A `/command`.
 
     Attributes:
-      run: does it, given what follows the name and one space.
+      run: does it, given what follows the name and one space; returns the reply that it asks for, if any.
       arguments: what it takes, as its help shows it.
       help: one line.
       complete: ways to complete its arguments.
     """
 
-    run: Callable[[Chat, str], None]
+    run: Callable[[ChatState, str], StartReply | None]
     arguments: str
     help: str
     complete: Callable[[str], Iterable[Candidate]] = lambda text: ()
 
 
-def obey(chat: Chat, text: str) -> None:
-    """Runs the command that a message beginning with a slash is.
+def obey(chat: ChatState, text: str) -> StartReply | None:
+    """Runs the command that a message beginning with a slash is, and returns the reply that it asks for.
 
     Raises:
       UsageError: there is no such command.
@@ -63,7 +51,7 @@ def obey(chat: Chat, text: str) -> None:
         close = difflib.get_close_matches(name, COMMANDS, 1)
         advice = f"did you mean /{close[0]}" if close else "/help lists them"
         raise UsageError(f"no command /{name}; {advice}, or is it a message? //{name} sends it")
-    COMMANDS[name].run(chat, rest)
+    return COMMANDS[name].run(chat, rest)
 
 
 def completions(text: str) -> Iterable[Candidate]:
@@ -83,7 +71,7 @@ def completions(text: str) -> Iterable[Candidate]:
 # --- the commands
 
 
-def _help(chat: Chat, name: str) -> None:
+def _help(chat: ChatState, name: str) -> None:
     name = name.strip().removeprefix("/")
     if name and name not in COMMANDS:
         raise UsageError(f"no command /{name}; /help lists them")
@@ -102,7 +90,7 @@ backslash goes on in the next; Alt-Enter or Ctrl-J begin a new line too, and a
 pasted text stays one message. A reply that Ctrl-C has stopped counts."""
 
 
-def _system(chat: Chat, text: str) -> None:
+def _system(chat: ChatState, text: str) -> None:
     session = chat.replies.session
     if text.strip():
         session.set_system(None if text.strip() == '""' else text)
@@ -110,7 +98,7 @@ def _system(chat: Chat, text: str) -> None:
     say("no system prompt" if system is None else f"system prompt: {system}")
 
 
-def _plan(chat: Chat, spec: str) -> None:
+def _plan(chat: ChatState, spec: str) -> None:
     if spec.strip():
         chat.replies.set_plan(spec.strip())
     model = chat.replies.model
@@ -118,13 +106,13 @@ def _plan(chat: Chat, spec: str) -> None:
     say(f"layer plan {model.plan}: {len(model.plan)} slots, {count} ({show.short_count(count)}) parameters")
 
 
-def _show(chat: Chat, _: str) -> None:
+def _show(chat: ChatState, _: str) -> None:
     model = chat.replies.model
     report = show.describe(model.config, model.plan, name=chat.model_name, max_length=model.engine.max_length)
     say(show.render(report))
 
 
-def _prefix(chat: Chat, text: str) -> None:
+def _prefix(chat: ChatState, text: str) -> None:
     _ = chat.replies.session  # a prefix needs a chat
     when = "every reply" if chat.prefix_every_turn else "the next reply"
     if text:
@@ -137,17 +125,17 @@ def _prefix(chat: Chat, text: str) -> None:
         say("no prefix is set; /prefix TEXT sets one")
 
 
-def _continue(chat: Chat, text: str) -> None:
+def _continue(chat: ChatState, text: str) -> StartReply:
     session, suffix = chat.replies.session, unescape(text, "/continue")
-    chat.reply(lambda: session.continue_(suffix, **vars(chat.options)))
+    return lambda: session.continue_(suffix, **vars(chat.options))
 
 
-def _retry(chat: Chat, _: str) -> None:
+def _retry(chat: ChatState, _: str) -> StartReply:
     session = chat.replies.session
-    chat.reply(lambda: session.retry(**vars(chat.options)))
+    return lambda: session.retry(**vars(chat.options))
 
 
-def _undo(chat: Chat, _: str) -> None:
+def _undo(chat: ChatState, _: str) -> None:
     typed = chat.replies.session.undo()
     if typed is None:
         raise UsageError("there is nothing to undo")
@@ -155,7 +143,7 @@ def _undo(chat: Chat, _: str) -> None:
     chat.draft = typed
 
 
-def _role(chat: Chat, role: str) -> None:
+def _role(chat: ChatState, role: str) -> None:
     session, role = chat.replies.session, role.strip()
     if role not in ("", "user", "assistant"):
         raise UsageError(f"/role {role}: expected user or assistant, the part that the model is to play")
@@ -164,30 +152,30 @@ def _role(chat: Chat, role: str) -> None:
     say(f"the model plays the {'user, you the assistant' if session.reversed_role else 'assistant'}")
 
 
-def _save(chat: Chat, path: str) -> None:
+def _save(chat: ChatState, path: str) -> None:
     name = _path(chat, path, "save")
     chat.replies.session.save(name)
     chat.session_file = name
     say(f"saved {name}: {chat.replies.context_used} tokens")
 
 
-def _load(chat: Chat, path: str) -> None:
+def _load(chat: ChatState, path: str) -> None:
     _ = chat.replies.session  # there is none where texts are continued
     name = _path(chat, path, "load")
     chat.use_session(name)
     say(f"loaded {name}: {chat.replies.context_used} tokens")
     if chat.prompts:
-        chat.show_last_exchange()
+        write_last_exchange(chat.replies.session)
 
 
-def _path(chat: Chat, path: str, name: str) -> str:
+def _path(chat: ChatState, path: str, name: str) -> str:
     path = path.strip() or chat.session_file or ""
     if not path:
         raise UsageError(f"/{name} needs a file, e.g. /{name} talk.session")
     return str(Path(path).expanduser())
 
 
-def _set(chat: Chat, text: str) -> None:
+def _set(chat: ChatState, text: str) -> None:
     """Reads all settings before it changes any."""
     options, own = chat.options, {}
     for setting in _split(text):
@@ -227,7 +215,7 @@ def _read_own(name: str, value: str) -> Any:
         raise UsageError(f"{name}={value}: expected on or off") from None
 
 
-def _settings(chat: Chat) -> dict[str, str]:
+def _settings(chat: ChatState) -> dict[str, str]:
     values = {**vars(chat.options), **{name: getattr(chat, attribute) for name, attribute in _OWN.items()}}
     return {name: setting_text(value) for name, value in values.items()}
 
@@ -242,17 +230,17 @@ def _split(text: str) -> list[str]:
         raise UsageError(f"/set {text}: a quote is not closed") from None
 
 
-def _stats(chat: Chat, _: str) -> None:
+def _stats(chat: ChatState, _: str) -> None:
     for line in (chat.status(), *chat.stats.lines()):
         say(line)
 
 
-def _restart(chat: Chat, _: str) -> None:
+def _restart(chat: ChatState, _: str) -> None:
     chat.replies.restart()
     say("forgot the conversation")
 
 
-def _quit(chat: Chat, _: str) -> None:
+def _quit(chat: ChatState, _: str) -> None:
     chat.leaving = True
 
 

@@ -17,8 +17,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
-from jaxchat.cli.terminal.commands import Candidate
 from jaxchat.cli.terminal.history import MessageFile
+from jaxchat.cli.terminal.reading import Candidate
 
 
 class KeyReader:

@@ -1,9 +1,23 @@
 """Messages from standard input: plain lines from a pipe or a dumb terminal. Keys and colours: `prompt.py`."""
 
 import sys
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from jaxchat.cli.terminal.writing import write
+
+
+class Candidate(NamedTuple):
+    """A way to complete what stands before the cursor.
+
+    Attributes:
+      text: what is put in place of the last `replaces` characters.
+      replaces: how many characters it replaces.
+      help: a few words beside it.
+    """
+
+    text: str
+    replaces: int
+    help: str = ""
 
 
 class Reader(Protocol):
