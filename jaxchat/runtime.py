@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 
-from jaxchat.chat import session_file
 from jaxchat.chat.batch import ChatBatch
 from jaxchat.chat.conversation import Conversation
-from jaxchat.chat.replies import Batch, Result, Score, TextStream
+from jaxchat.chat.replies import Batch, Result, Row, Score, TextStream, numbered
 from jaxchat.chat.session import ChatSession
 from jaxchat.chat.vocabulary import Vocabulary
 from jaxchat.checkpoints.assembly import Assembly
@@ -127,10 +126,11 @@ class Model:
         chosen, slots = self._plans(plans, len(ids))
         results: dict[int, Result] = {}
         for group, session in self._groups(ids, chosen, slots, batch_size):
-            batch = Batch(self.vocabulary, session, settings, numbers=group)
+            rows = [Row.of_prompt(ids[number], numbered(settings, number)) for number in group]
+            batch = Batch(self.vocabulary, session, rows)
             for _ in batch.pieces():
                 pass
-            results.update(zip(group, batch.results(), strict=True))
+            results.update((number, batch.result(row)) for row, number in enumerate(group))
         return [results[number] for number in range(len(ids))]
 
     def stream(
@@ -143,8 +143,8 @@ class Model:
         """
         ids = self._prompt_ids(prompt, None if token_ids is None else [token_ids])
         session = self.engine.session(self.plan, max_slots=self.max_slots)
-        session.set_ids(ids[0])
-        return TextStream(Batch(self.vocabulary, session, checked_options(options)))
+        row = Row.of_prompt(ids[0], numbered(checked_options(options), 0))
+        return TextStream(Batch(self.vocabulary, session, [row]))
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Result:
         """Replies to a conversation through the model's chat template.
@@ -189,18 +189,18 @@ class Model:
             thought_tags=thought_tags,
             template_kwargs=template_kwargs,
         )
-        return ChatSession(
+        return ChatSession(self.chat_batch([conversation]))
+
+    def chat_batch(self, conversations: Sequence[Conversation]) -> ChatBatch:
+        """Several conversations, from `conversation`, whose replies are decoded as one batch."""
+        return ChatBatch(
             self.engine,
             self.plan,
-            conversation,
+            conversations,
             self.vocabulary,
             base_plan=self.base_plan,
             max_slots=self.max_slots,
         )
-
-    def chat_batch(self, conversations: Sequence[Conversation]) -> ChatBatch:
-        """Several conversations, from `conversation`, whose replies are decoded as one batch."""
-        return ChatBatch(self.engine, self.plan, conversations, self.vocabulary)
 
     def load_session(self, path: str | Path) -> ChatSession:
         """The conversation that `ChatSession.save` wrote, its KV cache included.
@@ -211,11 +211,7 @@ class Model:
           JaxchatError: the file is damaged, no session, or of another version.
         """
         chat = self.chat_session()
-        saved = session_file.load(path)
-        try:
-            chat.restore(saved)
-        except UsageError as error:
-            raise UsageError(f"{path}: {error}") from None
+        chat.load(path)
         return chat
 
     def score(

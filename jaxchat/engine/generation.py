@@ -1,6 +1,6 @@
 """A running generation: the loop over decode steps, and which sequences are still in it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -25,6 +25,20 @@ class Token(NamedTuple):
     logprob: float
 
 
+class Limits(NamedTuple):
+    """What ends one sequence.
+
+    Attributes:
+      max_new_tokens: at most so many; None is until the context is full.
+      stop_ids: token ids that end it.
+      overflow: what happens when the context is full, see `generate`.
+    """
+
+    max_new_tokens: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    overflow: Overflow = "error"
+
+
 class _Step(NamedTuple):
     """A decode step that has begun."""
 
@@ -42,22 +56,23 @@ class Generation:
     a step that does not follow from it is left unused.
 
     Attributes:
-      finish_reasons: per sequence, None while it runs; `stop` (a stop id or `stop()`), `length`
+      session, params, seeds: as in `generate`.
+      limits: of each sequence; None leaves it out.
+      finish_reasons: per sequence, None while it runs; `stop` (a stop id or `stop()`, or left out), `length`
         (max_new_tokens) or `context` (the context is full).
     """
 
     session: Session
-    max_new_tokens: int | None
     params: SamplingParams
     seeds: list[int]
-    stop_ids: frozenset[int]
-    overflow: Overflow
+    limits: Sequence[Limits | None]
     finish_reasons: list[FinishReason | None] = field(init=False)
 
     def __post_init__(self) -> None:
         session = self.session
         self._check()
-        self.finish_reasons = [None] * session.batch
+        self._limits = [limits or Limits() for limits in self.limits]
+        self.finish_reasons = ["stop" if limits is None else None for limits in self.limits]
         self._generated = [0] * session.batch
         self._among: dict[int, np.ndarray] = {}
         self._restricted = False  # whether the token drawn last was one of those
@@ -67,15 +82,17 @@ class Generation:
             self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in self.params))
         seeds = np.asarray(self.seeds + [0] * pad, np.uint32)
         self._seeds = jax.device_put(seeds, session.engine.placement)
-        if self.overflow == "truncate_oldest":
-            self._drop_oldest(range(session.batch))
+        self._drop_oldest()
 
     def _check(self) -> None:
         batch = self.session.batch
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UsageError(f"--max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if any(not ids for ids in self.session.ids):
-            raise UsageError("an empty prompt: give at least one token")
+        for ids, limits in zip(self.session.ids, self.limits, strict=True):
+            if limits is None:
+                continue
+            if limits.max_new_tokens is not None and limits.max_new_tokens < 1:
+                raise UsageError(f"--max_new_tokens is {limits.max_new_tokens}; it must be at least 1")
+            if not ids:
+                raise UsageError("an empty prompt: give at least one token")
         for name, values in (*self.params._asdict().items(), ("seeds", np.asarray(self.seeds))):
             if values.shape != (batch,):
                 raise UsageError(
@@ -100,7 +117,9 @@ class Generation:
 
     def __iter__(self) -> Iterator[Token]:
         session = self.session
-        logits = session.prefill()
+        if not self._active():
+            return
+        logits = session.prefill(self._active())
         self._prompt_mask, counts, self._all = self._vocabulary_state()
         generated = self._generated
         tokens, logprobs = self._drawn(logits, self._positions(), counts)
@@ -123,9 +142,10 @@ class Generation:
                 token = int(ids[row])
                 session.ids[row].append(token)
                 generated[row] += 1
-                if token in self.stop_ids:
+                limits = self._limits[row]
+                if token in limits.stop_ids:
                     self.finish_reasons[row] = "stop"
-                elif self.max_new_tokens is not None and generated[row] >= self.max_new_tokens:
+                elif limits.max_new_tokens is not None and generated[row] >= limits.max_new_tokens:
                     self.finish_reasons[row] = "length"
                 yield Token(row, token, float(values[row]))
             if not self._make_room():
@@ -171,7 +191,7 @@ class Generation:
         lengths = {
             row: len(session.ids[row])
             for row in self._active()
-            if self._generated[row] + 1 != self.max_new_tokens
+            if self._generated[row] + 1 != self._limits[row].max_new_tokens
             and len(session.ids[row]) + 1 < session.engine.max_length
         }
         as_expected = all(
@@ -210,18 +230,17 @@ class Generation:
 
     def _make_room(self) -> bool:
         """Applies the overflow policy; false when no sequence is left running."""
-        if self.overflow == "truncate_oldest":
-            self._drop_oldest(self._active())
+        self._drop_oldest()
         for row in self._active():
             if len(self.session.ids[row]) >= self.session.engine.max_length:
                 self.finish_reasons[row] = "context"
         return bool(self._active())
 
-    def _drop_oldest(self, rows: Iterable[int]) -> None:
-        """Halves the contexts that are full; half, so as not to drop again at the next token."""
+    def _drop_oldest(self) -> None:
+        """Halves full contexts where that is wanted; half, so as not to drop at the next token again."""
         limit = self.session.engine.max_length
-        for row in rows:
-            if len(self.session.ids[row]) >= limit:
+        for row in self._active():
+            if self._limits[row].overflow == "truncate_oldest" and len(self.session.ids[row]) >= limit:
                 self.session.contexts.truncate_oldest(row, max(1, limit // 2))
 
     def _active(self) -> list[int]:
@@ -267,11 +286,10 @@ def generate(
     """
     if params is None:
         params = SamplingParams.make(session.batch, temperature=0.0)
+    limits = Limits(max_new_tokens, frozenset(stop_ids), overflow)
     return Generation(
         session,
-        max_new_tokens,
         params,
         list(range(session.batch) if seeds is None else seeds),
-        frozenset(stop_ids),
-        overflow,
+        [limits] * session.batch,
     )

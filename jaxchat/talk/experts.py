@@ -70,7 +70,7 @@ def choose(model: Model, question: str, labels: Sequence[str]) -> Choice:
     if len(set(labels)) != len(labels) or not labels:
         raise UsageError(f"choose among {list(labels)}: expected at least one label, and no two alike")
     talk = model.conversation()
-    talk.add_user(question)
+    talk.add_typed(question)
     openings = [talk.open(prefix=label) for label in labels]
     ids = [[*opening.prompt, *opening.ids] for opening in openings]
     scores = model.score(token_ids=ids, batch_size=len(labels))

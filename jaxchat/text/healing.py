@@ -121,7 +121,7 @@ def literal(tokenizer: Tokenizer, text: str) -> tuple[str, str | None]:
     if not isinstance(tokenizer, TextTokenizer) or not tokenizer.control_regex.search(text):
         return text, None
     breaker = unused_marks(text)[0]
-    return tokenizer.control_regex.sub(lambda m: m[0][0] + breaker + m[0][1:], text), breaker
+    return tokenizer.break_control(text, breaker), breaker
 
 
 def _heals(tokenizer: Tokenizer) -> bool:

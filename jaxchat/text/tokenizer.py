@@ -10,7 +10,7 @@ import abc
 import bisect
 import codecs
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -129,6 +129,16 @@ class TextTokenizer(abc.ABC):
     def is_control(self, token_id: int) -> bool:
         """True for what text never turns into, see `control_tokens`."""
         return token_id in self._control_ids
+
+    def break_control(self, text: str, breaker: str, *, but: Collection[str] = ()) -> str:
+        """`text` with `breaker` inside the spelling of its control tokens: `encode_after` takes it for text.
+
+        Args:
+            text: what a user typed, say.
+            breaker: a character that the text does not contain.
+            but: control tokens that are to be obeyed.
+        """
+        return self.control_regex.sub(lambda m: m[0] if m[0] in but else m[0][0] + breaker + m[0][1:], text)
 
     @property
     def added_tokens(self) -> Mapping[str, int]:

@@ -247,7 +247,7 @@ def test_the_ids_of_a_conversation_are_the_rendered_conversation(name, ended, mo
     tokenizer, template, end = model(name)
     conversation = Conversation(template, tokenizer)
     for user, reply in CRAFTGPT_TURNS if name == "craftgpt" else TURNS:
-        conversation.add_user(user)
+        conversation.add_typed(user)
         prompt = conversation.prompt_ids()
         expected, text = one_shot(conversation, tokenizer, template)
         assert conversation.rendered_text() == text
@@ -265,12 +265,12 @@ def test_the_ids_of_a_conversation_are_the_rendered_conversation(name, ended, mo
 def test_a_turn_ends_exactly_once(name, ended, model):
     tokenizer, template, end = model(name)
     conversation = Conversation(template, tokenizer)
-    conversation.add_user("Hi")
+    conversation.add_typed("Hi")
     before = conversation.prompt_ids().count(tokenizer.special_tokens[end])
     conversation.add_reply(
         canonical(conversation, tokenizer, "Hello" + (end if ended == "by end of turn" else ""))
     )
-    conversation.add_user("x")
+    conversation.add_typed("x")
     user_turn_ends_too = name != "mistral-nemo"
     count = conversation.prompt_ids().count(tokenizer.special_tokens[end])
     assert count == before + 1 + user_turn_ends_too
@@ -281,7 +281,7 @@ def test_a_turn_ends_exactly_once(name, ended, model):
 def test_generated_ids_stay_even_where_they_are_not_canonical(name, model):
     tokenizer, template, end = model(name)
     conversation = Conversation(template, tokenizer)
-    conversation.add_user("Spell hello")
+    conversation.add_typed("Spell hello")
     prompt = conversation.prompt_ids()
     letters = [
         i
@@ -291,7 +291,7 @@ def test_generated_ids_stay_even_where_they_are_not_canonical(name, model):
     assert len(letters) == 5
     ids = [*letters, tokenizer.special_tokens[end]]
     assert conversation.add_reply(ids) == "hello"
-    conversation.add_user("Again")
+    conversation.add_typed("Again")
     assert conversation.prompt_ids()[: len(prompt) + 6] == prompt + ids
     assert conversation.rendered_text() == one_shot(conversation, tokenizer, template)[1]
 
@@ -300,11 +300,11 @@ def test_generated_ids_stay_even_where_they_are_not_canonical(name, model):
 def test_reasoning_that_the_template_drops_is_dropped_from_the_ids(model):
     tokenizer, template, end = model("qwen3")
     conversation = Conversation(template, tokenizer)
-    conversation.add_user("2+2?")
+    conversation.add_typed("2+2?")
     prompt = conversation.prompt_ids()
     conversation.add_reply(canonical(conversation, tokenizer, f"<think>\neasy\n</think>\n\n4{end}"))
     assert conversation.messages[-1] == {"role": "assistant", "content": "4", "reasoning_content": "easy"}
-    conversation.add_user("3+3?")
+    conversation.add_typed("3+3?")
     ids, text = one_shot(conversation, tokenizer, template)
     assert "easy" not in text
     assert conversation.prompt_ids() == ids
@@ -315,12 +315,12 @@ def test_reasoning_that_the_template_drops_is_dropped_from_the_ids(model):
 def test_reasoning_begun_by_the_generation_prompt_is_dropped_too(model):
     tokenizer, template, end = model("deepseek-r1")
     conversation = Conversation(template, tokenizer)
-    conversation.add_user("2+2?")
+    conversation.add_typed("2+2?")
     assert conversation.rendered_text() == ""
     conversation.prompt_ids()
     assert conversation.rendered_text().endswith("<think>\n")
     conversation.add_reply(canonical(conversation, tokenizer, f"easy\n</think>\n\n4{end}"))
-    conversation.add_user("3+3?")
+    conversation.add_typed("3+3?")
     ids, text = one_shot(conversation, tokenizer, template)
     assert "easy" not in text
     assert conversation.prompt_ids() == ids
@@ -330,11 +330,11 @@ def test_reasoning_begun_by_the_generation_prompt_is_dropped_too(model):
 def test_a_reply_that_the_template_trims_keeps_the_ids_before_the_trimmed_part(model):
     tokenizer, template, end = model("llama-3.1")
     conversation = Conversation(template, tokenizer)
-    conversation.add_user("Hi")
+    conversation.add_typed("Hi")
     prompt = conversation.prompt_ids()
     hello = tokenizer.encode_after("h") + tokenizer.encode_after("i") + tokenizer.encode_after("\n\n")
     conversation.add_reply([*hello, tokenizer.special_tokens[end]])
-    conversation.add_user("x")
+    conversation.add_typed("x")
     ids = conversation.prompt_ids()
     assert ids[: len(prompt) + 3] == [*prompt, *hello[:2], tokenizer.special_tokens[end]]
     assert conversation.rendered_text() == one_shot(conversation, tokenizer, template)[1]
@@ -344,11 +344,11 @@ def test_a_reply_that_the_template_trims_keeps_the_ids_before_the_trimmed_part(m
 def test_a_reply_cut_inside_a_character_is_kept(model):
     tokenizer, template, _ = model("minueza")
     conversation = Conversation(template, tokenizer)
-    conversation.add_user("An emoji?")
+    conversation.add_typed("An emoji?")
     prompt = conversation.prompt_ids()
     ids = canonical(conversation, tokenizer, "ok 🦩")[:-1]
     assert conversation.add_reply(ids) == "ok \ufffd"
-    conversation.add_user("?")
+    conversation.add_typed("?")
     assert conversation.prompt_ids()[: len(prompt) + len(ids)] == prompt + ids
 
 
@@ -356,10 +356,10 @@ def test_a_reply_cut_inside_a_character_is_kept(model):
 def test_an_empty_reply_is_a_message_of_no_text(model):
     tokenizer, template, _ = model("qwen2.5")
     conversation = Conversation(template, tokenizer)
-    conversation.add_user("Say nothing")
+    conversation.add_typed("Say nothing")
     conversation.prompt_ids()
     assert conversation.add_reply([]) == ""
-    conversation.add_user("Thanks")
+    conversation.add_typed("Thanks")
     assert conversation.prompt_ids() == one_shot(conversation, tokenizer, template)[0]
 
 
@@ -371,8 +371,8 @@ def test_special_tokens_in_a_message_are_text(name, model):
     tokenizer, template, end = model(name)
     plain, hostile = Conversation(template, tokenizer), Conversation(template, tokenizer)
     forged = "".join(t for t in tokenizer.control_tokens if t != "<unk>")[:400]
-    plain.add_user("Hi x bye")
-    hostile.add_user(f"Hi {end}{forged} bye")
+    plain.add_typed("Hi x bye")
+    hostile.add_typed(f"Hi {end}{forged} bye")
     controls = set(tokenizer.control_tokens.values())
     expected = [i for i in plain.prompt_ids() if i in controls]
     assert [i for i in hostile.prompt_ids() if i in controls] == expected
@@ -381,7 +381,7 @@ def test_special_tokens_in_a_message_are_text(name, model):
         return  # what follows does not hold: it takes the <think> of its generation prompt back
     hostile.add_reply(canonical(hostile, tokenizer, "No." + end))
     first = hostile.token_ids
-    hostile.add_user("ok")
+    hostile.add_typed("ok")
     assert hostile.prompt_ids()[: len(first)] == first
 
 
@@ -389,7 +389,7 @@ def test_special_tokens_in_a_message_are_text(name, model):
 def test_a_system_prompt_with_special_tokens_is_text(model):
     tokenizer, template, end = model("qwen2.5")
     conversation = Conversation(template, tokenizer, system=f"Never say {end}.")
-    conversation.add_user("Hi")
+    conversation.add_typed("Hi")
     ids = conversation.prompt_ids()
     assert ids.count(tokenizer.special_tokens[end]) == 2
     assert f"Never say {end}." in tokenizer.decode(ids)
@@ -403,7 +403,7 @@ def test_a_system_prompt_is_rendered(name, model):
     tokenizer, template, end = model(name)
     conversation = Conversation(template, tokenizer, system="You are a pirate.")
     for user, reply in TURNS:
-        conversation.add_user(user)
+        conversation.add_typed(user)
         prompt = conversation.prompt_ids()
         assert (prompt, conversation.rendered_text()) == one_shot(conversation, tokenizer, template)
         assert "You are a pirate." in conversation.rendered_text()
@@ -424,7 +424,7 @@ def test_a_system_prompt_without_a_place_is_a_usage_error(name, model):
 def test_template_arguments_reach_every_rendering(model):
     tokenizer, template, _ = model("qwen3")
     conversation = Conversation(template, tokenizer, template_kwargs={"enable_thinking": False})
-    conversation.add_user("Hi")
+    conversation.add_typed("Hi")
     ids = conversation.prompt_ids()
     assert conversation.rendered_text().endswith("<think>\n\n</think>\n\n")
     assert ids == one_shot(conversation, tokenizer, template, enable_thinking=False)[0]
@@ -434,16 +434,16 @@ def test_template_arguments_reach_every_rendering(model):
 def test_asking_twice_for_the_prompt_changes_nothing(model):
     tokenizer, template, _ = model("qwen2.5")
     conversation = Conversation(template, tokenizer)
-    conversation.add_user("Hi")
+    conversation.add_typed("Hi")
     assert conversation.prompt_ids() == conversation.prompt_ids() == conversation.token_ids
 
 
 def test_a_conversation_needs_no_more_than_the_protocol():
     conversation = Conversation(ChatTemplate(CHATML), Letters())
-    conversation.add_user("hi")
+    conversation.add_typed("hi")
     prompt = conversation.prompt_ids()
     assert conversation.add_reply([*map(ord, "yes"), 0x110001]) == "yes"
-    conversation.add_user("bye")
+    conversation.add_typed("bye")
     assert conversation.prompt_ids()[: len(prompt) + 3] == [*prompt, *map(ord, "yes")]
 
 
@@ -458,7 +458,7 @@ def test_any_generated_ids_keep_text_and_rendering_equal(name, model):
     def check(replies, user):
         conversation = Conversation(template, tokenizer)
         for reply in replies:
-            conversation.add_user(user)
+            conversation.add_typed(user)
             prompt = conversation.prompt_ids()
             assert conversation.rendered_text() == one_shot(conversation, tokenizer, template)[1]
             conversation.add_reply(reply)

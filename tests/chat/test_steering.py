@@ -481,7 +481,7 @@ def test_special_tokens_in_typed_text_are_not_obeyed(name, chat_of):
     counts = []
     for text in ("plain", forged):
         conversation = Conversation(model.template, tokenizer)
-        conversation.add_user("x" + text)
+        conversation.add_typed("x" + text)
         opening = conversation.open(prefix="y" + text)
         counts.append(sum(i in control for i in (*opening.prompt, *opening.ids)))
         chat = model.chat_session()
@@ -563,9 +563,7 @@ def test_the_model_plays_the_user_of_any_template(file):
     end = list(opening.stop_ids) or tokenizer.encode_after(opening.stop_strings[0])
     said = tokenizer.encode_after("Tell me more")
     ids = [*opening.ids, *said, *tokenizer.encode_after(opening.tail), *end]
-    conversation.add_reply(
-        ids, opening, length=None if opening.stop_ids else len("Tell me more" + opening.tail)
-    )
+    conversation.add_reply(ids, opening)
     assert conversation.messages[-1] == {"role": "user", "content": "Tell me more"}
     conversation.add_typed("No.")
     conversation.open()
@@ -602,7 +600,7 @@ def test_the_end_of_the_users_turn_stops_it_be_it_text(tiny):
     opening = chat.conversation.open()
     assert (opening.lead, opening.stop_strings) == (" ", ("\n\nBot:",))
     assert chat.conversation.rendered_text().endswith("Bot: Hello\n\nUser:")
-    chat.conversation.add_reply(tiny.tokenizer.encode(" So?\n\nBot: me"), opening, length=len("So?"))
+    chat.conversation.add_reply(tiny.tokenizer.encode(" So?\n\nBot: me"), opening)
     assert chat.messages[-1] == {"role": "user", "content": "So?"}
     chat.conversation.add_typed("Yes")
     chat.conversation.open()
@@ -627,7 +625,7 @@ def test_the_role_may_change_in_mid_chat(tiny):
 
 
 def think(conversation, opening, text, **options):
-    tokenizer = conversation._tokenizer
+    tokenizer = conversation.tokenizer
     ids = [*opening.ids, *tokenizer.encode_after(text, after=opening.prompt[-1])]
     return conversation.add_reply(ids, opening, **options)
 
@@ -645,7 +643,7 @@ def think(conversation, opening, text, **options):
 def test_a_prefix_opens_the_answer_or_the_reasoning(name, prefix_in, begins, message, chat_of):
     model, _ = chat_of(name)
     conversation = Conversation(model.template, model.tokenizer)
-    conversation.add_user("Hi")
+    conversation.add_typed("Hi")
     opening = conversation.open(prefix="Sure", prefix_in=prefix_in)
     assert spelled(model.tokenizer, opening.ids) == begins
     think(conversation, opening, " thing")

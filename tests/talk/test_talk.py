@@ -142,7 +142,7 @@ def test_labels_are_chosen_by_the_probability_of_all_their_tokens(model):
     labels = ["maths", "music", "mu"]
     choice = choose(model, "what is this?", labels)
     talk = model.conversation()
-    talk.add_user("what is this?")
+    talk.add_typed("what is this?")
     prompt = talk.prompt_ids()
     totals = []
     for label in labels:
