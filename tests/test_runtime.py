@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -177,6 +178,13 @@ def test_a_directory_without_a_tokenizer_works_on_token_ids(tmp_path):
     ):
         with pytest.raises(UsageError, match="tokenizer"):
             call()
+
+
+def test_the_tokenizers_configuration_is_read_once_for_tokenizer_and_template(directory, monkeypatch):
+    opened, read = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: opened.append(path.name) or read(path, **how))
+    assert jaxchat.load(directory).template is not None
+    assert opened.count("tokenizer_config.json") == 1
 
 
 # --- plans

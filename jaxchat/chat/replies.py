@@ -37,11 +37,6 @@ class Timings:
     decode_seconds: float = 0.0
 
     @property
-    def time_to_first_token(self) -> float:
-        """Seconds from the request to its first token."""
-        return self.prefill_seconds
-
-    @property
     def prefill_rate(self) -> float:
         """Prompt tokens per second."""
         return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxchat.checkpoints.source import Source, Wanted
     from jaxchat.text.chat_template import ChatTemplate
     from jaxchat.text.tokenizer import Tokenizer
+    from jaxchat.text.tokenizer_config import Config
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 _RECOMMENDABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -114,18 +115,28 @@ class ModelDirectory:
         return None
 
     @functools.cached_property
+    def _text_config(self) -> "Config":
+        from jaxchat.text.tokenizer_config import read_config
+
+        return read_config(self.path)
+
+    @functools.cached_property
     def tokenizer(self) -> "Tokenizer | None":
         """Its tokenizer; None where there is none."""
         from jaxchat.text.tokenizer_files import has_tokenizer, load_tokenizer
 
-        return load_tokenizer(self.path) if has_tokenizer(self.path) else None
+        return load_tokenizer(self.path, self._text_config) if has_tokenizer(self.path) else None
 
     @functools.cached_property
     def template(self) -> "ChatTemplate | None":
         """Its chat template; None where there is none, or no tokenizer."""
         from jaxchat.text.chat_template import ChatTemplate
 
-        return None if self.tokenizer is None else ChatTemplate.load(self.path, self.tokenizer)
+        return (
+            None
+            if self.tokenizer is None
+            else ChatTemplate.load(self.path, self.tokenizer, self._text_config)
+        )
 
     @functools.cached_property
     def recommended_sampling(self) -> Mapping[str, float]:

@@ -70,7 +70,7 @@ class Stats:
         self.prefill_seconds += max(timings.prefill_seconds - clock.seconds(started, first), 0.0)
         self.decode_tokens += timings.decode_tokens
         self.decode_seconds += max(timings.decode_seconds - clock.seconds(first, end), 0.0)
-        self.time_to_first_token = timings.time_to_first_token
+        self.time_to_first_token = timings.prefill_seconds
         self.compile_seconds = clock.seconds()
 
     def lines(self) -> list[str]:

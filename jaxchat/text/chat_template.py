@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import read_optional_json
 from jaxchat.text.tokenizer import Tokenizer
-from jaxchat.text.tokenizer_config import token_text
+from jaxchat.text.tokenizer_config import Config, read_config, token_text
 
 
 class _Refused(jinja2.TemplateError):
@@ -134,12 +134,13 @@ class ChatTemplate:
             ) from error
 
     @classmethod
-    def load(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    def load(cls, directory: Path, tokenizer: Tokenizer, config: Config | None = None) -> ChatTemplate | None:
         """The chat template in `directory`: chat_template.jinja, chat_template.json or tokenizer_config.json.
 
         Args:
             directory: a model's folder.
             tokenizer: gives `bos_token` where the files do not name it.
+            config: what `read_config` read there, if it has been.
 
         Returns:
             None if there is no template.
@@ -148,12 +149,12 @@ class ChatTemplate:
             JaxchatError: the template, or the file it is in, is broken.
         """
         directory = Path(directory)
-        config = read_optional_json(directory / "tokenizer_config.json")
+        config = config or read_config(directory)
         found = _find_source(directory, config)
         if found is None:
             return None
         path, source = found
-        return cls(source, path=path, variables=_variables(directory, config, tokenizer))
+        return cls(source, path=path, variables=_variables(config, tokenizer))
 
     def render(
         self,
@@ -190,7 +191,7 @@ class ChatTemplate:
             ) from error
 
 
-def _find_source(directory: Path, config: Mapping[str, Any]) -> tuple[Path, str | Mapping[str, str]] | None:
+def _find_source(directory: Path, config: Config) -> tuple[Path, str | Mapping[str, str]] | None:
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
         try:
@@ -199,7 +200,7 @@ def _find_source(directory: Path, config: Mapping[str, Any]) -> tuple[Path, str 
             raise JaxchatError(f"{jinja}: not UTF-8 text ({error}): download the file again") from error
     for path, holder in (
         (directory / "chat_template.json", read_optional_json(directory / "chat_template.json")),
-        (directory / "tokenizer_config.json", config),
+        (directory / "tokenizer_config.json", config.raw),
     ):
         template = holder.get("chat_template")
         if template is None:
@@ -213,9 +214,9 @@ def _find_source(directory: Path, config: Mapping[str, Any]) -> tuple[Path, str 
     return None
 
 
-def _variables(directory: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def _variables(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """`bos_token` and the like, from tokenizer_config.json, special_tokens_map.json or the tokenizer."""
-    merged = {**read_optional_json(directory / "special_tokens_map.json"), **config}
+    merged = dict(config.raw)
     extra = merged.get("extra_special_tokens")
     if isinstance(extra, Mapping):
         merged |= extra

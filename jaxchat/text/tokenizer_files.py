@@ -25,7 +25,6 @@ from jaxchat.files import read_optional_json
 from jaxchat.text.tokenizer import TextTokenizer
 from jaxchat.text.tokenizer_config import NAMED_TOKENS, Config, read_config
 from jaxchat.text.tokenizer_json import JsonTokenizer, byte_level_table
-from jaxchat.text.tokenizer_sentencepiece import SentencePieceTokenizer
 
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json",
@@ -65,8 +64,12 @@ def _tokenizer_file(directory: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def load_tokenizer(directory: Path) -> TextTokenizer:
+def load_tokenizer(directory: Path, config: Config | None = None) -> TextTokenizer:
     """Load the tokenizer in `directory`: tokenizer.json, else tokenizer.model, else vocab.json + merges.txt.
+
+    Args:
+        directory: a model's folder.
+        config: what `read_config` read there, if it has been.
 
     Raises:
         UsageError: `directory` does not exist.
@@ -83,7 +86,7 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
             f"{directory}: no tokenizer found: expected tokenizer.json, tokenizer.model or vocab.json and "
             "merges.txt: copy them from the original model"
         )
-    config = read_config(directory)
+    config = config or read_config(directory)
     try:
         if path.name == "tokenizer.json":
             return _from_json(path, config)
@@ -150,6 +153,9 @@ def _from_model_file(path: Path, config: Config) -> TextTokenizer:
     data = path.read_bytes()
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
         return _from_ranks(path, data, config)
+    # Not at the top: most models come without, and the library takes a while to import.
+    from jaxchat.text.tokenizer_sentencepiece import SentencePieceTokenizer
+
     return SentencePieceTokenizer(data, config)
 
 

@@ -1,4 +1,8 @@
-"""SentencePiece tokenizers: a `.model` file, whose few settings are read from its protobuf here."""
+"""SentencePiece tokenizers: a `.model` file, whose few settings are read from its protobuf here.
+
+By hand: the message classes in the sentencepiece wheel refuse every protobuf older than what generated
+them (0.2.3: 7.36.1), and much else holds it back.
+"""
 
 from __future__ import annotations
 
