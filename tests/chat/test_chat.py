@@ -1,6 +1,5 @@
 """Chat templates render as their authors' tools do; a conversation's ids are its rendering's."""
 
-import functools
 import json
 
 import pytest
@@ -21,10 +20,10 @@ CHATML = (
 )
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
+@pytest.fixture
+def model():
     """name -> (tokenizer, template, end of turn)."""
-    return functools.cache(lambda name: real_chats.load(name, tmp_path_factory.mktemp(name)))
+    return real_chats.load
 
 
 def canonical(conversation, tokenizer, text):

@@ -5,16 +5,13 @@ test of its own name here.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import re
-import shutil
 import unicodedata
 import zlib
 from itertools import accumulate
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -24,58 +21,21 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import jaxchat
 from jaxchat.chat.conversation import Conversation
-from jaxchat.checkpoints.load import load_params
-from jaxchat.engine.session import Engine
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.layer_plan import LayerPlan
 from jaxchat.runtime import Model
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.healing import Healing, byte_length, join, settle
 from jaxchat.text.tokenizer import Detokenizer
-from jaxchat.text.tokenizer_files import load_tokenizer
 from jaxchat.text.tokenizer_json import JsonTokenizer
 from tests.support import real_chats
 from tests.support.real_chats import DATA, TEMPLATES, needs_data
-from tests.support.tiny import write_tiny_hf
 from tests.support.tiny_chat import write_tiny_chat
 
 EXAMPLES = 4  # of step sequences a model
-VOCABULARY = 152_000  # of the tiny model, as large as the largest tokenizer: one set of executables for all
 PLANS = ("all", "2,0,1", "0,2", "0:2,1:")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 REAL = ("llama-3.1", "qwen2.5", "qwen3", "mistral-nemo", "gemma-2", "phi-3.5", "deepseek-r1", "minueza")
-
-
-@pytest.fixture(scope="module")
-def chat_of(tmp_path_factory):
-    """`chat_of(name)`: a tiny random model with a real model's tokenizer and template."""
-    config, params = load_params(tiny_weights(tmp_path_factory.mktemp("tiny")))
-
-    @functools.cache
-    def build(name):
-        tokenizer, template, end = real_chats.load(name, tmp_path_factory.mktemp(name))
-        rows = np.array(params["lm_head.weight"])
-        rows[tokenizer.vocab_size :] = 0  # ids that the tokenizer does not know
-        rows[tokenizer.special_tokens[end]] *= 10  # turns end now and then
-        engine = Engine(config, {**params, "lm_head.weight": jnp.asarray(rows)})
-        return Model(
-            engine, LayerPlan.identity(3), tokenizer=tokenizer, template=template, max_slots=4
-        ), tokenizer.special_tokens[end]
-
-    return build
-
-
-def tiny_weights(folder):
-    options = {"eos_token_id": None, "bos_token_id": None, "max_position_embeddings": 1024}
-    write_tiny_hf(folder, "llama", seed=3, vocab_size=VOCABULARY, **options)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A tiny model with one token a byte, and a chat template."""
-    return jaxchat.load(write_tiny_chat(tmp_path_factory.mktemp("bytes"), max_position_embeddings=400))
 
 
 def run(stream):
@@ -131,15 +91,15 @@ def squeezed(text):
 # --- the joint of a given and a generated text
 
 TOKENIZERS = {
-    "gpt2": {"tokenizer.json": "gpt2/tokenizer.json"},
-    "gpt-neox": {"tokenizer.json": "gpt-neox/20B_tokenizer.json"},
-    "llama2": {"tokenizer.model": "llama2/tokenizer.model"},
-    "llama2-json": {"tokenizer.json": "llama_swift/tokenizer.json"},
-    "llama3": {"tokenizer.model": "llama3/tokenizer.model"},
-    "qwen2": {"vocab.json": "qwen2/vocab.json", "merges.txt": "qwen2/merges.txt"},
-    "mistral": {"tokenizer.model": "mistral/mistral_instruct_tokenizer_240323.model.v3"},
-    "phi-3": {"tokenizer.json": "phi-3/tokenizer.json"},
-    "unigram": {"tokenizer.model": "spm-unigram/test_model.model"},
+    "gpt2": {"tokenizer.json": "tokenizers/gpt2/tokenizer.json"},
+    "gpt-neox": {"tokenizer.json": "tokenizers/gpt-neox/20B_tokenizer.json"},
+    "llama2": {"tokenizer.model": "tokenizers/llama2/tokenizer.model"},
+    "llama2-json": {"tokenizer.json": "tokenizers/llama_swift/tokenizer.json"},
+    "llama3": {"tokenizer.model": "tokenizers/llama3/tokenizer.model"},
+    "qwen2": {"vocab.json": "tokenizers/qwen2/vocab.json", "merges.txt": "tokenizers/qwen2/merges.txt"},
+    "mistral": {"tokenizer.model": "tokenizers/mistral/mistral_instruct_tokenizer_240323.model.v3"},
+    "phi-3": {"tokenizer.json": "tokenizers/phi-3/tokenizer.json"},
+    "unigram": {"tokenizer.model": "tokenizers/spm-unigram/test_model.model"},
 }
 TEXTS = (
     "The URL is http://example.com/a?b=1.",
@@ -148,16 +108,9 @@ TEXTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer_of(tmp_path_factory):
-    @functools.cache
-    def load(name):
-        folder = tmp_path_factory.mktemp(name)
-        for target, source in TOKENIZERS[name].items():
-            shutil.copy(DATA / "tokenizers" / source, folder / target)
-        return load_tokenizer(folder)
-
-    return load
+@pytest.fixture
+def tokenizer_of():
+    return lambda name: real_chats.tokenizer_of(TOKENIZERS[name])
 
 
 def go_on(tokenizer, given, target):

@@ -1,9 +1,13 @@
 """Tokenizers and chat templates of real models, from the reference data beside the repository."""
 
+import functools
 import gzip
 import json
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,9 +116,35 @@ MODELS = {
 }
 
 
-def load(name: str, folder: Path) -> tuple[TextTokenizer, ChatTemplate, str]:
-    """The tokenizer, the chat template and the end of turn of one of `MODELS`, put together in `folder`."""
+Files = Mapping[str, str | dict[str, Any]]
+"""By name in a model directory, the name in the data or what it says itself."""
+
+
+@functools.cache
+def load(name: str) -> tuple[TextTokenizer, ChatTemplate, str]:
+    """The tokenizer, the chat template and the end of turn of one of `MODELS`; each is loaded once."""
     files, end = MODELS[name]
+    tokenizer = tokenizer_of({target: source for target, source in files.items() if "template" not in target})
+    with tempfile.TemporaryDirectory() as folder:
+        _put_together(files, Path(folder))
+        template = ChatTemplate.load(Path(folder), tokenizer)
+    assert template is not None
+    return tokenizer, template, end
+
+
+def tokenizer_of(files: Files) -> TextTokenizer:
+    """The tokenizer of these files; each is loaded once."""
+    return _tokenizer(json.dumps(dict(sorted(files.items()))))
+
+
+@functools.cache
+def _tokenizer(files: str) -> TextTokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        _put_together(json.loads(files), Path(folder))
+        return load_tokenizer(Path(folder))
+
+
+def _put_together(files: Files, folder: Path) -> None:
     for target, source in files.items():
         if isinstance(source, dict):
             (folder / target).write_text(json.dumps(source))
@@ -124,7 +154,3 @@ def load(name: str, folder: Path) -> tuple[TextTokenizer, ChatTemplate, str]:
             (folder / target).write_bytes(gzip.decompress((DATA / source).read_bytes()))
         else:
             shutil.copy(DATA / source, folder / target)
-    tokenizer = load_tokenizer(folder)
-    template = ChatTemplate.load(folder, tokenizer)
-    assert template is not None
-    return tokenizer, template, end
