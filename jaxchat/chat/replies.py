@@ -220,7 +220,7 @@ class Batch:
         options = [GenerateOptions() if row is None else row.options for row in rows]
         self.generation = Generation(
             session,
-            sampling_params(options),
+            _sampling_params(options),
             [o.seed for o in options],
             [self._limits(number) for number in range(len(rows))],
         )
@@ -338,11 +338,9 @@ def numbered(options: GenerateOptions, number: int) -> GenerateOptions:
     return dataclasses.replace(options, seed=(options.seed + number) % 2**32)
 
 
-def sampling_params(options: Sequence[GenerateOptions]) -> SamplingParams:
-    """The sampling parameters of sequences, one each; a value out of its range is a `UsageError`."""
+def _sampling_params(options: Sequence[GenerateOptions]) -> SamplingParams:
+    """The sampling parameters of sequences, one each."""
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
              "frequency_penalty")  # fmt: skip
-    values = {name: [getattr(o, name) for o in options] for name in names}
-    # One number where all agree: it is what a message should show.
-    given: dict[str, Any] = {name: v[0] if v.count(v[0]) == len(v) else v for name, v in values.items()}
-    return SamplingParams.make(len(options), **given)
+    values: dict[str, Any] = {name: [getattr(own, name) for own in options] for name in names}
+    return SamplingParams.make(len(options), **values)
