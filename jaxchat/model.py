@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxchat.config import EMBED, HEAD, LAYERS, ModelConfig
 from jaxchat.layer_plan import PlanArrays
@@ -29,7 +30,7 @@ from jaxchat.pallas.backends import DIFFERENTIABLE
 from jaxchat.pallas.stacked_matmul import embedding_rows
 
 
-def forward(step: Step, cache: KVCache) -> tuple[jax.Array, KVCache]:
+def forward(step: Step, cache: KVCache) -> tuple[Float32[Array, "B T D"], KVCache]:
     """Runs new tokens through the plan and appends their keys and values to the cache.
 
     Args:
@@ -43,7 +44,7 @@ def forward(step: Step, cache: KVCache) -> tuple[jax.Array, KVCache]:
     return final_norm(step, x), cache
 
 
-def embed(step: Step) -> jax.Array:
+def embed(step: Step) -> Float[Array, "B T D"]:
     """The residual stream before the first slot, [B, T, D]."""
     with jax.named_scope("embed"):
         x = embedding_rows(step.params[EMBED], step.tokens) * np.float32(step.config.embedding_scale)
@@ -54,8 +55,8 @@ def embed(step: Step) -> jax.Array:
 
 
 def run_plan(
-    step: Step, x: jax.Array, cache: KVCache, *, start: jax.Array | int = 0
-) -> tuple[jax.Array, KVCache]:
+    step: Step, x: Float[Array, "B T D"], cache: KVCache, *, start: Int[Array, ""] | int = 0
+) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs the slots [start, plan.length) of a plan on a residual stream.
 
     Args:
@@ -75,12 +76,12 @@ def run_plan(
     return lax.fori_loop(start, step.plan.length, body, (x, cache))
 
 
-def final_norm(step: Step, x: jax.Array) -> jax.Array:
+def final_norm(step: Step, x: Float[Array, "*lead D"]) -> Float32[Array, "*lead D"]:
     """The normed hidden state, float32 [..., D], of a residual stream after its last slot."""
     return norm(step, "norm", x)
 
 
-def logits(step: Step, hidden: jax.Array) -> jax.Array:
+def logits(step: Step, hidden: Float[Array, "*lead D"]) -> Float32[Array, "*lead V"]:
     """Output head: normed hidden states [..., D] -> float32 logits [..., V]."""
     config = step.config
     head = step.params[EMBED if config.tied_embeddings else HEAD]
@@ -92,7 +93,9 @@ def logits(step: Step, hidden: jax.Array) -> jax.Array:
     return out
 
 
-def whole_sequences(config: ModelConfig, params: Params, tokens: jax.Array, *, dtype: jnp.dtype) -> Step:
+def whole_sequences(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], *, dtype: jnp.dtype
+) -> Step:
     """A step over whole sequences, int32 [B, T] from position 0, that can be differentiated.
 
     Args:
@@ -118,7 +121,9 @@ def whole_sequences(config: ModelConfig, params: Params, tokens: jax.Array, *, d
     )
 
 
-def hidden_states(step: Step, *, dropout: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+def hidden_states(
+    step: Step, *, dropout: float = 0.0, key: jax.Array | None = None
+) -> Float32[Array, "B T D"]:
     """All layers once, in order, over whole sequences: `forward` in a form that can be differentiated.
 
     The layers are a scan's inputs, so that each layer's gradient is one layer and no stack is carried.

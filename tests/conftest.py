@@ -6,11 +6,21 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
-from jaxchat.checkpoints.load import load_params
-from tests.support.tiny import write_tiny_hf
+# Shapes and dtypes that annotations name are checked in the tests, and cost nothing outside of them.
+jaxtyping.install_import_hook(
+    [
+        "jaxchat.model",
+        *(f"jaxchat.layers.{name}" for name in ("attention", "block", "cache", "mlp", "norms", "rope")),
+    ],
+    "beartype.beartype",
+)
+
+from jaxchat.checkpoints.load import load_params  # noqa: E402
+from tests.support.tiny import write_tiny_hf  # noqa: E402
 
 # Shells start background jobs with SIGINT ignored, children inherit that, and the tests of Ctrl-C need it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

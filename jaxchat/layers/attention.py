@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxchat.config import LAYERS, Block
 from jaxchat.layers.cache import Fresh, KVCache
@@ -32,7 +33,9 @@ def shared(step: Step) -> Shared:
     )
 
 
-def project(step: Step, block: Block, shared: Shared, layer: jax.Array, h: jax.Array) -> Fresh:
+def project(
+    step: Step, block: Block, shared: Shared, layer: Int[Array, ""], h: Float[Array, "B T D"]
+) -> Fresh:
     """Queries, keys and values of h [B, T, D], normed and rotated."""
     config = step.config
     q, k, v = (
@@ -54,7 +57,9 @@ def nothing(step: Step) -> Fresh:
     return Fresh(*zeros)
 
 
-def mix(step: Step, block: Block, shared: Shared, slot: SlotIndex, fresh: Fresh, cache: KVCache) -> jax.Array:
+def mix(
+    step: Step, block: Block, shared: Shared, slot: SlotIndex, fresh: Fresh, cache: KVCache
+) -> Float32[Array, "B T D"]:
     """What attention adds, float32 [B, T, D]; the cache holds the new keys and values already."""
     mixed = cache.attend(
         step.kernels, fresh.q, slot.position, step.lengths,

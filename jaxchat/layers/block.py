@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from jaxchat.config import LAYERS, Block
 from jaxchat.layers import attention
@@ -24,8 +25,8 @@ ARRANGEMENTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 def run_slot(
-    step: Step, shared: attention.Shared, slot: SlotIndex, x: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
+    step: Step, shared: attention.Shared, slot: SlotIndex, x: Float[Array, "B T D"], cache: KVCache
+) -> tuple[Float[Array, "B T D"], KVCache]:
     """The residual stream [B, T, D] after a slot, and the cache with its new keys and values."""
     before = x
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from jaxchat.config import ModelConfig
 from jaxchat.pallas.backends import Kernels
@@ -42,7 +44,12 @@ class KVCache(NamedTuple):
         return self.k.shape[3]
 
     def append(
-        self, kernels: Kernels, fresh: Fresh, slot: jax.Array, lengths: jax.Array, new: jax.Array
+        self,
+        kernels: Kernels,
+        fresh: Fresh,
+        slot: Int[Array, ""],
+        lengths: Int[Array, " B"],
+        new: Int[Array, " B"],
     ) -> "KVCache":
         """Writes the first `new` int32 [B] of each sequence's keys and values behind its `lengths` [B]."""
         return KVCache(
@@ -53,14 +60,14 @@ class KVCache(NamedTuple):
     def attend(
         self,
         kernels: Kernels,
-        q: jax.Array,
-        slot: jax.Array,
-        lengths: jax.Array,
+        q: Float[Array, "B T N H"],
+        slot: Int[Array, ""],
+        lengths: Int[Array, " B"],
         *,
-        scale: jax.Array,
-        window: jax.Array,
+        scale: Float[Array, ""],
+        window: Int[Array, ""],
         softcap: float,
-    ) -> jax.Array:
+    ) -> Float[Array, "B T N H"]:
         """Attention of queries [B, T, N, H] behind `lengths` [B] over one slot, float32 [B, T, N, H]."""
         attend = kernels.decode_attention if q.shape[1] == 1 else kernels.prefill_attention
         return attend(q, self.k, self.v, slot, lengths, scale=scale, window=window, softcap=softcap)
@@ -88,7 +95,7 @@ class KVCache(NamedTuple):
         return jax.tree.map(lambda part: np.asarray(part[:slots, sequence, :, :length]), self)
 
 
-def empty_cache(config: ModelConfig, *, slots: int, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+def empty_cache(config: ModelConfig, *, slots: int, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
     """An empty cache for plans of up to `slots` slots and contexts of up to `capacity` tokens.
 
     Args:

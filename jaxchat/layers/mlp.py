@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxchat.config import Block
 from jaxchat.layers.step import Step, linear
@@ -16,14 +17,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def gated(step: Step, block: Block, layer: jax.Array, h: jax.Array) -> jax.Array:
+def gated(
+    step: Step, block: Block, layer: Int[Array, ""], h: Float[Array, "B T D"]
+) -> Float32[Array, "B T D"]:
     """down(act(gate(h)) * up(h)) of h [B, T, D], float32 (Shazeer 2020)."""
     gate, up = linear(step, layer, h, ("gate", "up"))
     (y,) = linear(step, layer, (ACTIVATIONS[block.activation](gate) * up).astype(step.dtype), ("down",))
     return y
 
 
-def plain(step: Step, block: Block, layer: jax.Array, h: jax.Array) -> jax.Array:
+def plain(
+    step: Step, block: Block, layer: Int[Array, ""], h: Float[Array, "B T D"]
+) -> Float32[Array, "B T D"]:
     """down(act(up(h))) of h [B, T, D], float32 (Vaswani et al. 2017)."""
     (up,) = linear(step, layer, h, ("up",))
     (y,) = linear(step, layer, ACTIVATIONS[block.activation](up).astype(step.dtype), ("down",))

@@ -2,35 +2,38 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int
 
 from jaxchat.config import ModelConfig
 from jaxchat.layers.step import Step, vector
 
+Normed = Float32[Array, "*lead D"]
+Weight = Float32[Array, " D"]
 
-def rms_norm(config: ModelConfig, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+
+def rms_norm(config: ModelConfig, x: Normed, weight: Weight, bias: Weight | None) -> Normed:
     """Zhang and Sennrich 2019; Gemma's weights are stored minus 1."""
     x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps)
     return x * (weight + config.norm_offset)
 
 
-def layer_norm(config: ModelConfig, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+def layer_norm(config: ModelConfig, x: Normed, weight: Weight, bias: Weight | None) -> Normed:
     """Ba et al. 2016."""
     x = x - x.mean(-1, keepdims=True)
     x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_eps) * weight
     return x if bias is None else x + bias
 
 
-NORMS: dict[str, Callable[[ModelConfig, jax.Array, jax.Array, jax.Array | None], jax.Array]] = {
+NORMS: dict[str, Callable[[ModelConfig, Normed, Weight, Weight | None], Normed]] = {
     "rmsnorm": rms_norm,
     "layernorm": layer_norm,
 }
 """`ModelConfig.norm` -> the norm of float32 [..., D] with its weight and bias [D]."""
 
 
-def norm(step: Step, name: str, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+def norm(step: Step, name: str, x: Float[Array, "*lead D"], layer: Int[Array, ""] | None = None) -> Normed:
     """The norm called `name` of x [..., D], float32; `layer` picks from a stacked weight."""
     weight, bias = (vector(step, f"{name}.{kind}", layer) for kind in ("weight", "bias"))
     assert weight is not None  # every norm has one

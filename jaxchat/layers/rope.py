@@ -8,13 +8,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jaxchat.config import RopeConfig
 
 
 def rope_cos_sin(
-    ropes: tuple[RopeConfig, ...], positions: jax.Array, context_length: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    ropes: tuple[RopeConfig, ...], positions: Int[Array, "B T"], context_length: Int[Array, " B"]
+) -> tuple[Float[Array, "R B T half"], Float[Array, "R B T half"]]:
     """Cosines and sines of every rotary embedding of a model.
 
     Args:
@@ -33,7 +34,9 @@ def rope_cos_sin(
     return jnp.stack(cos), jnp.stack(sin)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(
+    x: Float[Array, "B T heads H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+) -> Float[Array, "B T heads H"]:
     """Rotates the first dimensions of each head, half-split order (RoFormer as in GPT-NeoX and Llama-HF).
 
     Args:
@@ -47,7 +50,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def inverse_frequencies(rope: RopeConfig, context_length: jax.Array) -> jax.Array:
+def inverse_frequencies(rope: RopeConfig, context_length: Int[Array, " B"]) -> Float[Array, "B half"]:
     """float32 [B, dim / 2] for contexts of `context_length` [B] tokens."""
     if rope.kind == "dynamic":
         return _dynamic(rope, context_length)
