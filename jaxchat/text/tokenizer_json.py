@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import tokenizers
@@ -141,12 +141,55 @@ def _rename_control_tokens(
     backend: tokenizers.Tokenizer, control: Mapping[str, int], mark: str
 ) -> tokenizers.Tokenizer:
     """The same tokenizer with each control token called `mark + name + mark`: its plain name is text."""
+    names = {name: f"{mark}{name}{mark}" for name in control}
+    renamed = _renamed_over_same_model(backend, names) or _renamed_copy(backend, names)
+    for name, token_id in control.items():
+        if renamed.token_to_id(names[name]) != token_id:
+            raise JaxchatError(
+                f"tokenizer: the special token {name!r} cannot be told apart from text in this tokenizer"
+            )
+    return renamed
+
+
+def _renamed_over_same_model(
+    backend: tokenizers.Tokenizer, names: Mapping[str, str]
+) -> tokenizers.Tokenizer | None:
+    """The tokenizer with added tokens renamed, in a millisecond: its vocabulary is not copied.
+
+    None where a name is in the vocabulary itself, or the ids would be others.
+    """
+    if backend.truncation or backend.padding or any(backend.model.token_to_id(n) is not None for n in names):
+        return None
+    renamed = tokenizers.Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (value := getattr(backend, part)) is not None:
+            setattr(renamed, part, value)
+    added = sorted(backend.get_added_tokens_decoder().items())
+    tokens = [_renamed_token(token, names) for _, token in added]
+    renamed.add_tokens(tokens)
+    same = all(renamed.token_to_id(t.content) == i for (i, _), t in zip(added, tokens, strict=True))
+    return renamed if same else None
+
+
+def _renamed_token(token: tokenizers.AddedToken, names: Mapping[str, str]) -> tokenizers.AddedToken:
+    # Matching in normalized text can fail in the middle of a text, and would leave the mark there.
+    return tokenizers.AddedToken(
+        names.get(token.content, token.content),
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized and token.content not in names,
+        special=token.special,
+    )
+
+
+def _renamed_copy(backend: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:
+    """The tokenizer with tokens renamed in its vocabulary too."""
     spec = json.loads(backend.to_str())
-    model, names = spec["model"], {name: f"{mark}{name}{mark}" for name in control}
+    model = spec["model"]
     for token in spec["added_tokens"]:
         if token["content"] in names:
-            # Matching in normalized text can fail in the middle of a text, and would leave the mark there.
-            token.update(content=names[token["content"]], normalized=False)
+            token.update(content=names[token["content"]], normalized=False)  # see `_renamed_token`
     if isinstance(model["vocab"], list):
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
@@ -155,13 +198,7 @@ def _rename_control_tokens(
             model["vocab"][names[name]] = model["vocab"].pop(name)
     if model.get("unk_token") in names and names[model["unk_token"]] in model["vocab"]:
         model["unk_token"] = names[model["unk_token"]]
-    renamed = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    for name, token_id in control.items():
-        if renamed.token_to_id(names[name]) != token_id:
-            raise JaxchatError(
-                f"tokenizer: the special token {name!r} cannot be told apart from text in this tokenizer"
-            )
-    return renamed
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
 def _merge_products(model: Mapping[str, Any]) -> set[str]:
@@ -217,13 +254,9 @@ def _piece_decoder(backend: tokenizers.Tokenizer) -> _PieceDecoder | None:
     return _PieceDecoder(byte_level, byte_fallback, tuple(replace), strip)
 
 
-_BYTE_LEVEL: dict[str, int] = {}
-
-
-def byte_level_table() -> dict[str, int]:
+@cache
+def byte_level_table() -> Mapping[str, int]:
     """Character to byte of byte-level BPE (GPT-2's `bytes_to_unicode`, inverted)."""
-    if not _BYTE_LEVEL:
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        others = [b for b in range(256) if b not in printable]
-        _BYTE_LEVEL.update({chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)})
-    return _BYTE_LEVEL
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.text import tokenizer_json
 from jaxchat.text.tokenizer import Detokenizer, unused_marks
 from jaxchat.text.tokenizer_files import has_tokenizer, load_tokenizer
+from tests.support import real_chats
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 TOKENIZERS = DATA / "tokenizers"
@@ -600,3 +602,34 @@ def compare_with_transformers(tokenizer, reference, texts):
         for skip in (False,) if normalized else (False, True):
             expected = reference.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
             assert tokenizer.decode(ids, skip_special_tokens=skip) == expected, repr(text)
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen2.5", "qwen3"])
+def test_control_tokens_are_renamed_over_the_same_vocabulary_as_in_a_copy(name):
+    tokenizer, _, _ = real_chats.load(name)
+    mark = "\U000f0000"
+    names = {token: f"{mark}{token}{mark}" for token in tokenizer.control_tokens}
+    shared = tokenizer_json._renamed_over_same_model(tokenizer._backend, names)
+    copy = tokenizer_json._renamed_copy(tokenizer._backend, names)
+    first = list(names)[:3]
+    words = [
+        *first,
+        *map(names.get, first),
+        *tokenizer.added_tokens,
+        "Hel",
+        "lo",
+        " wor",
+        "  ",
+        "\n",
+        "é🙂",
+        "12",
+        "<|",
+    ]
+
+    @given(st.lists(st.sampled_from(words), max_size=8).map("".join), st.booleans())
+    def check(text, special):
+        ids = [t.encode(text, add_special_tokens=special).ids for t in (shared, copy)]
+        assert ids[0] == ids[1]
+
+    check()
