@@ -184,7 +184,7 @@ class Steps:
         self.mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
         self.kernels = target.kernels()
         self.dtype = jnp.dtype(jnp.bfloat16)
-        self.kv_dtype = jnp.dtype(session.checked_kv_dtype(kv_dtype))
+        self.kv_dtype = session.read_kv_dtype(kv_dtype)
         loaded = {param.name: self._parameter(param, fmt) for param in parameter_table(config)}
         self.params: Params = self.kernels.prepare(loaded)
 

@@ -6,7 +6,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
 from jaxchat.errors import UsageError
 
@@ -203,13 +203,38 @@ class GenerateOptions:
         return tuple(s for s in ((self.stop,) if isinstance(self.stop, str) else self.stop) if s)
 
 
-def checked_options(options: Mapping[str, Any]) -> GenerateOptions:
-    """The options that a function was called with; an unknown one is a `TypeError`."""
-    known = {f.name for f in dataclasses.fields(GenerateOptions)}
-    unknown = sorted(set(options) - known)
-    if unknown:
+DEFAULTS = GenerateOptions()
+
+
+class GenerateOverrides(TypedDict, total=False):
+    """The fields of `GenerateOptions` as keyword arguments of functions that also take the value itself."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    overflow: Overflow
+
+
+def checked_options(overrides: GenerateOverrides, options: GenerateOptions = DEFAULTS) -> GenerateOptions:
+    """The options that a function was called with: one value, and keyword arguments that replace some of it.
+
+    Raises:
+      TypeError: a keyword that is no option.
+      UsageError: a number out of its range.
+    """
+    known = [field.name for field in dataclasses.fields(GenerateOptions)]
+    if unknown := sorted(overrides.keys() - set(known)):
         raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    return GenerateOptions(**options)
+    return dataclasses.replace(options, **overrides)
 
 
 def with_setting(options: GenerateOptions, name: str, value: str) -> GenerateOptions:

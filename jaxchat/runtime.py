@@ -6,7 +6,7 @@ Joins the engine (token ids) with the tokenizer and chat template (text).
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 
@@ -21,11 +21,10 @@ from jaxchat.checkpoints.load import Progress, load_assembly, load_params
 from jaxchat.checkpoints.quantized import Quant
 from jaxchat.config import ModelConfig
 from jaxchat.engine.compile_cache import enable_compilation_cache
-from jaxchat.engine.session import Engine, Session, checked_kv_dtype
+from jaxchat.engine.session import Engine, Session, kernels_for, read_kv_dtype
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.options import checked_options
-from jaxchat.pallas import select as select_kernels
+from jaxchat.options import DEFAULTS, GenerateOptions, GenerateOverrides, checked_options
 from jaxchat.quant import QuantFormat
 from jaxchat.recipes.recipe import read_recipe
 from jaxchat.text.chat_template import ChatTemplate
@@ -105,7 +104,8 @@ class Model:
         token_ids: Sequence[Sequence[int]] | None = None,
         plans: Sequence[str | LayerPlan | None] | None = None,
         batch_size: int = 8,
-        **options: Any,
+        options: GenerateOptions = DEFAULTS,
+        **overrides: Unpack[GenerateOverrides],
     ) -> list[Result]:
         """Continues each prompt; prompts of different lengths run together.
 
@@ -114,14 +114,14 @@ class Model:
           token_ids: instead of texts; needs no tokenizer.
           plans: a layer plan a prompt, None for the model's own; prompts under the same plan run together.
           batch_size: how many sequences are decoded together.
-          **options: see `GenerateOptions`.
+          options: how to go on; single ones can be given by name: `max_new_tokens=20`.
 
         Returns:
           One result a prompt, in order.
 
         >>> model.generate("Once upon a time", max_new_tokens=20)[0].text  # doctest: +SKIP
         """
-        settings = checked_options(options)
+        settings = checked_options(overrides, options)
         ids = self._prompt_ids(prompts, token_ids)
         chosen, slots = self._plans(plans, len(ids))
         results: dict[int, Result] = {}
@@ -134,24 +134,35 @@ class Model:
         return [results[number] for number in range(len(ids))]
 
     def stream(
-        self, prompt: str | None = None, *, token_ids: Sequence[int] | None = None, **options: Any
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        options: GenerateOptions = DEFAULTS,
+        **overrides: Unpack[GenerateOverrides],
     ) -> TextStream:
-        """Continues one prompt, yielding text as it comes.
+        """Continues one prompt, yielding text as it comes; the options are as for `generate`.
 
         >>> for piece in model.stream("Once upon a time", max_new_tokens=20):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
         """
         ids = self._prompt_ids(prompt, None if token_ids is None else [token_ids])
         session = self.engine.session(self.plan, max_slots=self.max_slots)
-        row = Row.of_prompt(ids[0], numbered(checked_options(options), 0))
+        row = Row.of_prompt(ids[0], numbered(checked_options(overrides, options), 0))
         return TextStream(Batch(self.vocabulary, session, [row]))
 
-    def chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Result:
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        options: GenerateOptions = DEFAULTS,
+        **overrides: Unpack[GenerateOverrides],
+    ) -> Result:
         """Replies to a conversation through the model's chat template.
 
         Args:
           messages: dicts with `role` and `content`, or one user message as a string.
-          **options: see `GenerateOptions`.
+          options: as for `generate`.
 
         >>> model.chat("do you like music?", max_new_tokens=20).text  # doctest: +SKIP
         """
@@ -159,7 +170,7 @@ class Model:
             messages = [{"role": "user", "content": messages}]
         chat = self.chat_session()
         chat.conversation.extend(messages)
-        stream = chat.reply(**options)
+        stream = chat.reply(options=options, **overrides)
         for _ in stream:
             pass
         return stream.result
@@ -348,16 +359,15 @@ def load(
         directory, base_plan = assembly.models[assembly.tokenizer], assembly.plan
     chosen = as_plan(plan, base_plan)
     # Before the weights: what is wrong with a setting or a small file is not told after minutes of loading.
-    select_kernels(kernels, jax.default_backend())
-    if kv_dtype is not None:
-        checked_kv_dtype(kv_dtype)
+    selected = kernels_for(kernels, jax.devices()[0] if mesh is None else mesh.devices.flat[0], mesh)
+    cache_dtype = None if kv_dtype is None else read_kv_dtype(kv_dtype)
     tokenizer, template = directory.tokenizer, directory.template
     weights: dict[str, Any] = {"dtype": dtype, "quant": wanted, "mesh": mesh, "progress": progress}
     if assembly is None:
         config, params = load_params(directory, **weights)
     else:
         config, params = load_assembly(assembly, **weights)
-    engine = Engine(config, params, max_length=max_length, kv_dtype=kv_dtype, kernels=kernels, mesh=mesh)
+    engine = Engine(config, params, max_length=max_length, kv_dtype=cache_dtype, kernels=selected, mesh=mesh)
     return Model(
         engine,
         chosen,

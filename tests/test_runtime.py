@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+import typing
 from pathlib import Path
 
 import jax
@@ -13,6 +15,7 @@ from jaxchat.engine import steps
 from jaxchat.engine.session import ContextOverflowError
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.options import GenerateOptions, GenerateOverrides
 from tests.support.tiny_chat import write_tiny_chat
 
 GREEDY = {"max_new_tokens": 24}
@@ -420,3 +423,30 @@ def test_tinystories656k_is_the_same_in_bfloat16_and_float32(shared_data):
         one.logprobs, two.logprobs, atol=1e-5
     )  # the float32 file holds bfloat16 values
     assert "Lily" in one.text
+
+
+def test_options_are_one_value_or_keywords_and_keywords_win(model):
+    options = GenerateOptions(max_new_tokens=3, temperature=1.5, seed=7)
+    by_name = model.chat("hello", max_new_tokens=3, temperature=1.5, seed=7)
+    assert model.chat("hello", options=options).token_ids == by_name.token_ids
+    assert len(model.chat("hello", options=options, max_new_tokens=1).token_ids) == 1
+
+
+def test_options_by_name_are_the_fields_of_the_value():
+    hints = typing.get_type_hints(GenerateOptions)
+    assert typing.get_type_hints(GenerateOverrides) == hints
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_p": 0}, "top_p: got 0, expected a number > 0 and <= 1"),
+        ({"top_k": 1.5}, "top_k: got 1.5, expected an integer >= 0"),
+        ({"temperature": float("nan")}, "temperature: got nan, expected a number >= 0"),
+        ({"min_p": True}, "min_p: got True, expected a number from 0 to 1"),
+        ({"presence_penalty": "hot"}, "presence_penalty: got 'hot', expected a finite number"),
+    ],
+)
+def test_options_are_checked_where_they_are_made(values, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        GenerateOptions(**values)

@@ -4,14 +4,14 @@ It is a batch of one (`batch.ChatBatch`) whose replies are streamed.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from jaxchat.chat.batch import ChatBatch, Continue, Retry, Send, Turn
 from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.replies import TextStream, numbered
 from jaxchat.engine.session import Session
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.options import checked_options
+from jaxchat.options import DEFAULTS, GenerateOptions, GenerateOverrides, checked_options
 from jaxchat.text.reasoning import Kind
 
 
@@ -57,40 +57,59 @@ class ChatSession:
         """Whether the model plays the user."""
         return self.conversation.reversed_role
 
-    def send(self, text: str, *, prefix: str = "", prefix_in: Kind = "content", **options: Any) -> TextStream:
+    def send(
+        self,
+        text: str,
+        *,
+        prefix: str = "",
+        prefix_in: Kind = "content",
+        options: GenerateOptions = DEFAULTS,
+        **overrides: Unpack[GenerateOverrides],
+    ) -> TextStream:
         """Adds what was typed and streams the model's reply.
 
         Args:
           text: the user's message or, in reversed role, the assistant's. "" adds none: the model goes first.
           prefix: opens the reply, which goes on from there; it is streamed, and part of message and history.
           prefix_in: `content`, or `reasoning` to open the model's reasoning.
-          **options: see `GenerateOptions`.
+          options: how to go on; single ones can be given by name: `max_new_tokens=20`.
 
         Raises:
           ContextOverflowError: the conversation does not fit the context (the message is taken back).
           UsageError: the template refuses the conversation, or has no place for the prefix.
         """
-        return self._stream(Send(text, prefix, prefix_in), options)
+        return self._stream(Send(text, prefix, prefix_in), checked_options(overrides, options))
 
-    def reply(self, *, prefix: str = "", prefix_in: Kind = "content", **options: Any) -> TextStream:
+    def reply(
+        self,
+        *,
+        prefix: str = "",
+        prefix_in: Kind = "content",
+        options: GenerateOptions = DEFAULTS,
+        **overrides: Unpack[GenerateOverrides],
+    ) -> TextStream:
         """Streams the model's next message to the conversation as it stands."""
-        return self.send("", prefix=prefix, prefix_in=prefix_in, **options)
+        return self.send("", prefix=prefix, prefix_in=prefix_in, options=options, **overrides)
 
-    def continue_(self, suffix: str = "", **options: Any) -> TextStream:
+    def continue_(
+        self, suffix: str = "", *, options: GenerateOptions = DEFAULTS, **overrides: Unpack[GenerateOverrides]
+    ) -> TextStream:
         """Appends to the model's last message, which then goes on; streams the suffix and the new text.
 
         Raises:
           UsageError: the last message is not the model's.
         """
-        return self._stream(Continue(suffix), options)
+        return self._stream(Continue(suffix), checked_options(overrides, options))
 
-    def retry(self, **options: Any) -> TextStream:
+    def retry(
+        self, *, options: GenerateOptions = DEFAULTS, **overrides: Unpack[GenerateOverrides]
+    ) -> TextStream:
         """Generates the last message anew, with the same prefix; only other options make another text.
 
         Raises:
           UsageError: the last message is not the model's.
         """
-        return self._stream(Retry(), options)
+        return self._stream(Retry(), checked_options(overrides, options))
 
     def undo(self) -> str | None:
         """Forgets the last exchange.
@@ -127,5 +146,5 @@ class ChatSession:
         """Goes on with a conversation that was saved, see `Model.load_session`."""
         self._chats.load(path)
 
-    def _stream(self, turn: Turn, options: dict[str, Any]) -> TextStream:
-        return TextStream(self._chats.begin([turn], [numbered(checked_options(options), 0)]))
+    def _stream(self, turn: Turn, options: GenerateOptions) -> TextStream:
+        return TextStream(self._chats.begin([turn], [numbered(options, 0)]))

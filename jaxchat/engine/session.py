@@ -75,7 +75,8 @@ class Engine:
       max_length: the longest context in tokens; default the model's own.
       dtype: of the activations; default float32 on CPU and with float32 weights, else bfloat16.
       kv_dtype: of the KV cache, `float32`, `bfloat16` or `int8`; default as the activations.
-      kernels: `auto`, `reference`, `native` or `pallas`: which implementations of the operations run.
+      kernels: `auto`, `reference`, `native` or `pallas`: which implementations of the operations run; or
+        these themselves.
       mesh: the mesh the parameters are sharded over; the caches are sharded to match.
     """
 
@@ -86,8 +87,8 @@ class Engine:
         *,
         max_length: int | None = None,
         dtype: Any = None,
-        kv_dtype: str | None = None,
-        kernels: str = "auto",
+        kv_dtype: str | np.dtype | None = None,
+        kernels: str | pallas.Kernels = "auto",
         mesh: jax.sharding.Mesh | None = None,
     ):
         if max_length is not None and max_length < 1:
@@ -98,13 +99,13 @@ class Engine:
                 f"positions; choose at most {config.max_position_embeddings}"
             )
         self.config = config
-        if kernels == "auto" and mesh is not None and platform_of(params) == "cpu":
-            kernels = "reference"  # XLA does not partition calls of native functions
-        self.kernels = pallas.select(kernels, platform_of(params))
+        if isinstance(kernels, str):
+            kernels = kernels_for(kernels, next(iter(params[FINAL_NORM].devices())), mesh)
+        self.kernels = kernels
         self.params = self.kernels.prepare(params)
         self.max_length = max_length or config.max_position_embeddings
         self.dtype = jnp.dtype(dtype or default_dtype(params))
-        self.kv_dtype = self.dtype if kv_dtype is None else jnp.dtype(checked_kv_dtype(kv_dtype))
+        self.kv_dtype = self.dtype if kv_dtype is None else read_kv_dtype(kv_dtype)
         # XLA on CPU would widen a whole bfloat16 cache for every update of a row.
         as_bits = self.kv_dtype == jnp.bfloat16 and platform_of(params) == "cpu"
         self.stored_kv_dtype = jnp.dtype(jnp.uint16) if as_bits else self.kv_dtype
@@ -139,15 +140,26 @@ class Engine:
 
 def platform_of(params: Params) -> str:
     """`cpu`, `gpu` or `tpu`: where the parameters are."""
-    platform = next(iter(params[FINAL_NORM].devices())).platform
-    return "gpu" if platform in ("cuda", "rocm") else platform
+    return _platform(next(iter(params[FINAL_NORM].devices())))
 
 
-def checked_kv_dtype(name: str) -> str:
-    """The name, unless it is not one of `KV_DTYPES`."""
-    if name not in KV_DTYPES:
-        raise UsageError(f"--kv_dtype is {name!r}; expected one of {', '.join(KV_DTYPES)}")
-    return name
+def _platform(device: jax.Device) -> str:
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
+def kernels_for(name: str, device: jax.Device, mesh: jax.sharding.Mesh | None) -> pallas.Kernels:
+    """The kernels of that name for a device, see `pallas.select`; `auto` heeds the mesh."""
+    platform = _platform(device)
+    if name == "auto" and mesh is not None and platform == "cpu":
+        name = "reference"  # XLA does not partition calls of native functions
+    return pallas.select(name, platform)
+
+
+def read_kv_dtype(given: str | np.dtype) -> np.dtype:
+    """The dtype of a name in `KV_DTYPES`; a dtype as it is."""
+    if isinstance(given, str) and given not in KV_DTYPES:
+        raise UsageError(f"--kv_dtype is {given!r}; expected one of {', '.join(KV_DTYPES)}")
+    return jnp.dtype(given)
 
 
 def default_dtype(params: Params) -> jnp.dtype:

@@ -139,7 +139,7 @@ class Panel:
         expert = self.experts[choice.name]
         if choice.name not in self._sessions:
             self._sessions[choice.name] = expert.model.chat_session(expert.system)
-        return choice, self._sessions[choice.name].send(question, **vars(expert.options))
+        return choice, self._sessions[choice.name].send(question, options=expert.options)
 
     def ask_all(self, question: str) -> Iterator[tuple[str, Message]]:
         """Every expert's answer to a question, of which nothing is remembered.

@@ -90,15 +90,15 @@ class Thinker:
                 left -= len(stream.result.token_ids)
         summing = self.summarizer.chat_session(self.system)
         task = self.prompt.replace("{question}", question).replace("{thoughts}", thoughts)
-        for piece in summing.send(task, **vars(self.summary_options)):
+        for piece in summing.send(task, options=self.summary_options):
             yield Thought("answer", piece)
 
     def _stretch(
         self, thinking: ChatSession, question: str | None, text: str, options: GenerateOptions
     ) -> TextStream:
         if question is None:
-            return thinking.continue_(text, **vars(options))
-        return thinking.send(question, prefix=text, **vars(options))
+            return thinking.continue_(text, options=options)
+        return thinking.send(question, prefix=text, options=options)
 
     def _limited(self, own: int | None, left: int | None) -> GenerateOptions | None:
         """The options of a stretch; None if the budget is spent."""

@@ -152,9 +152,6 @@ def test_nothing_the_model_writes_controls_the_terminal_and_reasoning_is_dim_and
     chat.send("/set ai_prefix_in=reasoning" + ENTER + "/prefix Hm.</think>Well" + ENTER + "again" + ENTER)
     chat.wait(r"^A\.I\. > Hm\.\n\nWell")
     assert b"\x1b[2mHm.\x1b[0m" in chat.output
-    chat.send("/set ai_prefix_in=content markdown=on" + ENTER)
-    chat.send(r"/prefix # Title\n\nSome **bold** words.\n\n- one\n- two\n\n" + ENTER + "more" + ENTER)
-    chat.wait(r"^A\.I\. >\n(.*\n)*.*Title.*\n\nSome bold words\.\n\n • one\n • two")
     chat.send(CTRL_D)
     assert chat.finish() == 0
 
@@ -177,6 +174,14 @@ def test_a_dumb_terminal_gets_plain_lines_and_no_sequences(model, open_chat):
     assert chat.finish() == 0
     assert b"\x1b" not in chat.output
     assert chat.text.count("You  >") == 4
+
+
+def test_markdown_is_rendered_while_it_grows_and_stays_as_text(model, open_chat):
+    text = r"# Title\n\nSome **bold** words.\n\n- one\n- two\n\n"
+    chat = open_chat(model, "-p", "hello", "--markdown", "--ai_prefix", text, "--max_new_tokens", "1")
+    chat.wait(r"^A\.I\. >\n(.*\n)*.*Title.*\n\nSome bold words\.\n\n • one\n • two")
+    chat.send(CTRL_D)
+    assert chat.finish() == 0
 
 
 def test_ctrl_c_ends_one_answer(model):

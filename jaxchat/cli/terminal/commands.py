@@ -127,12 +127,12 @@ def _prefix(chat: ChatState, text: str) -> None:
 
 def _continue(chat: ChatState, text: str) -> StartReply:
     session, suffix = chat.replies.session, unescape(text, "/continue")
-    return lambda: session.continue_(suffix, **vars(chat.options))
+    return lambda: session.continue_(suffix, options=chat.options)
 
 
 def _retry(chat: ChatState, _: str) -> StartReply:
     session = chat.replies.session
-    return lambda: session.retry(**vars(chat.options))
+    return lambda: session.retry(options=chat.options)
 
 
 def _undo(chat: ChatState, _: str) -> None:

@@ -58,7 +58,7 @@ class ChatReplies:
 
     def send(self, text: str, prefix: str, prefix_in: PrefixIn, options: GenerateOptions) -> TextStream:
         """See `Replies`."""
-        return self.session.send(text, prefix=prefix, prefix_in=prefix_in, **vars(options))
+        return self.session.send(text, prefix=prefix, prefix_in=prefix_in, options=options)
 
     def set_plan(self, spec: str) -> None:
         """See `Replies`."""
@@ -96,7 +96,7 @@ class CompletionReplies:
         """See `Replies`; the text itself is the place for a prefix."""
         if prefix:
             raise UsageError("a prefix needs a chat; put it at the end of the text")
-        self._stream = self.model.stream(text, **vars(options))
+        self._stream = self.model.stream(text, options=options)
         return self._stream
 
     def set_plan(self, spec: str) -> None:
