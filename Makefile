@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # What the install compiles: a change of these rebuilds the native kernels.
 NATIVE := CMakeLists.txt $(wildcard $(foreach ext,cc h,jaxchat/pallas/*.$(ext) jaxchat/pallas/*/*.$(ext)))
 
-.PHONY: setup chat test parity lint format clean
+.PHONY: setup chat test test-full parity lint format clean
 
 setup: $(VENV)/installed
 
@@ -16,7 +16,11 @@ chat: setup
 	$(BIN)/python -m jaxchat.generate $(if $(MODEL),--model $(MODEL)) --interactive
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not parity'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not parity and not full'
+
+# Lists of which `make test` draws a sample, whole.
+test-full: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m full
 
 # Live comparison with transformers on torch (CPU): a large install, needed for nothing else.
 parity: $(VENV)/installed-parity

@@ -53,6 +53,13 @@ def test_looped_and_unrolled_layers_draw_the_same_tokens():
     assert result["ratio"] > 0
 
 
+@pytest.mark.usefixtures("quick_compilation")
+def test_kernels_are_checked_against_the_cases_of_their_tests():
+    result = gpu.kernels(gpu.parse_args(DRY))
+    assert len(result["errors"]) == 9
+    assert not result["wrong"]
+
+
 def test_a_part_that_fails_or_hangs_is_reported_as_such():
     crash = gpu.run_part([sys.executable, "-c", "import os; os.abort()"], "", 60)
     assert crash["error"].startswith("exit code")

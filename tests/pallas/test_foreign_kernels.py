@@ -3,27 +3,22 @@
 ARM's are cross-compiled and run under qemu; under those of AVX-512, `avx512.h` stands in for it.
 """
 
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from jaxchat.pallas import native
-from tests.pallas.test_cache_attention import (
-    CACHES,
-    SCALE,
-    SLOT,
-    SOFTCAPS,
-    TOLERANCE,
-    QuantizedRows,
-    expected,
-    make_case,
-)
-from tests.pallas.test_stacked_matmul import ROUNDING, Case, float_case, quantized_case, rounded
+from jaxchat.pallas.cache_attention import cases as attention
+from jaxchat.pallas.cache_attention.cases import CACHES, SCALE, SLOT, SOFTCAPS, QuantizedRows
+from jaxchat.pallas.stacked_matmul import cases, cpu
+from jaxchat.pallas.stacked_matmul.cases import FLOATS, KINDS, Case, normal
+from tests.pallas.test_cache_attention import TOLERANCE
+from tests.pallas.test_stacked_matmul import COARSE, FINE, NARROW, ROUNDING, rounded
 
 TESTS = Path(__file__).parent
 SOURCES = TESTS.parents[1] / "jaxchat" / "pallas"
@@ -73,103 +68,103 @@ ARM = "-O2 -static -march=armv8-a"
 AVX512 = "-O1 -mavx2 -mfma -mf16c -Wno-ignored-attributes -include avx512.h"
 PRODUCTS = [
     Variant("portable", ARM, rounded(32767), rounded(32767)),
-    Variant("dotprod", ARM, rounded(16256), rounded(127)),
-    Variant("i8mm", ARM, rounded(16256), rounded(127)),
-    Variant("avx512", AVX512, rounded(16256), rounded(127), 2**-9 + ROUNDING),
+    Variant("dotprod", ARM, FINE, COARSE),
+    Variant("i8mm", ARM, FINE, COARSE),
+    Variant("avx512", AVX512, FINE, COARSE, NARROW),
 ]
 ATTENTION = [Variant("portable", ARM), Variant("avx512", AVX512)]
-SHAPES = ((33, 172), (100, 96), (7, 31), (1, 1), (65, 2400))
-KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, (8, False): 3, (8, True): 4, (4, False): 5, (4, True): 6}
 
 
-def record(case: Case, kind, x: np.ndarray, few: bool) -> bytes:
+def parameters(variants):
+    """Where the processor has AVX-512, its kernels are tested as they are, and emulated with `-m full`."""
+    native_too = [pytest.mark.full] if "avx512" in native.instruction_sets() else []
+    return [pytest.param(v, id=v.isa, marks=[] if v.arm else native_too) for v in variants]
+
+
+def record(case: Case, stack: cases.Stack, x: np.ndarray) -> bytes:
     """What `kernel_driver.cc` reads: the product of x [m, I] with the first layer."""
-    if kind in ("float32", "bfloat16", "float16"):
-        kind, cols, group, wide, arrays = KINDS[kind], x.shape[1], 1, False, [case.w[0], x]
+    w, columns = stack.w, case.shape[1]
+    if case.weights in FLOATS:
+        name = "uint16" if case.weights == "bfloat16" else case.weights
+        kind, cols, group, wide, arrays = cpu._FLOAT_KINDS[name], columns, 1, False, [w[0]]
     else:
-        w = case.w
-        kind, cols, group, wide = (
-            KINDS[kind, w.affine],
-            w.padded_columns,
-            w.group,
-            w.scales.dtype == np.float32,
-        )
-        arrays = [part[0] for part in (w.codes, w.scales, w.mins) if part is not None] + [x]
-    codes = arrays[0]
-    head = (kind, len(codes), codes[0].nbytes, cols, group, x.shape[1], len(x), few, wide)
-    return np.array(head, np.int64).tobytes() + b"".join(a.tobytes() for a in arrays)
+        kind, cols, group = cpu._QUANTIZED_KINDS[w.bits, w.affine], w.padded_columns, w.group
+        wide = w.scales.dtype == np.float32
+        arrays = [part[0] for part in (w.codes, w.scales, w.mins) if part is not None]
+    codes, m = arrays[0], case.lead[-1]
+    head = (kind, len(codes), codes[0].nbytes, cols, group, columns, m, not case.many, wide)
+    return np.array(head, np.int64).tobytes() + b"".join(a.tobytes() for a in (*arrays, x))
 
 
-@pytest.mark.parametrize("variant", PRODUCTS, ids=lambda variant: variant.isa)
+def products(variant: Variant) -> list[Case]:
+    """Each kind with every remainder of rows, forms and shapes in turn."""
+    out = []
+    shapes = itertools.cycle(cases.SHAPES)
+    for kind in KINDS:
+        tiled = kind not in FLOATS or (kind == "bfloat16" and variant.bfloat16)
+        for form in cases.forms(kind):
+            for lead in ((1,), (2,), (3,), (5,), (9,), *(((1, 33), (1, 40)) if tiled else ())):
+                shape = next(shapes)
+                while kind == "bfloat16" and len(lead) > 1 and shape[1] % 2:
+                    shape = next(shapes)
+                out.append(Case(form, shape, lead))
+    return out
+
+
+@pytest.mark.parametrize("variant", parameters(PRODUCTS))
 def test_products(variant, rng, tmp_path):
-    products = []  # case, kind, x, few
-    for shape in SHAPES:
-        forms = [(kind, float_case(rng, kind, shape)) for kind in ("float32", "bfloat16", "float16")]
-        for bits in (8, 4):
-            for group in (32, 64, 128, 0):
-                for affine in (False, True):
-                    scales = rng.choice(["float16", "float32"])
-                    forms.append((bits, quantized_case(rng, bits, shape, group, affine, scales)))
-        for kind, case in forms:
-            for m, few in ((1, True), (2, True), (3, True), (5, True), (9, True), (40, False), (33, False)):
-                tiled = kind in (8, 4) or (kind == "bfloat16" and variant.bfloat16 and shape[1] % 2 == 0)
-                if few or tiled:
-                    products.append((case, kind, rng.standard_normal((m, shape[1]), np.float32), few))
-    records = b"".join(record(*product) for product in products)
+    chosen = products(variant)
+    stacks = [cases.stack(rng, case.weights, case.shape, layers=1) for case in chosen]
+    inputs = [normal(rng, (case.lead[-1], case.shape[1])) for case in chosen]
+    records = b"".join(map(record, chosen, stacks, inputs))
     results = variant.run("stacked_matmul", "kProducts", "kernel_driver.cc", records, tmp_path)
-    for case, kind, x, few in products:
-        y, results = np.split(results, [len(x) * case.values.shape[1]])
-        x64 = x.astype(np.float64)
-        error = np.abs(y.reshape(len(x), -1) - x64 @ case.values[0].T)
-        if kind in (8, 4):
-            tolerance = variant.fine if few and kind == 8 else variant.coarse
+    for case, stack, x in zip(chosen, stacks, inputs, strict=True):
+        y, results = np.split(results, [len(x) * case.shape[0]])
+        if case.weights in FLOATS:
+            tolerance = variant.bfloat16 if case.many else ROUNDING
         else:
-            tolerance = ROUNDING if few else variant.bfloat16
-        bound = tolerance * np.linalg.norm(x64, axis=-1, keepdims=True) * case.norms[0]
-        worst = (error / np.maximum(bound, 1e-35)).max()
-        assert worst <= 1, f"{kind} {case.w}, x {x.shape}, few {few}: {worst} x the bound"
+            tolerance = variant.fine if case.weights.startswith("int8") and not case.many else variant.coarse
+        assert cases.error(y.reshape(len(x), -1), x, stack, 0) <= tolerance, case
     assert not len(results)
 
 
-STORED = {np.float32: 0, ml_dtypes.bfloat16: 1, np.uint16: 1, np.int8: 2}
-ATTENTION_SHAPES = (
-    (1, 8, 2, 16, 128),
-    (3, 6, 2, 12, 96),
-    (2, 4, 1, 64, 700),
-    (1, 7, 1, 40, 90),
-    (2, 5, 5, 8, 64),
-)
-"""B, N, K, H, S: one to four query heads at a time, in blocks of 64 keys and tasks of 512."""
+STORED = {"float32": 0, "bfloat16": 1, "uint16": 1, "int8": 2}
 
 
-def attention_record(case, dtype, window: int, softcap: float) -> bytes:
+def attention_record(given: attention.Inputs, case: attention.Case, cache: str) -> bytes:
     """What `attention_driver.cc` reads: attention over the slot that holds something."""
-    b, t, n, h = case.q.shape
-    _, _, kv, s, _ = case.k.shape
-    caches = [case.k, case.v]
+    b, t, n, h = given.q.shape
+    _, _, kv, s, _ = given.k.shape
+    caches = [given.k, given.v]
     arrays = [cache.codes if isinstance(cache, QuantizedRows) else cache for cache in caches]
     arrays += [cache.scale for cache in caches if isinstance(cache, QuantizedRows)]
-    head = np.array([b, t, n, kv, s, h, STORED[dtype], window], np.int64).tobytes()
-    parts = [np.array([SCALE, softcap], np.float32), case.q, *(array[SLOT] for array in arrays), case.lengths]
+    head = np.array([b, t, n, kv, s, h, STORED[cache], case.window], np.int64).tobytes()
+    scalars = np.array([SCALE, case.softcap], np.float32)
+    parts = [scalars, given.q, *(array[SLOT] for array in arrays), given.lengths]
     return head + b"".join(part.tobytes() for part in parts)
 
 
-@pytest.mark.parametrize("variant", ATTENTION, ids=lambda variant: variant.isa)
+@pytest.mark.parametrize("variant", parameters(ATTENTION))
 def test_attention(variant, rng, tmp_path):
-    runs = [
-        (make_case(rng, shape, t, dtype, np.nan), dtype, window, softcap)
-        for dtype in CACHES
-        for shape in ATTENTION_SHAPES
-        for t in (1, 3, 17)
-        for window in (0, 7, 600)
-        for softcap in SOFTCAPS
-    ]
-    records = b"".join(attention_record(*run) for run in runs)
-    results = variant.run("cache_attention", "kAttention", "attention_driver.cc", records, tmp_path)
-    for case, dtype, window, softcap in runs:
-        out, results = np.split(results, [case.q.size])
-        error = np.abs(out.reshape(case.q.shape) - expected(case, window, softcap)).max()
-        assert error <= TOLERANCE, (
-            f"{np.dtype(dtype)} {case.q.shape}, window {window}, softcap {softcap}: {error}"
+    chosen = [
+        (case, cache)
+        for cache in CACHES
+        for case in (
+            *attention.NAMED.values(),
+            *(
+                attention.drawn(rng, shape, t, window, softcap)
+                for shape in attention.SHAPES
+                for t in attention.TOKENS
+                for window in (0, 7, 600)
+                for softcap in SOFTCAPS
+            ),
         )
+    ]
+    inputs = [attention.inputs(rng, case, cache, np.nan) for case, cache in chosen]
+    records = b"".join(attention_record(given, *pair) for given, pair in zip(inputs, chosen, strict=True))
+    results = variant.run("cache_attention", "kAttention", "attention_driver.cc", records, tmp_path)
+    for given, (case, cache) in zip(inputs, chosen, strict=True):
+        out, results = np.split(results, [given.q.size])
+        error = np.abs(out.reshape(given.q.shape) - attention.expected(given, case)).max()
+        assert error <= TOLERANCE, f"{case}, {cache}: {error}"
     assert not len(results)

@@ -1,4 +1,6 @@
-"""The GPU kernels compute what the definitions say, interpreted on CPU, and compile for GPUs that are absent.
+"""The GPU kernels serve whole models, and compile for GPUs that are absent.
+
+That they compute what the definitions say is in test_stacked_matmul.py and test_cache_attention.py.
 
 Interpreting copies a whole stack on every grid step: everything is tiny. Nothing here has run on a GPU.
 """
@@ -23,84 +25,28 @@ from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
 from jaxchat.pallas.backends import REFERENCE, Kernels, pallas_gpu, select
 from jaxchat.pallas.cache_attention import gpu as attention
-from jaxchat.pallas.cache_attention.reference import quantize_rows
 from jaxchat.pallas.stacked_matmul import gpu as matmul
-from tests.pallas.test_tpu_kernels import (
-    ATTENTION_CASES,
-    FORMATS,
-    LAYERS,
-    attend_float64,
-    poisoned_cache,
-    quantize_params,
-    quantized,
-    random,
-    relative_error,
-    run_python,
-    two_steps,
-)
+from jaxchat.pallas.stacked_matmul.cases import stack
+from tests.pallas.test_tpu_kernels import check_embedding, quantize_params, run_python, two_steps
 from tests.support.steps import step_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def product(x, w, layer=1):
-    return jax.jit(functools.partial(matmul.stacked_matmul, interpret=True))(x, w, layer)
+# --- stacked_matmul: beside the battery in test_stacked_matmul.py
 
 
-# --- stacked_matmul
-
-
-@pytest.mark.parametrize(
-    ("fmt", "m", "o", "i", "dtype"),
-    [
-        *((fmt, 1, 200, 1100, "bfloat16") for fmt in FORMATS),
-        *((fmt, 3, 33, 300, "float32") for fmt in ("int4", "int8:128:affine")),
-        ("int4:64:affine", 8, 40, 96, "bfloat16"),
-        ("int8:channel", 9, 40, 300, "float32"),
-    ],
-)
-def test_prepared_weights_give_the_product_of_their_values(fmt, m, o, i, dtype):
-    q, values = quantized((LAYERS, o, i), fmt)
-    w = matmul.prepare({"w": q})["w"]
-    x = random((m, i), dtype)
-    assert w.shape == (LAYERS, o, i)
-    assert w.nbytes == q.nbytes
-    # The weights are not rounded, whatever x is.
-    assert relative_error(product(x, w), np.asarray(x, np.float64) @ values[1].T) < 2e-6
-
-
-@pytest.mark.parametrize("weights", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize(("m", "o", "i"), [(1, 300, 1100), (3, 129, 41)])
-def test_float_weights_are_read_as_they_lie(weights, m, o, i):
-    w, x = random((LAYERS, o, i), weights), random((m, i))
-    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)[1].T
-    assert relative_error(product(x, w), expected) < 2e-6
-
-
-def test_leading_axes_of_x_are_kept():
-    q, values = quantized((LAYERS, 24, 64), "int4:affine")
-    x = random((2, 3, 64))
-    y = product(x, matmul.prepare({"w": q})["w"])
-    assert relative_error(y, np.asarray(x, np.float64) @ values[1].T) < 2e-6
+def test_prepared_weights_stand_for_a_whole_stack_in_as_many_bytes(rng):
+    for fmt in ("int4:64", "int8:128:affine"):
+        w = jax.tree.map(jnp.asarray, stack(rng, fmt, (33, 300)).w)
+        prepared = matmul.prepare({"w": w})["w"]
+        assert prepared.shape == w.shape
+        assert prepared.nbytes == w.nbytes
 
 
 @pytest.mark.parametrize("fmt", ["int8", "int4:affine"])
-def test_an_embedding_is_looked_up_and_is_the_output_head(fmt):
-    q, values = quantized((301, 90), fmt)
-    embedding = matmul.prepare({"embed.weight": q})["embed.weight"]
-    for ids in (jnp.array([[7]]), jnp.array([[0, 300], [5, 5]]), jnp.int32(300)):
-        np.testing.assert_array_equal(embedding[ids], np.float32(values)[ids])
-    x = random((1, 90))
-    y = product(x, jax.tree.map(lambda part: part[None], embedding), 0)
-    assert relative_error(y, np.asarray(x, np.float64) @ values.T) < 2e-6
-
-
-@pytest.mark.parametrize("fmt", ["int4", "int8:channel"])
-def test_a_nan_reaches_its_own_row_of_the_product_only(fmt):
-    q, _ = quantized((LAYERS, 40, 300), fmt)
-    y = product(random((3, 300)).at[1, 299].set(jnp.nan), matmul.prepare({"w": q})["w"])
-    assert np.isnan(y[1]).all()
-    assert np.isfinite(y[jnp.array([0, 2])]).all()
+def test_an_embedding_is_looked_up_and_is_the_output_head(rng, fmt):
+    check_embedding(rng, matmul, fmt, (301, 90), [((1,), "float32")])
 
 
 @given(st.integers(1, 200_000), st.integers(1, 40_000), st.sampled_from([1, 2, 4, 16]), st.integers(1, 8))
@@ -118,47 +64,6 @@ def test_weights_on_several_gpus_are_refused():
     spread = types.SimpleNamespace(sharding=types.SimpleNamespace(device_set={0, 1}))
     with pytest.raises(UsageError, match="--kernels pallas runs on one GPU; on several give"):
         matmul.prepare({"w": spread})
-
-
-# --- cache attention
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype", "tolerance"),
-    [
-        *((case, "float32", 1e-5) for case in ATTENTION_CASES),
-        ("decode, window", "bfloat16", 2e-2),
-        ("prefill, several blocks", "bfloat16", 2e-2),
-    ],
-)
-def test_attention_sees_what_its_definition_says(case, dtype, tolerance):
-    lengths, t, n, kv, s, h, window, softcap = ATTENTION_CASES[case]
-    k, v = (poisoned_cache(lengths, t, kv, s, h, dtype) for _ in range(2))
-    q = random((len(lengths), t, n, h), dtype)
-    attend = jax.jit(functools.partial(attention.attend, softcap=softcap, interpret=True))
-    y = attend(q, k, v, 1, jnp.array(lengths), scale=0.1, window=window)
-    expected = attend_float64(q, k, v, 1, lengths, 0.1, window, softcap)
-    assert np.abs(np.asarray(y) - expected).max() < tolerance
-
-
-@pytest.mark.parametrize("t", [1, 20])
-def test_8_bit_keys_and_values_stand_for_their_scaled_codes(t):
-    lengths, q = [3, 70], random((2, t, 6, 24))
-    k, v = (quantize_rows(random((2, 2, 3, 100, 24))) for _ in range(2))
-    y = attention.attend(
-        q, k, v, 1, jnp.array(lengths), scale=0.1, window=jnp.int32(9), softcap=0.0, interpret=True
-    )
-    wide = (np.asarray(c.codes, np.float64) * np.asarray(c.scale, np.float64)[..., None] for c in (k, v))
-    assert np.abs(np.asarray(y) - attend_float64(q, *wide, 1, lengths, 0.1, 9, 0.0)).max() < 1e-5
-
-
-def test_queries_beyond_the_cache_are_harmless():
-    k, v = (poisoned_cache([60], 4, 1, 64, 16, np.float32) for _ in range(2))
-    q = random((1, 16, 2, 16))
-    attend = functools.partial(attention.attend, scale=0.1, softcap=0.0, interpret=True)
-    y = attend(q, k, v, 1, jnp.array([60]), window=jnp.int32(3))  # 4 real tokens and 12 of padding
-    expected = attend_float64(q[:, :4], k, v, 1, [60], 0.1, 3, 0.0)
-    assert np.abs(np.asarray(y)[:, :4] - expected).max() < 1e-5
 
 
 # --- the whole model
@@ -195,9 +100,8 @@ def lowered(function, *arguments):
 
 
 @pytest.mark.parametrize("fmt", ["int4:128:f32", "int4:channel:affine", "int8"])
-def test_products_lower_for_cuda_and_take_the_whole_stack(fmt):
-    q, _ = quantized((5, 301, 1100), fmt)
-    w = matmul.prepare({"w": q})["w"]
+def test_products_lower_for_cuda_and_take_the_whole_stack(rng, fmt):
+    w = matmul.prepare({"w": jax.tree.map(jnp.asarray, stack(rng, fmt, (301, 1100), layers=5).w)})["w"]
     x = jax.ShapeDtypeStruct((3, 1100), jnp.bfloat16)
     text = lowered(matmul.stacked_matmul, x, w, jnp.int32(2))
     call = next(line for line in text.splitlines() if "triton" in line)

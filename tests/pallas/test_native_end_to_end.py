@@ -20,7 +20,7 @@ MODELS = {  # directory, a prompt of its vocabulary
     "TinyStories-656K": ("TinyStories-656K/fp32", [1, 80, 147, 201, 90]),
     "CraftGPT": ("CraftGPT-hf", [5, 300, 17]),
 }
-NEW = 200
+NEW = 100
 FLOAT32 = jnp.dtype("float32")
 FORCED = 50
 
@@ -88,21 +88,33 @@ class Text:
         return np.stack(self.logits)
 
 
+@pytest.fixture(scope="module")
+def references(load):
+    """`references(name, fmt)`: the reference kernels' text of a model and its tokens."""
+
+    @functools.cache
+    def run(name, fmt):
+        config, params, prompt = load(name, fmt)
+        text = Text(config, params, "reference")
+        return text, text.greedy(prompt)
+
+    return run
+
+
 @pytest.mark.parametrize("fmt", ["float32", "int8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_tokens_are_those_of_the_reference(load, name, fmt):
+def test_greedy_tokens_are_those_of_the_reference(load, references, name, fmt):
     config, params, prompt = load(name, fmt)
-    expected = Text(config, params, "reference").greedy(prompt)
+    _, expected = references(name, fmt)
     assert len(expected) == min(NEW, config.max_position_embeddings - len(prompt) + 1)
     assert Text(config, params, "native").greedy(prompt) == expected
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_4_bit_logits_move_less_than_by_the_quantization(load, name):
-    config, params, prompt = load(name, "float32")
-    exact = Text(config, params, "reference")
-    forced = exact.greedy(prompt)[:FORCED]
-    config, params, _ = load(name, "int4")
+def test_4_bit_logits_move_less_than_by_the_quantization(load, references, name):
+    exact, continuation = references(name, "float32")
+    forced = continuation[:FORCED]
+    config, params, prompt = load(name, "int4")
     reference, natively = (
         Text(config, params, kernels).forced(prompt, forced) for kernels in ("reference", "native")
     )

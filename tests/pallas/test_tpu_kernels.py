@@ -1,4 +1,6 @@
-"""The TPU kernels compute what the definitions say, interpreted on CPU, and compile for absent chips.
+"""The TPU kernels have no races, serve whole models and meshes, and compile for absent chips.
+
+That they compute what the definitions say is in test_stacked_matmul.py and test_cache_attention.py.
 
 Interpreting copies a whole stack on every grid step: everything is tiny. Nothing here has run on a TPU.
 """
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxchat import model, quant
 from jaxchat.families import parameter_table
@@ -23,13 +26,16 @@ from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
 from jaxchat.pallas.backends import REFERENCE, Kernels, pallas_tpu, select
 from jaxchat.pallas.cache_attention import tpu as attention
-from jaxchat.pallas.cache_attention.reference import QuantizedRows, quantize_rows
+from jaxchat.pallas.cache_attention.cases import SCALE, SLOT, Case, expected, inputs
+from jaxchat.pallas.cache_attention.reference import QuantizedRows
 from jaxchat.pallas.stacked_matmul import tpu as matmul
+from jaxchat.pallas.stacked_matmul.cases import error, normal, stack
 from jaxchat.quant import QuantFormat
+from tests.pallas.test_cache_attention import TOLERANCE
+from tests.pallas.test_stacked_matmul import NARROW, ROUNDING
 from tests.support.steps import step_of
 
 ROOT = Path(__file__).parents[2]
-LAYERS = 2
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -39,79 +45,45 @@ FORMATS = (
 )  # fmt: skip
 
 
-def random(shape, dtype=np.float32):
-    rng = np.random.default_rng(np.random.SeedSequence())  # fresh in every run
-    return jnp.asarray(rng.standard_normal(shape), dtype)
-
-
-def quantized(shape, fmt):
-    """A quantized weight with a group of zeros, as jax arrays, and its values in float64."""
-    w = np.array(random(shape))
-    w[..., 0, :32] = 0
-    q = quant.quantize(w, QuantFormat.parse(fmt), name="w")
-    return jax.tree.map(jnp.asarray, q), quant.dequantize(q).astype(np.float64)
-
-
-def relative_error(actual, expected):
-    return np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max()
-
-
 def product(x, w, layer=1, interpret=True):
     return jax.jit(functools.partial(matmul.stacked_matmul, interpret=interpret))(x, w, layer)
 
 
-# --- stacked_matmul
-
-# float32 is exact but for its sums; bfloat16 rounds weights (many rows) to 8 bits.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}
+def prepared(stack):
+    return matmul.prepare({"w": jax.tree.map(jnp.asarray, stack.w)})["w"]
 
 
-@pytest.mark.parametrize(
-    ("m", "o", "i", "dtype"),
-    [(1, 200, 1100, "bfloat16"), (3, 129, 300, "float32"), (70, 40, 300, "bfloat16")],
-)
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_prepared_weights_give_the_product_of_their_values(fmt, m, o, i, dtype):
-    q, values = quantized((LAYERS, o, i), fmt)
-    w = matmul.prepare({"w": q})["w"]
-    x = random((m, i), dtype)
-    assert w.shape == (LAYERS, o, i)
-    assert relative_error(product(x, w), np.asarray(x, np.float64) @ values[1].T) < TOLERANCE[dtype]
+# --- stacked_matmul: beside the battery in test_stacked_matmul.py
+
+
+def test_prepared_weights_stand_for_a_whole_stack_in_as_many_bytes(rng):
+    weights = stack(rng, "int4:64", (256, 512))
+    assert prepared(weights).shape == weights.w.shape
+    assert prepared(weights).nbytes == weights.w.nbytes
+
+
+def check_embedding(rng, matmul, fmt, shape, leads):
+    """Rows are those of the values; so is the product, of the embedding as the output head."""
+    matrix = stack(rng, fmt, shape, layers=1)
+    w = jax.tree.map(lambda part: jnp.asarray(part[0]), matrix.w)
+    embedding = matmul.prepare({"embed.weight": w})["embed.weight"]
+    for ids in (jnp.array([[7]]), jnp.array([[0, shape[0] - 1], [5, 5]]), jnp.int32(shape[0] - 1)):
+        np.testing.assert_array_equal(embedding[ids], np.float32(matrix.values[0])[ids])
+    head = jax.tree.map(lambda part: part[None], embedding)
+    for lead, dtype in leads:
+        x = normal(rng, (*lead, shape[1]), dtype)
+        y = jax.jit(functools.partial(matmul.stacked_matmul, interpret=True))(x, head, 0)
+        assert error(y, x, matrix, 0) < (NARROW if dtype == "bfloat16" else ROUNDING)
 
 
 @pytest.mark.parametrize("fmt", ["int8", "int8:128:affine", "int8:channel:affine"])
-@pytest.mark.parametrize(("m", "dtype"), [(1, "bfloat16"), (35, "float32")])
-def test_an_embedding_is_its_own_output_head(fmt, m, dtype):
-    q, values = quantized((301, 1100), fmt)
-    embedding = matmul.prepare({"embed.weight": q})["embed.weight"]
-    x = random((m, 1100), dtype)
-    y = product(x, jax.tree.map(lambda part: part[None], embedding), 0)
-    assert relative_error(y, np.asarray(x, np.float64) @ values.T) < TOLERANCE[dtype]
-    for ids in (jnp.array([[7]]), jnp.array([[0, 300], [5, 5]]), jnp.int32(300)):
-        np.testing.assert_array_equal(embedding[ids], np.float32(values)[ids])
+def test_an_embedding_is_its_own_output_head(rng, fmt):
+    check_embedding(rng, matmul, fmt, (301, 1100), [((1,), "bfloat16"), ((35,), "float32")])
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "float32"])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("m", "o", "i"), [(1, 300, 1100), (3, 129, 40)])
-def test_float_weights_are_read_as_they_lie(weights, dtype, m, o, i):
-    w, x = random((LAYERS, o, i), weights), random((m, i), dtype)
-    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64)[1].T
-    assert relative_error(product(x, w), expected) < TOLERANCE[dtype]
-
-
-def test_unprepared_4_bit_weights_are_right_too():
-    q, values = quantized((LAYERS, 24, 64), "int4:affine")
-    x = random((2, 3, 64))
-    assert relative_error(product(x, q), np.asarray(x, np.float64) @ values[1].T) < TOLERANCE["float32"]
-
-
-@pytest.mark.parametrize("fmt", ["int4", "int8:channel"])
-def test_a_nan_reaches_its_own_row_of_the_product_only(fmt):
-    q, _ = quantized((LAYERS, 140, 300), fmt)
-    y = product(random((3, 300)).at[1, 299].set(jnp.nan), matmul.prepare({"w": q})["w"])
-    assert np.isnan(y[1]).all()
-    assert np.isfinite(y[jnp.array([0, 2])]).all()
+def test_unprepared_4_bit_weights_are_right_too(rng):
+    weights, x = stack(rng, "int4:affine", (24, 64)), normal(rng, (2, 3, 64))
+    assert error(product(x, jax.tree.map(jnp.asarray, weights.w)), x, weights, 1) < ROUNDING
 
 
 def test_scales_widen_from_float16_bits_exactly():
@@ -122,126 +94,28 @@ def test_scales_widen_from_float16_bits_exactly():
     np.testing.assert_array_equal(widened, halves[finite].astype(np.float32))
 
 
-def test_prepared_bytes_are_the_true_ones():
-    q, _ = quantized((LAYERS, 256, 512), "int4:64")
-    assert matmul.prepare({"w": q})["w"].nbytes == q.nbytes
-
-
-# --- cache attention
-
-SLOTS = 2
-
-
-def attend_float64(q, k, v, slot, lengths, scale, window, softcap):
-    """The definition, one query at a time."""
-    k, v = (c.codes * np.asarray(c.scale)[..., None] if isinstance(c, QuantizedRows) else c for c in (k, v))
-    q, k, v = (np.asarray(a, np.float64) for a in (q, k[slot], v[slot]))
-    out = np.zeros(q.shape)
-    per_kv = q.shape[2] // k.shape[1]
-    for b, t, n in np.ndindex(q.shape[:3]):
-        last = int(lengths[b]) + t
-        first = max(0, last - window + 1) if window else 0
-        keys, values = (c[b, n // per_kv, first : last + 1] for c in (k, v))
-        scores = keys @ q[b, t, n] * scale
-        if softcap:
-            scores = softcap * np.tanh(scores / softcap)
-        weights = np.exp(scores - scores.max())
-        out[b, t, n] = weights @ values / weights.sum()
-    return out
-
-
-def poisoned_cache(lengths, t, kv, s, h, dtype):
-    """A cache whose rows beyond what the queries may see are NaN."""
-    cache = np.array(random((SLOTS, len(lengths), kv, s, h), np.float32))
-    for b, length in enumerate(lengths):
-        cache[:, b, :, length + t :] = np.nan
-    cache[0] = np.nan  # another slot
-    return quantize_rows(jnp.asarray(cache)) if dtype == "int8" else jnp.asarray(cache, dtype)
-
-
-ATTENTION_CASES = {
-    # lengths, T, N, K, S, H, window, softcap
-    "decode": ([5, 130, 0], 1, 4, 2, 300, 64, 0, 0.0),
-    "decode, wide heads": ([5, 130], 1, 4, 4, 144, 128, 0, 0.0),
-    "decode, window": ([290, 3], 1, 6, 2, 300, 10, 7, 0.0),
-    "decode, window, several blocks": ([1000, 700], 1, 2, 1, 1100, 128, 200, 0.0),
-    "decode, soft-cap": ([17], 1, 2, 1, 96, 16, 0, 5.0),
-    "prefill": ([0, 9], 16, 4, 2, 64, 24, 0, 0.0),
-    "prefill, several blocks": ([600, 3], 40, 4, 1, 700, 128, 0, 0.0),
-    "prefill, window, soft-cap": ([600, 3], 33, 2, 2, 700, 12, 50, 8.0),
-    "prefill, blocks of queries": ([1, 30], 70, 32, 1, 128, 16, 0, 0.0),
-}
-
-
-@pytest.mark.parametrize(
-    ("dtype", "kv_dtype", "tolerance"),
-    [
-        ("float32", "float32", 1e-5),
-        ("bfloat16", "bfloat16", 2e-2),
-        ("float32", "int8", 1e-5),
-    ],
-)
-@pytest.mark.parametrize("case", ATTENTION_CASES)
-def test_attention_sees_what_its_definition_says(case, dtype, kv_dtype, tolerance):
-    lengths, t, n, kv, s, h, window, softcap = ATTENTION_CASES[case]
-    k, v = (poisoned_cache(lengths, t, kv, s, h, kv_dtype) for _ in range(2))
-    q = random((len(lengths), t, n, h), dtype)
-    attend = jax.jit(functools.partial(attention.attend, softcap=softcap, interpret=True))
-    y = attend(q, k, v, 1, jnp.array(lengths), scale=0.1, window=window)
-    expected = attend_float64(q, k, v, 1, lengths, 0.1, window, softcap)
-    assert np.abs(np.asarray(y) - expected).max() < tolerance
-
-
-def test_queries_beyond_the_cache_are_harmless():
-    k, v = (poisoned_cache([60], 4, 1, 64, 16, np.float32) for _ in range(2))
-    q = random((1, 16, 2, 16))
-    attend = functools.partial(attention.attend, scale=0.1, softcap=0.0, interpret=True)
-    y = attend(q, k, v, 1, jnp.array([60]), window=jnp.int32(3))  # 4 real tokens and 12 of padding
-    expected = attend_float64(q[:, :4], k, v, 1, [60], 0.1, 3, 0.0)
-    assert np.abs(np.asarray(y)[:, :4] - expected).max() < 1e-5
-
-
-@pytest.mark.parametrize("h", [128, 20])  # tiles of rows, and turned ones
-@pytest.mark.parametrize(
-    ("lengths", "new", "t", "s"),
-    [([0, 37, 99], [1, 1, 0], 1, 100), ([0, 14, 300], [40, 5, 0], 40, 333), ([90, 0], [8, 3], 16, 96)],
-)
-def test_rows_are_written_behind_those_there_are_and_nowhere_else(lengths, new, t, s, h):
-    cache, rows = random((SLOTS, len(lengths), 2, s, h)), random((len(lengths), t, 2, h))
-    expected = np.array(cache)
-    for b, (length, count) in enumerate(zip(lengths, new, strict=True)):
-        for i in range(min(count, s - length)):
-            expected[1, b, :, length + i] = rows[b, i]
-    write = jax.jit(functools.partial(attention.write_rows, interpret=True))
-    np.testing.assert_array_equal(write(cache, rows, 1, jnp.array(lengths), jnp.array(new)), expected)
-    found = write(quantize_rows(cache), rows, 1, jnp.array(lengths), jnp.array(new))
-    for part, wanted in zip(found, quantize_rows(jnp.asarray(expected)), strict=True):
-        np.testing.assert_array_equal(part, wanted)
-
-
 # --- races
 
 
-def test_the_kernels_have_no_races():
+def test_the_kernels_have_no_races(rng):
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    q, values = quantized((LAYERS, 300, 256), "int4:affine")
-    x = random((3, 256))
-    y = product(x, matmul.prepare({"w": q})["w"], interpret=params)
-    assert relative_error(y, np.asarray(x, np.float64) @ values[1].T) < TOLERANCE["float32"]
+    weights, x = stack(rng, "int4:affine", (300, 256)), normal(rng, (3, 256))
+    assert error(product(x, prepared(weights), interpret=params), x, weights, 1) < ROUNDING
     assert not races_found()
 
-    cache, rows = random((SLOTS, 2, 1, 160, 128)), random((2, 20, 1, 128))
-    lengths, new = jnp.array([130, 7]), jnp.array([20, 18])
-    written = attention.write_rows(cache, rows, 1, lengths, new, interpret=params)
-    plain = attention.write_rows(cache, rows, 1, lengths, new, interpret=True)
+    case = Case((130, 7), 20, 2, 1, 160, 128)
+    given = inputs(rng, case, "float32", 0)
+    rows = normal(rng, (2, 20, 1, 128))
+    lengths, new = jnp.asarray(given.lengths), jnp.array([20, 18])
+    written = attention.write_rows(jnp.asarray(given.k), rows, SLOT, lengths, new, interpret=params)
+    plain = attention.write_rows(jnp.asarray(given.k), rows, SLOT, lengths, new, interpret=True)
     np.testing.assert_array_equal(written, plain)
     assert not races_found()
 
-    query = random((2, 20, 2, 128))
-    attend = functools.partial(attention.attend, scale=0.1, window=jnp.int32(0), softcap=0.0)
-    y = attend(query, written, written, 1, lengths, interpret=params)
-    expected = attend_float64(query, written, written, 1, lengths, 0.1, 0, 0.0)
-    assert np.abs(np.asarray(y)[0] - expected[0]).max() < 1e-5
+    attend = functools.partial(attention.attend, scale=SCALE, window=jnp.int32(0), softcap=0.0)
+    y = attend(given.q, written, written, SLOT, lengths, interpret=params)
+    wanted = expected(given._replace(k=np.asarray(written), v=np.asarray(written)), case)
+    assert np.abs(np.asarray(y) - wanted).max() < TOLERANCE
     assert not races_found()
 
 
@@ -307,53 +181,68 @@ def test_a_tpu_takes_the_pallas_kernels_by_default():
     assert select("auto", "tpu") is pallas_tpu()
 
 
-# --- sharded: in a subprocess with four devices
-
-SHARDED = """
-import functools, jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from tests.pallas import test_tpu_kernels as t
-from jaxchat.pallas.cache_attention import tpu as attention
-from jaxchat.pallas.stacked_matmul import tpu as matmul
-mesh = jax.make_mesh((1, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-def place(tree, *spec):
-    def put(a):
-        split = [s if s and n % 4 == 0 else None for s, n in zip(spec, a.shape)]
-        return jax.device_put(a, NamedSharding(mesh, P(*split)))
-    return jax.tree.map(put, tree)
-rows, columns = (None, "model"), (None, None, "model")
-for fmt, o, i, spec in (
-    ("int4", 300, 256, rows), ("int8:channel", 200, 512, rows),
-    ("int4:affine", 200, 1024, columns), ("int8:channel", 40, 512, columns), ("int8", 200, 160, columns),
-):
-    q, values = t.quantized((2, o, i), fmt)
-    w = matmul.prepare({"w": place(q, *spec)})["w"]
-    assert ("model" in w.axes) == (i != 160)
-    x = t.random((2, 3, i))
-    y = t.product(place(x), w)
-    assert t.relative_error(y, np.asarray(x, np.float64) @ values[1].T) < 2e-6, (fmt, spec)
-q, values = t.quantized((304, 128), "int8")
-w = jax.tree.map(lambda a: a[None], matmul.prepare({"embed.weight": place(q, "model")})["embed.weight"])
-x = t.random((2, 128))
-assert t.relative_error(t.product(place(x), w, 0), np.asarray(x, np.float64) @ values.T) < 2e-6
-for kv in (4, 2):
-    spec = (None, None, "model") if kv == 4 else ()
-    cache, rows, q = t.random((2, 2, kv, 64, 16)), t.random((2, 5, kv, 16)), t.random((2, 5, 8, 16))
-    lengths, new = jnp.array([3, 40]), jnp.array([5, 5])
-    def step(cache, rows, q, **options):
-        cache = attention.write_rows(cache, rows, 1, lengths, new, **options)
-        return attention.attend(q, cache, cache, 1, lengths, scale=0.1, window=0, softcap=0.0, **options)
-    step = jax.jit(functools.partial(step, interpret=True))
-    for cache in (cache, t.quantize_rows(cache))[: 2 if kv == 4 else 1]:
-        error = jnp.abs(step(place(cache, *spec), place(rows), place(q)) - step(cache, rows, q)).max()
-        assert error < 1e-6, (kv, error)
-print("ok")
-"""
+# --- sharded over four devices
 
 
-def test_a_mesh_of_four_computes_what_one_device_does():
-    done = run_python(["-c", SHARDED], XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    assert done == "ok"
+@pytest.fixture(scope="module")
+def place():
+    """`place(tree, *axes)`: arrays on a mesh of four, split over the axes named where they divide evenly."""
+    if len(jax.devices("cpu")) < 4:
+        pytest.skip("needs four devices")
+    mesh = jax.make_mesh(
+        (1, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4]
+    )
+
+    def put(a, spec):
+        split = [axis if axis and n % 4 == 0 else None for axis, n in zip(spec, a.shape, strict=False)]
+        return jax.device_put(a, NamedSharding(mesh, PartitionSpec(*split)))
+
+    return lambda tree, *spec: jax.tree.map(lambda a: put(a, spec), tree)
+
+
+ROWS, COLUMNS = (None, "model"), (None, None, "model")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "shape", "spec"),
+    [
+        ("int4", (300, 256), ROWS),
+        ("int8:channel", (200, 512), ROWS),
+        ("int4:affine", (200, 1024), COLUMNS),
+        ("int8:channel", (40, 512), COLUMNS),
+        ("int8", (200, 160), COLUMNS),  # five groups: not split
+    ],
+)
+def test_products_of_split_weights_are_those_of_whole_ones(rng, place, fmt, shape, spec):
+    weights, x = stack(rng, fmt, shape), normal(rng, (2, 3, shape[1]))
+    w = matmul.prepare({"w": place(weights.w, *spec)})["w"]
+    assert ("model" in w.axes) == (shape[1] != 160)
+    assert error(product(place(x), w), x, weights, 1) < ROUNDING
+
+
+def test_an_embedding_split_over_a_mesh_is_the_output_head(rng, place):
+    matrix, x = stack(rng, "int8", (304, 128), layers=1), normal(rng, (2, 128))
+    parts = place(jax.tree.map(lambda part: part[0], matrix.w), "model")
+    embedding = matmul.prepare({"embed.weight": parts})["embed.weight"]
+    head = jax.tree.map(lambda part: part[None], embedding)
+    assert error(product(place(x), head, 0), x, matrix, 0) < ROUNDING
+
+
+@pytest.mark.parametrize("cache", ["float32", "int8"])
+@pytest.mark.parametrize("kv_heads", [4, 2])  # split, and on every device
+def test_attention_over_a_split_cache_is_that_over_a_whole_one(rng, place, kv_heads, cache):
+    given = inputs(rng, Case((3, 40), 5, 8, kv_heads, 64, 16), cache, 0)
+    rows, new = normal(rng, (2, 5, kv_heads, 16)), jnp.array([5, 5])
+
+    @jax.jit
+    def step(cache, rows, q):
+        cache = attention.write_rows(cache, rows, SLOT, given.lengths, new, interpret=True)
+        options = {"scale": SCALE, "window": 0, "softcap": 0.0, "interpret": True}
+        return attention.attend(q, cache, cache, SLOT, given.lengths, **options)
+
+    found = step(place(given.k, None, None, "model"), place(rows), place(given.q))
+    whole = step(jax.tree.map(jnp.asarray, given.k), rows, given.q)
+    assert np.abs(np.asarray(found) - np.asarray(whole)).max() < 1e-6
 
 
 def run_python(arguments, **environment):
