@@ -1,7 +1,6 @@
 """A running generation: the loop over decode steps, and which sequences are still in it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import jax
@@ -48,7 +47,13 @@ class _Step(NamedTuple):
     state: State  # of the session
 
 
-@dataclass
+class _Vocabulary(NamedTuple):
+    """What a generation knows of every token id, [B, V]."""
+
+    in_prompt: jax.Array  # bool, whether the prompt has it
+    all_allowed: jax.Array  # bool, all of them
+
+
 class Generation:
     """A running generation: an iterator of `Token`s, in step order, finished sequences left out.
 
@@ -62,27 +67,23 @@ class Generation:
         (max_new_tokens) or `context` (the context is full).
     """
 
-    session: Session
-    params: SamplingParams
-    seeds: list[int]
-    limits: Sequence[Limits | None]
-    finish_reasons: list[FinishReason | None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        session = self.session
+    def __init__(
+        self, session: Session, params: SamplingParams, seeds: list[int], limits: Sequence[Limits | None]
+    ):
+        self.session, self.params, self.seeds, self.limits = session, params, seeds, limits
         self._check()
-        self._limits = [limits or Limits() for limits in self.limits]
-        self.finish_reasons = ["stop" if limits is None else None for limits in self.limits]
+        self._limits = [own or Limits() for own in limits]
+        self.finish_reasons: list[FinishReason | None] = ["stop" if own is None else None for own in limits]
         self._generated = [0] * session.batch
         self._among: dict[int, np.ndarray] = {}
         self._restricted = False  # whether the token drawn last was one of those
         pad = session.padded_batch - session.batch
-        self._params = self.params
+        self._params = params
         if pad:
-            self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in self.params))
-        seeds = np.asarray(self.seeds + [0] * pad, np.uint32)
-        self._seeds = jax.device_put(seeds, session.engine.placement)
+            self._params = SamplingParams(*(jnp.pad(p, (0, pad), mode="edge") for p in params))
+        self._seeds = self._on_device(np.asarray(seeds + [0] * pad, np.uint32))
         self._drop_oldest()
+        self._vocabulary = self._begun_vocabulary()
 
     def _check(self) -> None:
         batch = self.session.batch
@@ -120,7 +121,7 @@ class Generation:
         if not self._active():
             return
         logits = session.prefill(self._active())
-        self._prompt_mask, counts, self._all = self._vocabulary_state()
+        counts = self._on_device(np.zeros(self._vocabulary.in_prompt.shape, np.int32))
         generated = self._generated
         tokens, logprobs = self._drawn(logits, self._positions(), counts)
         first = True
@@ -218,15 +219,15 @@ class Generation:
         self, logits: jax.Array, positions: np.ndarray, counts: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Each sequence's next token, at its position, and its logprob, from float32 [B, V] logits."""
-        allowed = self._all
+        prompt, allowed = self._vocabulary
         self._restricted = bool(self._among)
         if self._among:
             some = np.ones(allowed.shape, bool)
             for row, mask in self._among.items():
                 some[row] = mask
             self._among.clear()
-            allowed = jax.device_put(some, self.session.engine.placement)
-        return steps.sample(logits, self._params, self._seeds, positions, self._prompt_mask, counts, allowed)
+            allowed = self._on_device(some)
+        return steps.sample(logits, self._params, self._seeds, positions, prompt, counts, allowed)
 
     def _make_room(self) -> bool:
         """Applies the overflow policy; false when no sequence is left running."""
@@ -253,14 +254,15 @@ class Generation:
         """The position of each sequence's next token: what its key is folded with."""
         return self.session.contexts.lengths(range(self.session.batch))
 
-    def _vocabulary_state(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of all ids [B, V]: whether the prompt has them, how often drawn, and all of them allowed."""
+    def _begun_vocabulary(self) -> _Vocabulary:
         shape = self.session.padded_batch, self.session.engine.config.vocab_size
-        prompt_mask = np.zeros(shape, bool)
+        in_prompt = np.zeros(shape, bool)
         for row, ids in enumerate(self.session.ids):
-            prompt_mask[row, ids] = True
-        state = prompt_mask, np.zeros(shape, np.int32), np.ones(shape, bool)
-        return jax.device_put(state, self.session.engine.placement)
+            in_prompt[row, ids] = True
+        return _Vocabulary(self._on_device(in_prompt), self._on_device(np.ones(shape, bool)))
+
+    def _on_device(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, self.session.engine.placement)
 
 
 def generate(
