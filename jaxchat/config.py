@@ -26,7 +26,7 @@ class RopeConfig:
     """One rotary position embedding, as Hugging Face `rope_parameters` describe it.
 
     Attributes:
-      kind: `default`, `linear`, `dynamic` (NTK), `yarn`, `longrope` or `llama3`.
+      kind: its name in `families/rope.py`.
       theta: the base of the frequencies.
       dim: how many of a head's H dimensions are rotated (even; the rest pass through).
       factor: context extension factor of the scaled kinds.
@@ -159,20 +159,6 @@ class ModelConfig:
     def rows_of(self, parameter: str) -> tuple[int, ...]:
         """[L] the row of a per-layer parameter's stack that each stacked layer uses."""
         return dict(self.layer_rows).get(parameter, tuple(range(self.num_layers)))
-
-    def rope_regime(self, length: int) -> int:
-        """A number that is equal for two context lengths whose keys are rotated alike.
-
-        Keys cached under one regime do not fit a context of another: LongRoPE switches its factors at
-        `original_max_position`; dynamic NTK moves its base with every token beyond the trained length.
-        """
-        regime = 0
-        for rope in self.ropes:
-            if rope.kind == "longrope":
-                regime = max(regime, int(length > rope.original_max_position))
-            elif rope.kind == "dynamic":
-                regime = max(regime, length, rope.original_max_position)
-        return regime
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

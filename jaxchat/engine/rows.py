@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxchat.config import ModelConfig
 from jaxchat.errors import UsageError
+from jaxchat.families import rope
 from jaxchat.layer_plan import Slot
 from jaxchat.lengths import common_prefix, next_power_of_two
 
@@ -20,7 +21,7 @@ class Contexts:
     Attributes:
       ids: per sequence, every token of its context so far, generated ones included.
       cached: per sequence, how many leading tokens of `ids` have valid keys and values.
-      regimes: per sequence, `ModelConfig.rope_regime` of the context whose rotation the cached keys have.
+      regimes: per sequence, `families.rope.regime` of the context whose rotation the cached keys have.
       padded: rows of the arrays on device; those beyond the batch are padding.
     """
 
@@ -88,18 +89,12 @@ class Contexts:
             self.forget(row, 0)
 
     def keeps_rotation(self, row: int, length: int) -> bool:
-        """Whether cached keys fit a context of so many tokens: LongRoPE switches its factors.
-
-        Dynamic NTK moves its base with every token. There, as in transformers, keys keep the rotation they
-        were written with until the next prefill.
-        """
-        if not any(rope.kind == "longrope" for rope in self._config.ropes):
-            return True
-        return self._config.rope_regime(length) == self.regimes[row]
+        """Whether cached keys fit a context of so many tokens: see `families.rope.Kind.is_followed`."""
+        return not rope.is_followed(self._config) or rope.regime(self._config, length) == self.regimes[row]
 
     def follow_rotation(self, row: int) -> None:
         """Forgets cached keys whose rotation is not that of the whole context at its present length."""
-        regime = self._config.rope_regime(len(self.ids[row]))
+        regime = rope.regime(self._config, len(self.ids[row]))
         if regime != self.regimes[row]:
             self.forget(row, 0)
             self.regimes[row] = regime

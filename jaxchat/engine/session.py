@@ -40,7 +40,7 @@ class KVRows(NamedTuple):
 
     k: np.ndarray  # [P, K, S, H] of the executed slots and of the rows in use, in the cache's `kv_dtype`
     v: np.ndarray  # [P, K, S, H]
-    rope_regime: np.ndarray  # int64 [], `ModelConfig.rope_regime` of the context the keys are rotated for
+    rope_regime: np.ndarray  # int64 [], `families.rope.regime` of the context the keys are rotated for
     k_scale: np.ndarray | None = None  # float32 [P, K, S], with int8: see `QuantizedRows`
     v_scale: np.ndarray | None = None  # float32 [P, K, S]
 

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.config import POST_NORMS, PRE_NORMS, Block, ModelConfig
-from jaxchat.families.hf_config import HfConfig, llama_config, read_rope, windows_of
-from jaxchat.families.tables import Family, llama_params, relayer_types
+from jaxchat.families.decoder import llama_config, llama_params, windows_of
+from jaxchat.families.hf_config import HfConfig
+from jaxchat.families.rope import read_rope
+from jaxchat.families.tables import Family, relayer_types
 
 
 def gemma1_config(hf: HfConfig) -> ModelConfig:

@@ -1,8 +1,9 @@
 """Llama 1, 2, 3, 3.1, 3.2 and everything published with `model_type: llama`."""
 
 from jaxchat.config import ModelConfig
-from jaxchat.families.hf_config import HfConfig, llama_config
-from jaxchat.families.tables import Family, llama_params
+from jaxchat.families.decoder import llama_config, llama_params
+from jaxchat.families.hf_config import HfConfig
+from jaxchat.families.tables import Family
 
 
 def config(hf: HfConfig) -> ModelConfig:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.config import ModelConfig
-from jaxchat.families.hf_config import HfConfig, llama_config, windows_of
-from jaxchat.families.tables import Family, llama_params, relayer_plain, relayer_types
+from jaxchat.families.decoder import llama_config, llama_params, windows_of
+from jaxchat.families.hf_config import HfConfig
+from jaxchat.families.tables import Family, relayer_plain, relayer_types
 
 
 def config(hf: HfConfig) -> ModelConfig:

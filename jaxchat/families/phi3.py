@@ -3,8 +3,10 @@
 import dataclasses
 
 from jaxchat.config import ModelConfig, Param
-from jaxchat.families.hf_config import HfConfig, llama_config, read_rope, rope_dictionary, windows_of
-from jaxchat.families.tables import Family, llama_params
+from jaxchat.families.decoder import llama_config, llama_params, windows_of
+from jaxchat.families.hf_config import HfConfig
+from jaxchat.families.rope import read_rope, rope_dictionary
+from jaxchat.families.tables import Family
 
 
 def config(hf: HfConfig) -> ModelConfig:

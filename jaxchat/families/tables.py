@@ -61,40 +61,6 @@ class Family:
         return replacement + name.removeprefix(start) if name.startswith(start) else name
 
 
-def llama_params(config: ModelConfig) -> tuple[Param, ...]:
-    """The parameter table of Llama and of every family that names its tensors alike."""
-    layer = "model.layers.{}."
-    attention, mlp = layer + "self_attn.", layer + "mlp."
-    rows = [
-        embedding("model.embed_tokens.weight"),
-        norm("layers.attn_norm", layer + "input_layernorm", config, "attention"),
-    ]
-    for name, out, axis in (("q", "N*H", "heads"), ("k", "K*H", "kv_heads"), ("v", "K*H", "kv_heads")):
-        hf = f"{attention}{name}_proj"
-        rows += linear(f"layers.{name}", hf, out, "D", f"{axis} embed", "attention", bias=config.qkv_bias)
-    if config.block.qk_norm:
-        for name in ("q", "k"):
-            hf = f"{attention}{name}_norm"
-            rows.append(norm(f"layers.{name}_norm", hf, config, "attention", shape="H", axes="-"))
-    hf = attention + "o_proj"
-    rows += linear("layers.o", hf, "D", "N*H", "embed heads", "attention", bias=config.o_bias, is_output=True)
-    norms: list[tuple[str, str, Half]] = [("mlp_norm", "post_attention_layernorm", "mlp")]
-    if "mlp_post_norm" in config.block.norms:
-        norms = [
-            ("attn_post_norm", "post_attention_layernorm", "attention"),
-            ("mlp_norm", "pre_feedforward_layernorm", "mlp"),
-            ("mlp_post_norm", "post_feedforward_layernorm", "mlp"),
-        ]
-    rows += [norm(f"layers.{name}", layer + hf, config, half) for name, hf, half in norms]
-    for name in ("gate", "up"):
-        hf = f"{mlp}{name}_proj"
-        rows += linear(f"layers.{name}", hf, "F", "D", "ffn embed", "mlp", bias=config.mlp_bias)
-    hf = mlp + "down_proj"
-    rows += linear("layers.down", hf, "D", "F", "embed ffn", "mlp", bias=config.mlp_bias, is_output=True)
-    rows.append(norm("norm", "model.norm", config, None))
-    return (*rows, *head(config))
-
-
 def embedding(hf: str) -> Param:
     """The token embedding [V, D]."""
     return Param(name=EMBED, shape="V D", hf=hf, axes="vocab embed", role="embedding")

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from jaxchat import model
 from jaxchat.checkpoints.load import load_params
 from jaxchat.config import ModelConfig
-from jaxchat.families import parameter_table, read_config
+from jaxchat.families import parameter_table, read_config, rope
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import KVCache, empty_cache
 from jaxchat.layers.step import Params
@@ -383,14 +383,14 @@ class Runner:
     def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         """The `count` most likely tokens after each prompt, all prompts in one batch.
 
-        Where the rotations of the cached keys do not fit the grown context (`rope_regime`), the sequence is
+        Where the rotations of the cached keys do not fit the grown context (`rope.regime`), the sequence is
         computed anew, as transformers' `generate` does for LongRoPE.
         """
         self.reset()
         texts = [list(map(int, prompt)) for prompt in prompts]
         for _ in range(count):
             for b, text in enumerate(texts):
-                if self.config.rope_regime(len(text)) != self.config.rope_regime(int(self.lengths[b])):
+                if rope.regime(self.config, len(text)) != rope.regime(self.config, int(self.lengths[b])):
                     self.lengths[b] = 0
             rows = self.feed([text[have:] for text, have in zip(texts, self.lengths, strict=True)])
             for text, row in zip(texts, rows, strict=True):
