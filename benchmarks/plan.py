@@ -31,7 +31,8 @@ from jaxchat.engine.session import Engine, Session
 from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.layers.rope import rope_cos_sin, rotate
 from jaxchat.layers.step import Params
-from jaxchat.pallas.stacked_matmul.reference import embedding_rows, widen
+from jaxchat.pallas.embedding import embedding_rows
+from jaxchat.pallas.storage import widen
 
 SWITCHES = 1000
 """Plans that are switched to for the time of one."""

@@ -27,7 +27,7 @@ from jaxchat.layers.cache import KVCache, empty_cache
 from jaxchat.layers.norms import norm
 from jaxchat.layers.step import Params, Step
 from jaxchat.pallas.backends import DIFFERENTIABLE
-from jaxchat.pallas.stacked_matmul import embedding_rows
+from jaxchat.pallas.embedding import embedding_rows
 
 
 def forward(step: Step, cache: KVCache) -> tuple[Float32[Array, "B T D"], KVCache]:

@@ -129,9 +129,33 @@ def format_for(param: Param, fmt: QuantFormat | None) -> QuantFormat | None:
     return fmt
 
 
+class InParts:
+    """A weight whose numbers lie in several arrays: what it answers as an array would, from its `shape`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight this stands for: [..., O, I]."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, of all parts; several codes may share one."""
+        return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizedTensor:
+class QuantizedTensor(InParts):
     """A weight [..., O, I] as codes with a scale per group: `w[..., o, i] ~ code * scale (+ min)`.
 
     Ip is I rounded up to a multiple of G. The padding's codes are 0; multiply it with zeros or cut it off.
@@ -161,16 +185,6 @@ class QuantizedTensor:
         return (*self.codes.shape[:-1], self.columns)
 
     @property
-    def ndim(self) -> int:
-        """Number of axes of the weight."""
-        return self.codes.ndim
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
     def affine(self) -> bool:
         """Whether groups have an offset."""
         return self.mins is not None
@@ -179,12 +193,6 @@ class QuantizedTensor:
     def padded_columns(self) -> int:
         """Ip: I rounded up to a multiple of G."""
         return -(-self.columns // self.group) * self.group
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory: codes, scales and offsets; two 4-bit codes are one byte."""
-        parts = (self.codes, self.scales, self.mins)
-        return sum(part.size * part.dtype.itemsize for part in parts if part is not None)
 
     @property
     def format_name(self) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -22,6 +21,7 @@ from jaxchat.checkpoints.quantized import Quant, Storage, choose_format, stored_
 from jaxchat.checkpoints.safetensors_file import ALIGNMENT
 from jaxchat.checkpoints.source import Source, convert_into
 from jaxchat.config import ModelConfig, Param
+from jaxchat.pallas.storage import as_bits
 from jaxchat.quant import QuantFormat, QuantizedTensor, empty, format_for, layer_slice, quantize
 from jaxchat.sharding import param_sharding
 
@@ -126,11 +126,6 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def aligned_quantized(shape: tuple[int, ...], fmt: QuantFormat) -> QuantizedTensor:
     """`quant.empty` with arrays that JAX takes over without a copy."""
     return jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), empty(shape, fmt))
-
-
-def as_bits(values: np.ndarray) -> np.ndarray:
-    """bfloat16 values as their bits in uint16, anything else as it is; a view."""
-    return values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values
 
 
 class Meter:

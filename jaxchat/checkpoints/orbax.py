@@ -20,6 +20,7 @@ from jaxchat.checkpoints.source import verify
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table
+from jaxchat.pallas.storage import stored, stored_dtype
 from jaxchat.sharding import param_sharding
 
 _CHUNK_BYTES = 1 << 26  # so that a device which needs a part of an array reads little more than that part
@@ -119,11 +120,8 @@ def _finish(name: str, values: jax.Array, target: np.dtype | None) -> jax.Array:
             raise JaxchatError(f"{name}: a value is too large for float16 (largest 65504); use bfloat16")
         values = converted
     device: Any = next(iter(values.sharding.device_set))
-    if device.platform == "cpu" and values.dtype == jnp.bfloat16:
-        values = _bits(values)
-    return values
+    kept = stored_dtype(values.dtype, device.platform)
+    return values if values.dtype == kept else _stored(values, kept)
 
 
-@jax.jit(donate_argnums=0)
-def _bits(values: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(values, jnp.uint16)
+_stored = jax.jit(stored, static_argnames="dtype", donate_argnums=0)

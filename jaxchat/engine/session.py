@@ -23,6 +23,7 @@ from jaxchat.layers.step import Params, Step
 from jaxchat.lengths import next_power_of_two
 from jaxchat.options import KV_DTYPES
 from jaxchat.pallas.cache_attention import QuantizedRows
+from jaxchat.pallas.storage import stored_dtype
 
 PREFILL_BUCKETS = (16, 64, 256, 1024)
 """Prompt chunks are padded to one of these lengths, so that a chat compiles a handful of steps."""
@@ -106,9 +107,7 @@ class Engine:
         self.max_length = max_length or config.max_position_embeddings
         self.dtype = jnp.dtype(dtype or default_dtype(params))
         self.kv_dtype = self.dtype if kv_dtype is None else read_kv_dtype(kv_dtype)
-        # XLA on CPU would widen a whole bfloat16 cache for every update of a row.
-        as_bits = self.kv_dtype == jnp.bfloat16 and platform_of(params) == "cpu"
-        self.stored_kv_dtype = jnp.dtype(jnp.uint16) if as_bits else self.kv_dtype
+        self.stored_kv_dtype = stored_dtype(self.kv_dtype, platform_of(params))
         self.mesh = mesh
         self.placement = _placement(params, mesh)
 

@@ -11,7 +11,7 @@ from jax import lax
 from jaxchat.config import LAYERS, Block, ModelConfig
 from jaxchat.layer_plan import PlanArrays
 from jaxchat.pallas.backends import Kernels
-from jaxchat.pallas.stacked_matmul import widen
+from jaxchat.pallas.storage import widen
 
 Params = dict[str, Any]
 """The parameter pytree: `Param.name` -> jax.Array or QuantizedTensor; `layers.*` are stacked [L, ...]."""

@@ -10,6 +10,8 @@ import jax
 
 from jaxchat.errors import UsageError
 from jaxchat.pallas import cache_attention, native, stacked_matmul
+from jaxchat.pallas.cache_attention import Attend, WriteRows
+from jaxchat.pallas.stacked_matmul import StackedMatmul, StackedMatmuls
 
 NAMES = ("auto", "reference", "native", "pallas")
 """What `--kernels` accepts."""
@@ -21,7 +23,7 @@ class Kernels:
 
     Attributes:
       name: `reference`, `native` or `pallas`.
-      stacked_matmul: x [..., I], stack [L, O, I] (array or QuantizedTensor), layer -> float32 [..., O].
+      stacked_matmul: a product with one layer of a stack.
       decode_attention: attention of one new token a sequence over the cache.
       prefill_attention: the same for several new tokens.
       write_rows: appends keys or values to the cache.
@@ -31,12 +33,12 @@ class Kernels:
     """
 
     name: str
-    stacked_matmul: Callable[..., jax.Array] = stacked_matmul.reference.stacked_matmul
-    decode_attention: Callable[..., jax.Array] = cache_attention.reference.attend
-    prefill_attention: Callable[..., jax.Array] = cache_attention.reference.attend
-    write_rows: Callable[..., cache_attention.Rows] = cache_attention.reference.write_rows
-    prepare: Callable[[dict], dict] = lambda params: params
-    stacked_matmuls: Callable[..., list[jax.Array]] | None = None
+    stacked_matmul: StackedMatmul = stacked_matmul.reference.stacked_matmul
+    decode_attention: Attend = cache_attention.reference.attend
+    prefill_attention: Attend = cache_attention.reference.attend
+    write_rows: WriteRows = cache_attention.reference.write_rows
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda params: params
+    stacked_matmuls: StackedMatmuls | None = None
 
     def matmuls(self, x: jax.Array, stacks: Sequence[Any], layers: Sequence[jax.Array]) -> list[jax.Array]:
         """`x @ stack[layer].T` for each stack and layer."""
@@ -54,16 +56,6 @@ DIFFERENTIABLE = Kernels(
     write_rows=cache_attention.dense.write_rows,
 )
 """What training uses, over whole sequences: not to be selected by name."""
-
-
-def _available() -> dict[tuple[str, str], Callable[[], Kernels]]:
-    """(platform, name) -> what makes the kernels that can run here."""
-    return {
-        **{(platform, "reference"): lambda: REFERENCE for platform in ("cpu", "gpu", "tpu")},
-        **({("cpu", "native"): native_cpu} if native.available() else {}),
-        ("tpu", "pallas"): pallas_tpu,
-        ("gpu", "pallas"): pallas_gpu,
-    }
 
 
 _AUTO = {
@@ -117,6 +109,14 @@ def pallas_gpu() -> Kernels:
     )
 
 
+def _available(platform: str) -> dict[str, Callable[[], Kernels]]:
+    """Name -> what makes the kernels that can run on a platform; only a CPU loads the native library."""
+    found: dict[str, Callable[[], Kernels]] = {"reference": lambda: REFERENCE}
+    if platform == "cpu":
+        return found | ({"native": native_cpu} if native.available() else {})
+    return found | {"pallas": pallas_tpu if platform == "tpu" else pallas_gpu}
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     logging.getLogger("jaxchat").warning("%s; plain XLA serves, which is slower", message)
@@ -128,14 +128,13 @@ def select(name: str, platform: str) -> Kernels:
     Raises:
       UsageError: no such name, or not on this platform.
     """
-    available = _available()
     if name not in NAMES:
         raise UsageError(f"--kernels is {name!r}; expected one of {', '.join(NAMES)}")
+    available = _available(platform)
     wanted = _AUTO[platform] if name == "auto" else (name,)
     if platform == "cpu" and name != "reference" and not native.available():
         _warn_once(native.why_not())
     for candidate in wanted:
-        if (platform, candidate) in available:
-            return available[platform, candidate]()
-    here = ", ".join(n for p, n in available if p == platform)
-    raise UsageError(f"--kernels {name} is not available on {platform}; available: {here}")
+        if candidate in available:
+            return available[candidate]()
+    raise UsageError(f"--kernels {name} is not available on {platform}; available: {', '.join(available)}")

@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxchat.pallas import native
+from jaxchat.errors import UsageError
+from jaxchat.pallas import native, select
 
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,14 @@ def test_without_the_library_one_line_says_so(monkeypatch):
     loaded = native._native.__wrapped__()
     assert_one_line(loaded.why_not, "no _native.so in", str(ROOT / "jaxchat"), "without a C++ compiler")
     assert loaded.instruction_set == ""
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_no_other_platform_loads_the_library(monkeypatch, platform):
+    monkeypatch.setattr(native, "available", lambda: pytest.fail("asked for"))
+    assert select("auto", platform).name
+    with pytest.raises(UsageError, match=f"not available on {platform}; available: reference, pallas"):
+        select("native", platform)
 
 
 def test_a_damaged_library_is_named(tmp_path):

@@ -6,25 +6,26 @@ The reference's loop has a traced trip count, and XLA scatters rows into a cache
 import jax
 import jax.numpy as jnp
 
+from jaxchat.pallas.cache_attention.reference import QuantizedRows, Rows
 
-def write_rows(
-    cache: jax.Array, rows: jax.Array, slot: jax.Array, lengths: jax.Array, new: jax.Array
-) -> jax.Array:
+
+def write_rows(cache: Rows, rows: jax.Array, slot: jax.Array, lengths: jax.Array, new: jax.Array) -> Rows:
     """The cache of one slot that a whole sequence makes, [1, B, K, T, H], where nothing was cached before.
 
     Args:
-      cache: [1, B, K, T, H], replaced.
+      cache: float [1, B, K, T, H], replaced.
       rows: [B, T, K, H].
       slot, lengths: 0.
       new: the rows of padding come after these, where no causal query sees them.
     """
+    assert not isinstance(cache, QuantizedRows)  # training caches nothing
     return rows.transpose(0, 2, 1, 3)[None].astype(cache.dtype)
 
 
 def attend(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    k_cache: Rows,
+    v_cache: Rows,
     slot: jax.Array,
     lengths: jax.Array,
     *,
@@ -36,13 +37,15 @@ def attend(
 
     Args:
       q: [B, T, N, H].
-      k_cache, v_cache: [1, B, K, T, H].
+      k_cache, v_cache: float [1, B, K, T, H].
       slot, lengths: 0.
       scale, window, softcap: as in `reference.attend`.
 
     Returns:
       float32 [B, T, N, H].
     """
+    assert not isinstance(k_cache, QuantizedRows)
+    assert not isinstance(v_cache, QuantizedRows)
     b, t, n, h = q.shape
     kv = k_cache.shape[2]
     # The queries of one key/value head are one matrix, [G*T, H]: products in groups are slow on CPU.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxchat.pallas.stacked_matmul.reference import widen
+from jaxchat.pallas.storage import stored, widen
 
 _KEY_BLOCK = 256
 """Cache rows read at a time; bounds the score matrix and skips the unused end of the cache."""
@@ -42,13 +42,6 @@ def quantize_rows(rows: jax.Array) -> QuantizedRows:
     scale = jnp.abs(rows).max(-1) * np.float32(1 / 127)
     codes = jnp.round(rows / jnp.where(scale > 0, scale, 1)[..., None])
     return QuantizedRows(codes.astype(jnp.int8), scale)
-
-
-def stored(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Float rows as a cache of a float dtype, or of uint16, keeps them."""
-    if dtype == jnp.uint16:
-        return lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
-    return rows.astype(dtype)
 
 
 def write_rows(cache: Rows, rows: jax.Array, slot: jax.Array, lengths: jax.Array, new: jax.Array) -> Rows:

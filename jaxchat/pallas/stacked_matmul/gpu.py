@@ -27,7 +27,7 @@ from jaxchat import quant
 from jaxchat.errors import UsageError
 from jaxchat.lengths import next_power_of_two
 from jaxchat.pallas.stacked_matmul import reference
-from jaxchat.quant import QuantizedTensor
+from jaxchat.quant import InParts, QuantizedTensor
 
 Array = jax.Array
 
@@ -51,7 +51,7 @@ _UNIT = 4
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreparedTensor:
+class PreparedTensor(InParts):
     """A quantized weight [..., O, I] with its codes as 32-bit words: the bytes of `QuantizedTensor`.
 
     Words, because Pallas computes offsets into arrays of up to 4 GiB in signed 32 bits, which bytes of the
@@ -78,21 +78,6 @@ class PreparedTensor:
     def shape(self) -> tuple[int, ...]:
         """Of the weight this stands for: [..., O, I]."""
         return (*self.words.shape[:-1], self.columns)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the weight."""
-        return self.words.ndim
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory: codes, scales and offsets."""
-        return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self))
 
     @property
     def codes_per_word(self) -> int:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxchat import quant
+from jaxchat.pallas.storage import widen
 from jaxchat.quant import QuantizedTensor
 
 Weight = jax.Array | QuantizedTensor
@@ -31,26 +31,6 @@ def stacked_matmul(x: jax.Array, w: Weight, layer: jax.Array | int) -> jax.Array
       float32 [..., O].
     """
     return lax.platform_dependent(x, w, layer, cpu=_dot_in_blocks, default=_dot_whole)
-
-
-def embedding_rows(w: Weight, ids: jax.Array) -> jax.Array:
-    """Rows `ids` [...] of an embedding [V, D], float32 [..., D]."""
-    if isinstance(w, QuantizedTensor):
-        return quant.rows(w, ids)
-    return widen(w[ids]).astype(jnp.float32)
-
-
-def widen(w: Weight) -> jax.Array:
-    """Weights as a float type; uint16 holds the bits of a bfloat16, quantized ones become float32.
-
-    On CPU a bfloat16 stack is stored as uint16: XLA would otherwise convert the whole stack to float32
-    outside the layer loop, on every call. The bits are the upper half of the float32.
-    """
-    if isinstance(w, QuantizedTensor):
-        return quant.dequantize(w)
-    if w.dtype == jnp.uint16:
-        return lax.bitcast_convert_type(w.astype(jnp.uint32) << 16, jnp.float32)
-    return w
 
 
 def _dot_whole(x: jax.Array, w: Weight, layer: jax.Array | int) -> jax.Array:

@@ -9,7 +9,6 @@ v6e and tpu7x; it has not been run on hardware, so the block sizes are reasoned,
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,13 +20,24 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxchat import quant
+from jaxchat.config import EMBED, HEAD
+from jaxchat.pallas.embedding import tpu as embedding
+from jaxchat.pallas.embedding.tpu import EmbeddingTensor
 from jaxchat.pallas.mesh import mesh_of, split
 from jaxchat.pallas.stacked_matmul import reference
-from jaxchat.quant import QuantizedTensor
+from jaxchat.pallas.tpu_layout import (
+    LANES,
+    laid_out,
+    pad_end,
+    pad_parts,
+    padded_columns,
+    turned_scales,
+    turned_spec,
+)
+from jaxchat.quant import InParts, QuantizedTensor
 
 Array = jax.Array
 
-_LANES = 128
 _MIB = 1 << 20
 
 _VMEM_LIMIT = 48 * _MIB
@@ -49,7 +59,7 @@ _SPREAD_ROWS = 256
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreparedTensor:
+class PreparedTensor(InParts):
     """A quantized weight [..., O, I] as the TPU kernels read it: the contraction axis first.
 
     Ip is I rounded up to a multiple of G and of 128, Op is O rounded up to one of 128 (on each device), Gp
@@ -85,90 +95,9 @@ class PreparedTensor:
         return (*self.codes.shape[:-2], self.rows, self.columns)
 
     @property
-    def ndim(self) -> int:
-        """Number of axes of the weight."""
-        return self.codes.ndim
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
     def padded_columns(self) -> int:
         """Ip."""
         return self.codes.shape[-2] * 8 // self.bits
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory: codes, scales and offsets."""
-        parts = (self.codes, self.scales, self.mins)
-        return sum(part.size * part.dtype.itemsize for part in parts if part is not None)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbeddingTensor:
-    """An 8-bit embedding [V, D]: indexing gives rows, dequantized; if it is the output head too, a product.
-
-    Attributes:
-      codes: int8 [V, Dp], Dp being D rounded up to a multiple of G and of 128.
-      scales: float16 or float32 [V * D/G]: in one dimension, which no tiling pads.
-      mins: None, or like `scales`.
-      head: () or what the product reads: scales (and minimums) as `PreparedTensor` has them, [Gp, Vp].
-      group, columns: G and D, static.
-      axes: static, the mesh axis that V is split over, and None.
-    """
-
-    codes: Array
-    scales: Array
-    mins: Array | None
-    head: tuple[Array, ...]
-    group: int = dataclasses.field(metadata={"static": True})
-    columns: int = dataclasses.field(metadata={"static": True})
-    axes: tuple[str | None, str | None] = dataclasses.field(default=(None, None), metadata={"static": True})
-
-    def __getitem__(self, ids: Array) -> Array:
-        """Rows `ids` [...], float32 [..., D]."""
-        # A lookup of one row becomes a dynamic slice, for which XLA copies all the codes into another tiling;
-        # a gather of two rows it does in place.
-        flat = jnp.repeat(ids.reshape(1), 2) if ids.size == 1 else ids.reshape(-1)
-        groups = self.scales.shape[0] // self.codes.shape[0]
-        where = flat[:, None] * groups + jnp.arange(groups)
-        rows = QuantizedTensor(
-            codes=self.codes[flat][:, : groups * self.group],
-            scales=self.scales[where],
-            mins=None if self.mins is None else self.mins[where],
-            bits=8,
-            group=self.group,
-            columns=self.columns,
-        )
-        return quant.dequantize(rows)[: ids.size].reshape(*ids.shape, self.columns)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[V, D]."""
-        return (*self.codes.shape[:-1], self.columns)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes."""
-        return self.codes.ndim
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def padded_columns(self) -> int:
-        """Dp."""
-        return self.codes.shape[-1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(self))
 
 
 def prepare(params: dict[str, Any]) -> dict[str, Any]:
@@ -180,16 +109,22 @@ def prepare(params: dict[str, Any]) -> dict[str, Any]:
     Args:
       params: name -> array or QuantizedTensor, of jax arrays or, to compile ahead of time, ShapeDtypeStructs.
     """
-    tied = "lm_head.weight" not in params
+    name, tied = _embedding_of(params)
 
-    def prepared(name: str, value: Any) -> Any:
-        if not isinstance(value, QuantizedTensor):
-            return value
-        if name == "embed.weight":
-            return _prepare_embedding(value, tied) if value.bits == 8 else value
-        return _prepare_tensor(value)
+    def prepared(value: QuantizedTensor, looked_up: bool) -> Any:
+        if not looked_up:
+            return _prepare_tensor(value)
+        return embedding.prepare(value, tied) if value.bits == 8 else value
 
-    return {name: prepared(name, value) for name, value in params.items()}
+    return {
+        key: prepared(value, key == name) if isinstance(value, QuantizedTensor) else value
+        for key, value in params.items()
+    }
+
+
+def _embedding_of(params: dict[str, Any]) -> tuple[str, bool]:
+    """Which parameter is the token embedding, and whether the output head is tied to it."""
+    return EMBED, HEAD not in params
 
 
 def stacked_matmul(
@@ -217,7 +152,7 @@ def stacked_matmul(
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     x = x.astype(jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16)
     if isinstance(w, PreparedTensor | EmbeddingTensor):
-        x = _pad_end(x, -1, w.padded_columns)
+        x = pad_end(x, -1, w.padded_columns)
         matmul = _packed_matmul if isinstance(w, PreparedTensor) else _rows_matmul
         return _on_shards(functools.partial(matmul, interpret=interpret), x, w, layer)
     if w.dtype not in (jnp.bfloat16, jnp.float32) or mesh_of(x, w):
@@ -229,81 +164,27 @@ def stacked_matmul(
 # --- layout
 
 
-def _prepare_embedding(q: QuantizedTensor, tied: bool) -> EmbeddingTensor:
-    sharding: Any = getattr(q.codes, "sharding", None)
-    named = isinstance(sharding, NamedSharding)
-    axis = sharding.spec[0] if named and len(sharding.spec) else None
-    relayout = functools.partial(
-        _relayout_embedding, axis=axis, parts=sharding.mesh.shape[axis] if axis else 1, tied=tied
-    )
-    specs = _specs(jax.eval_shape(relayout, q))
-    shardings = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec) if named else sharding, specs)
-    return _laid_out(q, relayout, shardings)
-
-
-def _relayout_embedding(q: QuantizedTensor, *, axis: str | None, parts: int, tied: bool) -> EmbeddingTensor:
-    return EmbeddingTensor(
-        codes=_pad_end(jnp.asarray(q.codes), -1, _padded_columns(q)),
-        scales=jnp.ravel(q.scales),
-        mins=None if q.mins is None else jnp.ravel(q.mins),
-        head=tuple(_turned_scales(q, part, (parts, 1)) for part in _scales_of(q)) if tied else (),
-        group=q.group,
-        columns=q.columns,
-        axes=(axis, None),
-    )
-
-
-def _scales_of(q: QuantizedTensor) -> list[quant.Array]:
-    return [q.scales] if q.mins is None else [q.scales, q.mins]
-
-
-def _specs(w: Any) -> Any:
-    """How each part of a PreparedTensor or EmbeddingTensor, or of a stack of them, is split."""
-    outputs, inner = w.axes
-
-    def turned(part: Any) -> PartitionSpec:
-        # A single row of scales serves every part of a split contraction.
-        lead = (None,) * (part.ndim - 2)
-        return PartitionSpec(*lead, inner if part.shape[-2] > 1 else None, outputs)
-
-    if isinstance(w, PreparedTensor):
-        return jax.tree.map(turned, w)
-    lead = (None,) * (w.codes.ndim - 2)
-    flat = PartitionSpec(*lead, outputs)
-    return dataclasses.replace(
-        w,
-        codes=PartitionSpec(*lead, outputs, None),
-        scales=flat,
-        mins=None if w.mins is None else flat,
-        head=tuple(turned(part) for part in w.head),
-    )
+def _specs(w: PreparedTensor | EmbeddingTensor) -> Any:
+    """How each part, or each part of a stack of them, is split."""
+    if isinstance(w, EmbeddingTensor):
+        return embedding.specs_of(w)
+    return jax.tree.map(lambda part: turned_spec(part, w.axes), w)
 
 
 def _prepare_tensor(q: QuantizedTensor) -> PreparedTensor:
     sharding = getattr(q.codes, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return _laid_out(q, _relayout, jax.tree.map(lambda part: sharding, jax.eval_shape(_relayout, q)))
+        return laid_out(q, _relayout, jax.tree.map(lambda part: sharding, jax.eval_shape(_relayout, q)))
     mesh, spec = sharding.mesh, (*sharding.spec, *(None,) * (q.ndim - len(sharding.spec)))
     parts = [mesh.shape[axis] if axis else 1 for axis in spec[-2:]]
     # The contraction axis is split between groups and tiles only, else it is whole on every device.
-    if _padded_columns(q) % (parts[1] * max(_LANES, q.group if q.scales.shape[-1] > 1 else 1)):
+    if padded_columns(q) % (parts[1] * max(LANES, q.group if q.scales.shape[-1] > 1 else 1)):
         spec, parts = (*spec[:-1], None), [parts[0], 1]
     axes = (spec[-2], spec[-1])
     relayout = functools.partial(_relayout, axes=axes, parts=(parts[0], parts[1]))
     specs = _specs(jax.eval_shape(relayout, q))
     shardings = jax.tree.map(lambda part: NamedSharding(mesh, part), specs)
-    return _laid_out(q, relayout, shardings)
-
-
-def _laid_out(q: QuantizedTensor, relayout: Callable[[QuantizedTensor], Any], shardings: Any) -> Any:
-    """The prepared tensor in its shardings; abstract if `q` is."""
-    if not isinstance(q.codes, jax.ShapeDtypeStruct):
-        return jax.jit(relayout, out_shardings=shardings)(q)
-    return jax.tree.map(
-        lambda part, sharding: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding),
-        jax.eval_shape(relayout, q),
-        shardings,
-    )
+    return laid_out(q, relayout, shardings)
 
 
 def _relayout(
@@ -313,54 +194,20 @@ def _relayout(
     parts: tuple[int, int] = (1, 1),
 ) -> PreparedTensor:
     """Turns, flips and pads; `axes` and `parts`: the mesh axes O and I are split over, and into how many."""
-    padded = _padded_columns(q)
+    padded = padded_columns(q)
     codes = jnp.swapaxes(q.codes, -1, -2)
     if q.bits == 4 and q.affine:
         codes = codes ^ jnp.uint8(0x88)
     return PreparedTensor(
-        codes=_pad_parts(_pad_end(codes, -2, padded * q.bits // 8), -1, parts[0], _LANES),
-        scales=_turned_scales(q, q.scales, parts),
-        mins=None if q.mins is None else _turned_scales(q, q.mins, parts),
+        codes=pad_parts(pad_end(codes, -2, padded * q.bits // 8), -1, parts[0], LANES),
+        scales=turned_scales(q, q.scales, parts),
+        mins=None if q.mins is None else turned_scales(q, q.mins, parts),
         bits=q.bits,
         group=q.group if q.scales.shape[-1] > 1 else padded,
         rows=q.shape[-2],
         columns=q.columns,
         axes=axes,
     )
-
-
-def _turned_scales(q: QuantizedTensor, part: quant.Array, parts: tuple[int, int]) -> Array:
-    """Scales (or mins) [..., O, Ip/G] as [..., Gp, Op]."""
-    turned = jnp.swapaxes(_without_float16(part), -1, -2)
-    if turned.shape[-2] > 1:
-        turned = _pad_parts(_pad_end(turned, -2, _padded_columns(q) // q.group), -2, parts[1], 8)
-    return _pad_parts(turned, -1, parts[0], _LANES)
-
-
-def _padded_columns(q: QuantizedTensor) -> int:
-    return -(-q.padded_columns // _LANES) * _LANES
-
-
-def _pad_end(array: Array, axis: int, size: int) -> Array:
-    pads = [(0, 0)] * array.ndim
-    pads[axis] = (0, size - array.shape[axis])
-    return jnp.pad(array, pads)
-
-
-def _pad_parts(array: Array, axis: int, parts: int, multiple: int) -> Array:
-    """Pads each of the equal parts of an axis to a multiple."""
-    axis %= array.ndim
-    size = array.shape[axis] // parts
-    if size % multiple == 0:
-        return array
-    split_up = array.reshape(*array.shape[:axis], parts, size, *array.shape[axis + 1 :])
-    padded = _pad_end(split_up, axis + 1, -(-size // multiple) * multiple)
-    return padded.reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
-
-
-def _without_float16(part: quant.Array) -> Array:
-    part = jnp.asarray(part)
-    return lax.bitcast_convert_type(part, jnp.uint16) if part.dtype == jnp.float16 else part
 
 
 def _widen_scales(bits: Array) -> Array:
@@ -690,7 +537,7 @@ def _column_block(column_bytes: int, columns: int) -> int:
     """Outputs a block of weights holds: all, or a multiple of 128, by the bytes of one output's weights."""
     least, most = _WEIGHT_BLOCK_BYTES
     target = min(max(column_bytes * columns // 8, least), most)
-    fitting = max(min(target // column_bytes, 1024) // _LANES, 1) * _LANES
+    fitting = max(min(target // column_bytes, 1024) // LANES, 1) * LANES
     return columns if columns <= fitting else fitting
 
 
