@@ -33,6 +33,7 @@ from jaxchat.analysis import cost
 from jaxchat.config import ModelConfig
 from jaxchat.engine import session, steps
 from jaxchat.engine.sampling import SamplingParams
+from jaxchat.engine.session import prepared
 from jaxchat.errors import UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
@@ -186,7 +187,7 @@ class Steps:
         self.dtype = jnp.dtype(jnp.bfloat16)
         self.kv_dtype = session.read_kv_dtype(kv_dtype)
         loaded = {param.name: self._parameter(param, fmt) for param in parameter_table(config)}
-        self.params: Params = self.kernels.prepare(loaded)
+        self.params: Params = prepared(self.kernels, self.config, loaded)
 
     def _parameter(self, param: Any, fmt: quant.QuantFormat | None) -> Any:
         where = sharding.param_sharding(param, self.config, self.mesh)

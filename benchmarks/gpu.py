@@ -122,7 +122,7 @@ def _product_error(rng: np.random.Generator, case: products.Case, interpret: boo
     from jaxchat.pallas.stacked_matmul import gpu  # Pallas takes a third of a second to import
 
     stack = products.stack(rng, case.weights, case.shape)
-    w = gpu.prepare({"w": jax.tree.map(jnp.asarray, stack.w)})["w"]
+    w = gpu.prepare(jax.tree.map(jnp.asarray, stack.w), "weight", False)
     x = products.normal(rng, (*case.lead, case.shape[1]), case.dtype)
     run = jax.jit(functools.partial(gpu.stacked_matmul, interpret=interpret))
     return products.error(run(x, w, jnp.int32(1)), x, stack, 1)

@@ -17,11 +17,13 @@ from jaxchat.config import FINAL_NORM, ModelConfig
 from jaxchat.engine import steps
 from jaxchat.engine.rows import Contexts
 from jaxchat.errors import UsageError
+from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanArrays
 from jaxchat.layers.cache import KVCache, cache_sharding, empty_cache
 from jaxchat.layers.step import Params, Step
 from jaxchat.lengths import next_power_of_two
 from jaxchat.options import KV_DTYPES
+from jaxchat.pallas import Kernels
 from jaxchat.pallas.cache_attention import QuantizedRows
 from jaxchat.pallas.storage import stored_dtype
 
@@ -103,7 +105,7 @@ class Engine:
         if isinstance(kernels, str):
             kernels = kernels_for(kernels, next(iter(params[FINAL_NORM].devices())), mesh)
         self.kernels = kernels
-        self.params = self.kernels.prepare(params)
+        self.params = prepared(self.kernels, config, params)
         self.max_length = max_length or config.max_position_embeddings
         self.dtype = jnp.dtype(dtype or default_dtype(params))
         self.kv_dtype = self.dtype if kv_dtype is None else read_kv_dtype(kv_dtype)
@@ -135,6 +137,14 @@ class Engine:
                 raise UsageError(
                     f"token id {token} is not in the vocabulary of {self.config.vocab_size} tokens"
                 )
+
+
+def prepared(kernels: Kernels, config: ModelConfig, params: Params) -> Params:
+    """Loaded parameters in the layout that the kernels read."""
+    return {
+        param.name: kernels.prepare(params[param.name], param.role, config.tied_embeddings)
+        for param in parameter_table(config)
+    }
 
 
 def platform_of(params: Params) -> str:

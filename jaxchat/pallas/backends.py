@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxchat.config import Role
 from jaxchat.errors import UsageError
 from jaxchat.pallas import cache_attention, native, stacked_matmul
 from jaxchat.pallas.cache_attention import Attend, WriteRows
@@ -27,7 +28,8 @@ class Kernels:
       decode_attention: attention of one new token a sequence over the cache.
       prefill_attention: the same for several new tokens.
       write_rows: appends keys or values to the cache.
-      prepare: puts loaded parameters into the layout the kernels read, once.
+      prepare: a loaded parameter in the layout the kernels read, by its role (`Param`), and whether the
+        token embedding is the output head, too.
       stacked_matmuls: several products of one x in one call, x, stacks, layers -> list; None where that is
         no faster than one after the other.
     """
@@ -37,7 +39,7 @@ class Kernels:
     decode_attention: Attend = cache_attention.reference.attend
     prefill_attention: Attend = cache_attention.reference.attend
     write_rows: WriteRows = cache_attention.reference.write_rows
-    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda params: params
+    prepare: Callable[[Any, Role, bool], Any] = lambda value, role, tied: value
     stacked_matmuls: StackedMatmuls | None = None
 
     def matmuls(self, x: jax.Array, stacks: Sequence[Any], layers: Sequence[jax.Array]) -> list[jax.Array]:

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 def test_prepared_weights_stand_for_a_whole_stack_in_as_many_bytes(rng):
     for fmt in ("int4:64", "int8:128:affine"):
         w = jax.tree.map(jnp.asarray, stack(rng, fmt, (33, 300)).w)
-        prepared = matmul.prepare({"w": w})["w"]
+        prepared = matmul.prepare(w, "weight", False)
         assert prepared.shape == w.shape
         assert prepared.nbytes == w.nbytes
 
@@ -63,7 +63,7 @@ def test_programs_cover_every_row_and_column_with_blocks_of_powers_of_two(rows, 
 def test_weights_on_several_gpus_are_refused():
     spread = types.SimpleNamespace(sharding=types.SimpleNamespace(device_set={0, 1}))
     with pytest.raises(UsageError, match="--kernels pallas runs on one GPU; on several give"):
-        matmul.prepare({"w": spread})
+        matmul.prepare(spread, "weight", False)
 
 
 # --- the whole model
@@ -101,7 +101,7 @@ def lowered(function, *arguments):
 
 @pytest.mark.parametrize("fmt", ["int4:128:f32", "int4:channel:affine", "int8"])
 def test_products_lower_for_cuda_and_take_the_whole_stack(rng, fmt):
-    w = matmul.prepare({"w": jax.tree.map(jnp.asarray, stack(rng, fmt, (301, 1100), layers=5).w)})["w"]
+    w = matmul.prepare(jax.tree.map(jnp.asarray, stack(rng, fmt, (301, 1100), layers=5).w), "weight", False)
     x = jax.ShapeDtypeStruct((3, 1100), jnp.bfloat16)
     text = lowered(matmul.stacked_matmul, x, w, jnp.int32(2))
     call = next(line for line in text.splitlines() if "triton" in line)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxchat import model
 from jaxchat.checkpoints.load import load_params
+from jaxchat.engine.session import prepared
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
 from jaxchat.pallas import native, select
@@ -56,7 +57,7 @@ class Text:
 
     def __init__(self, config, params, kernels):
         self.kernels = select(kernels, "cpu")
-        self.config, self.params = config, self.kernels.prepare(params)
+        self.config, self.params = config, prepared(self.kernels, config, params)
         slots = config.num_layers
         self.cache = empty_cache(config, slots=slots, batch=1, capacity=256, dtype=FLOAT32)
         self.plan = LayerPlan.identity(slots).arrays(slots)

@@ -71,14 +71,14 @@ def backend_of(name: str) -> Backend:
     if name == "tpu":
         run = functools.partial(tpu.stacked_matmul, interpret=True)
         kinds = tuple(kind for kind in KINDS if kind != "float16")
-        return Backend(run, in_bfloat16, lambda w: tpu.prepare({"w": w})["w"], kinds, "bfloat16", True)
+        return Backend(run, in_bfloat16, lambda w: tpu.prepare(w, "weight", False), kinds, "bfloat16", True)
     if name == "gpu":
         run = functools.partial(gpu.stacked_matmul, interpret=True)
 
         def tolerance(case: Case) -> float:  # few rows: weights are not rounded, whatever x is
             return in_bfloat16(case) if math.prod(case.lead) > gpu._MAX_ROWS else ROUNDING
 
-        return Backend(run, tolerance, lambda w: gpu.prepare({"w": w})["w"], KINDS, "bfloat16", True)
+        return Backend(run, tolerance, lambda w: gpu.prepare(w, "weight", False), KINDS, "bfloat16", True)
     run = functools.partial(cpu.stacked_matmul, isa=name)
     return Backend(run, functools.partial(native_tolerance, name))
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxchat import model, quant
+from jaxchat.engine.session import prepared
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
@@ -49,8 +50,8 @@ def product(x, w, layer=1, interpret=True):
     return jax.jit(functools.partial(matmul.stacked_matmul, interpret=interpret))(x, w, layer)
 
 
-def prepared(stack):
-    return matmul.prepare({"w": jax.tree.map(jnp.asarray, stack.w)})["w"]
+def laid_out(stack):
+    return matmul.prepare(jax.tree.map(jnp.asarray, stack.w), "weight", False)
 
 
 # --- stacked_matmul: beside the battery in test_stacked_matmul.py
@@ -58,15 +59,15 @@ def prepared(stack):
 
 def test_prepared_weights_stand_for_a_whole_stack_in_as_many_bytes(rng):
     weights = stack(rng, "int4:64", (256, 512))
-    assert prepared(weights).shape == weights.w.shape
-    assert prepared(weights).nbytes == weights.w.nbytes
+    assert laid_out(weights).shape == weights.w.shape
+    assert laid_out(weights).nbytes == weights.w.nbytes
 
 
 def check_embedding(rng, matmul, fmt, shape, leads):
     """Rows are those of the values; so is the product, of the embedding as the output head."""
     matrix = stack(rng, fmt, shape, layers=1)
     w = jax.tree.map(lambda part: jnp.asarray(part[0]), matrix.w)
-    embedding = matmul.prepare({"embed.weight": w})["embed.weight"]
+    embedding = matmul.prepare(w, "embedding", True)
     for ids in (jnp.array([[7]]), jnp.array([[0, shape[0] - 1], [5, 5]]), jnp.int32(shape[0] - 1)):
         np.testing.assert_array_equal(embedding[ids], np.float32(matrix.values[0])[ids])
     head = jax.tree.map(lambda part: part[None], embedding)
@@ -100,7 +101,7 @@ def test_scales_widen_from_float16_bits_exactly():
 def test_the_kernels_have_no_races(rng):
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     weights, x = stack(rng, "int4:affine", (300, 256)), normal(rng, (3, 256))
-    assert error(product(x, prepared(weights), interpret=params), x, weights, 1) < ROUNDING
+    assert error(product(x, laid_out(weights), interpret=params), x, weights, 1) < ROUNDING
     assert not races_found()
 
     case = Case((130, 7), 20, 2, 1, 160, 128)
@@ -155,7 +156,7 @@ def quantize_params(config, params, fmt):
 def two_steps(config, params, kernels):
     """Logits after a ragged prefill, and after one more token of each sequence."""
     float32 = jnp.dtype(jnp.float32)
-    params = kernels.prepare(params)
+    params = prepared(kernels, config, params)
     forward = jax.jit(model.forward)
     cache = empty_cache(config, slots=3, batch=2, capacity=32, dtype=float32)
     plan, out = LayerPlan.identity(config.num_layers).arrays(config.num_layers), []
@@ -215,7 +216,7 @@ ROWS, COLUMNS = (None, "model"), (None, None, "model")
 )
 def test_products_of_split_weights_are_those_of_whole_ones(rng, place, fmt, shape, spec):
     weights, x = stack(rng, fmt, shape), normal(rng, (2, 3, shape[1]))
-    w = matmul.prepare({"w": place(weights.w, *spec)})["w"]
+    w = matmul.prepare(place(weights.w, *spec), "weight", False)
     assert ("model" in w.axes) == (shape[1] != 160)
     assert error(product(place(x), w), x, weights, 1) < ROUNDING
 
@@ -223,7 +224,7 @@ def test_products_of_split_weights_are_those_of_whole_ones(rng, place, fmt, shap
 def test_an_embedding_split_over_a_mesh_is_the_output_head(rng, place):
     matrix, x = stack(rng, "int8", (304, 128), layers=1), normal(rng, (2, 128))
     parts = place(jax.tree.map(lambda part: part[0], matrix.w), "model")
-    embedding = matmul.prepare({"embed.weight": parts})["embed.weight"]
+    embedding = matmul.prepare(parts, "embedding", True)
     head = jax.tree.map(lambda part: part[None], embedding)
     assert error(product(place(x), head, 0), x, matrix, 0) < ROUNDING
 
@@ -339,7 +340,7 @@ def compile_kernels(target):
             else:
                 parts = quant.empty((8, o, i), QuantFormat.parse(fmt))
                 parts = jax.tree.map(lambda part: abstract(part.shape, part.dtype), parts)
-                w = matmul.prepare({"w": parts})["w"]
+                w = matmul.prepare(parts, "weight", False)
             check(matmul.stacked_matmul, abstract((m, w.shape[-1]), jnp.bfloat16), w, scalar)
     for b, t, n, kv, s, h, softcap in (
         (1, 1, 32, 8, 2048, 128, 0.0),

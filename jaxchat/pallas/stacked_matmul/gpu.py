@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxchat import quant
+from jaxchat.config import Role
 from jaxchat.errors import UsageError
 from jaxchat.lengths import next_power_of_two
 from jaxchat.pallas.stacked_matmul import reference
@@ -85,23 +86,21 @@ class PreparedTensor(InParts):
         return 32 // self.bits
 
 
-def prepare(params: dict[str, Any]) -> dict[str, Any]:
-    """Puts quantized weights into words, once, one tensor at a time.
+def prepare(value: Any, role: Role, tied: bool) -> Any:
+    """A parameter in the kernels' layout: quantized weights become words, once.
 
     Args:
-      params: name -> array or QuantizedTensor, of jax arrays or, to compile ahead of time, ShapeDtypeStructs.
+      value: array or QuantizedTensor, of jax arrays or, to compile ahead of time, ShapeDtypeStructs.
+      role, tied: make no difference here.
 
     Raises:
-      UsageError: the parameters are spread over several GPUs.
+      UsageError: it is spread over several GPUs.
     """
-    for value in jax.tree.leaves(params):
-        sharding = getattr(value, "sharding", None)
+    for part in jax.tree.leaves(value):
+        sharding = getattr(part, "sharding", None)
         if sharding is not None and len(sharding.device_set) > 1:
             raise UsageError("--kernels pallas runs on one GPU; on several give --kernels reference")
-    return {
-        name: _in_words(value) if isinstance(value, QuantizedTensor) else value
-        for name, value in params.items()
-    }
+    return _in_words(value) if isinstance(value, QuantizedTensor) else value
 
 
 def stacked_matmul(x: Array, w: Any, layer: Array | int, *, interpret: bool = False) -> Array:

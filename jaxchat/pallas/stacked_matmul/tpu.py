@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxchat import quant
-from jaxchat.config import EMBED, HEAD
+from jaxchat.config import Role
 from jaxchat.pallas.embedding import tpu as embedding
 from jaxchat.pallas.embedding.tpu import EmbeddingTensor
 from jaxchat.pallas.mesh import mesh_of, split
@@ -100,31 +100,22 @@ class PreparedTensor(InParts):
         return self.codes.shape[-2] * 8 // self.bits
 
 
-def prepare(params: dict[str, Any]) -> dict[str, Any]:
-    """Puts quantized weights into the kernels' layout, once, one tensor at a time.
+def prepare(value: Any, role: Role, tied: bool) -> Any:
+    """A parameter in the kernels' layout: quantized weights are laid out anew, once.
 
     The token embedding keeps its order, for its rows are looked up; where the output head is tied to it, the
     product reads that order. So do those with weights that are not quantized.
 
     Args:
-      params: name -> array or QuantizedTensor, of jax arrays or, to compile ahead of time, ShapeDtypeStructs.
+      value: array or QuantizedTensor, of jax arrays or, to compile ahead of time, ShapeDtypeStructs.
+      role: what it is, as `Param` says.
+      tied: the token embedding is the output head, too.
     """
-    name, tied = _embedding_of(params)
-
-    def prepared(value: QuantizedTensor, looked_up: bool) -> Any:
-        if not looked_up:
-            return _prepare_tensor(value)
-        return embedding.prepare(value, tied) if value.bits == 8 else value
-
-    return {
-        key: prepared(value, key == name) if isinstance(value, QuantizedTensor) else value
-        for key, value in params.items()
-    }
-
-
-def _embedding_of(params: dict[str, Any]) -> tuple[str, bool]:
-    """Which parameter is the token embedding, and whether the output head is tied to it."""
-    return EMBED, HEAD not in params
+    if not isinstance(value, QuantizedTensor):
+        return value
+    if role != "embedding":
+        return _prepare_tensor(value)
+    return embedding.prepare(value, tied) if value.bits == 8 else value
 
 
 def stacked_matmul(
