@@ -53,12 +53,36 @@ SCALED_PLANS = {
 }
 TOKENS = np.random.RandomState(0).randint(3, 67, 24)
 
+MIXED = ("qwen2", "gemma2", "gemma3")
+"""Models whose layers differ: every unrolled checkpoint is a configuration of its own, and compiled."""
+SAMPLED = ("self-merge-with-more-slots-than-layers", "reversed", "halves-skipped")
+
+
+def products(plans):
+    """Every model under every plan; of mixed models some are left to `make test-full`."""
+    return [
+        pytest.param(
+            model,
+            spec,
+            id=f"{model}-{name}",
+            marks=pytest.mark.full if model in MIXED and name not in SAMPLED else (),
+        )
+        for model in MODELS
+        for name, spec in plans.items()
+    ]
+
+
 _ATTN_OUTPUT = (".self_attn.o_proj.", ".attn.c_proj.")
 _MLP_OUTPUT = (".mlp.down_proj.", ".mlp.c_proj.")
 
 
 def unroll(source: Path, target: Path, plan: LayerPlan) -> Path:
-    """Writes the unrolled checkpoint; scales are multiplied into the output projections and their biases."""
+    """Writes the unrolled checkpoint; scales are multiplied into the output projections and their biases.
+
+    The last slot's layer is repeated up to `SLOTS` layers, none of which the caller runs: checkpoints of
+    different lengths are one configuration.
+    """
+    plan = LayerPlan((*plan, *[plan.slots[-1]] * (SLOTS - len(plan))), plan.num_layers)
     config = json.loads((source / "config.json").read_text())
     for key in ("num_hidden_layers", "n_layer"):
         if key in config:
@@ -91,12 +115,23 @@ def _scale(name: str, slot: Slot) -> np.float32:
     return np.float32(slot.mlp_scale if name.startswith(_MLP_OUTPUT) else 1)
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Runner]:
-    model_type, changes = MODELS[request.param]
-    directory = tmp_path_factory.mktemp("source")
-    write_tiny_hf(directory, model_type, **changes)
-    return directory, Runner(directory, batch=1, slots=SLOTS)
+@pytest.fixture(scope="module")
+def source(tiny_directory):
+    """`source(model)`: its directory and a runner of it, loaded once."""
+
+    @functools.cache
+    def load(model: str) -> tuple[Path, Runner]:
+        model_type, changes = MODELS[model]
+        directory = tiny_directory(model_type, **changes)
+        return directory, Runner(directory, batch=1, slots=SLOTS)
+
+    return load
+
+
+def unrolled(directory: Path, target: Path, plan: LayerPlan) -> Runner:
+    """A runner of the first layers of the unrolled checkpoint: one for each slot."""
+    runner = Runner(unroll(directory, target, plan), batch=1, slots=SLOTS)
+    return runner.reset(LayerPlan.parse(f"0:{len(plan)}", SLOTS))
 
 
 def outputs(runner: Runner, *, stepwise: bool = False) -> np.ndarray:
@@ -106,29 +141,29 @@ def outputs(runner: Runner, *, stepwise: bool = False) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in PLANS.items()])
-def test_plan_equals_the_unrolled_checkpoint(source: tuple[Path, Runner], spec: str, tmp_path: Path):
-    directory, runner = source
+@pytest.mark.parametrize(("model", "spec"), products(PLANS))
+def test_plan_equals_the_unrolled_checkpoint(source, model: str, spec: str, tmp_path: Path):
+    directory, runner = source(model)
     plan = LayerPlan.parse(spec, 4)
-    unrolled = Runner(unroll(directory, tmp_path, plan), batch=1)
+    expected = unrolled(directory, tmp_path, plan)
     stepwise = len(plan) == SLOTS
-    assert error(outputs(runner.reset(plan), stepwise=stepwise), outputs(unrolled, stepwise=stepwise)) <= 1e-6
+    assert error(outputs(runner.reset(plan), stepwise=stepwise), outputs(expected, stepwise=stepwise)) <= 1e-6
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("spec", [pytest.param(spec, id=name) for name, spec in SCALED_PLANS.items()])
+@pytest.mark.parametrize(("model", "spec"), products(SCALED_PLANS))
 def test_scales_equal_those_multiplied_into_the_output_projections(
-    source: tuple[Path, Runner], spec: str, tmp_path: Path
+    source, model: str, spec: str, tmp_path: Path
 ):
-    directory, runner = source
+    directory, runner = source(model)
     plan = LayerPlan.parse(spec, 4)
-    unrolled = Runner(unroll(directory, tmp_path, plan), batch=1)
-    assert error(outputs(runner.reset(plan)), outputs(unrolled)) <= 2e-6
+    assert error(outputs(runner.reset(plan)), outputs(unrolled(directory, tmp_path, plan))) <= 2e-6
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_identity_slots_are_skipped_and_change_not_one_bit(source: tuple[Path, Runner]):
-    _, runner = source
+@pytest.mark.parametrize("model", MODELS)
+def test_identity_slots_are_skipped_and_change_not_one_bit(source, model: str):
+    _, runner = source(model)
     with_identities = LayerPlan.parse(SCALED_PLANS["identity-slots"], 4)
     assert (len(with_identities), with_identities.arrays(SLOTS).length) == (5, 2)
     skipped = outputs(runner.reset(with_identities))
@@ -136,8 +171,9 @@ def test_identity_slots_are_skipped_and_change_not_one_bit(source: tuple[Path, R
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_order_of_heterogeneous_layers_matters(source: tuple[Path, Runner]):
-    _, runner = source
+@pytest.mark.parametrize("model", MODELS)
+def test_order_of_heterogeneous_layers_matters(source, model: str):
+    _, runner = source(model)
     forward, backward = (outputs(runner.reset(LayerPlan.parse(s, 4))) for s in ("all", "::-1"))
     assert error(backward, forward) > 1e-3
 
