@@ -179,7 +179,7 @@ def test_a_dumb_terminal_gets_plain_lines_and_no_sequences(model, open_chat):
 def test_markdown_is_rendered_while_it_grows_and_stays_as_text(model, open_chat):
     text = r"# Title\n\nSome **bold** words.\n\n- one\n- two\n\n"
     chat = open_chat(model, "-p", "hello", "--markdown", "--ai_prefix", text, "--max_new_tokens", "1")
-    chat.wait(r"^A\.I\. >\n(.*\n)*.*Title.*\n\nSome bold words\.\n\n • one\n • two")
+    chat.wait(r"^A\.I\. >\n(.*\n)*.*Title.*\n\nSome bold words\.\n\n+ • one\n • two")
     chat.send(CTRL_D)
     assert chat.finish() == 0
 
