@@ -11,7 +11,8 @@ from tests.support.tiny_chat import write_tiny_chat
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_tiny_chat(tmp_path_factory.mktemp("recipes") / "tiny-chat")
+    # A length of its own: what is compiled quickly for it serves no test that compares with other processes.
+    return write_tiny_chat(tmp_path_factory.mktemp("recipes") / "tiny-chat", max_position_embeddings=97)
 
 
 @pytest.fixture
