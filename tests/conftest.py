@@ -57,7 +57,7 @@ def compilation_cache(tmp_path_factory):
     """Each executable is compiled once per run, in subprocesses too; set the variable to keep them longer."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         directory = str(tmp_path_factory.mktemp("xla"))
-        settings = {"jax_compilation_cache_dir": directory, "jax_persistent_cache_min_compile_time_secs": 0.3}
+        settings = {"jax_compilation_cache_dir": directory, "jax_persistent_cache_min_compile_time_secs": 0.0}
         for name, value in settings.items():
             jax.config.update(name, value)
             os.environ[name.upper()] = str(value)

@@ -33,6 +33,7 @@ def executed(tmp_path_factory):
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # nearly all time goes into compiling
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
             "IPYTHONDIR": str(directory / "ipython"),
         }

@@ -605,7 +605,9 @@ def compare_with_transformers(tokenizer, reference, texts):
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["llama-3.1", "qwen2.5", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["qwen2.5", *(pytest.param(name, marks=pytest.mark.full) for name in ("llama-3.1", "qwen3"))]
+)
 def test_control_tokens_are_renamed_over_the_same_vocabulary_as_in_a_copy(name):
     tokenizer, _, _ = real_chats.load(name)
     mark = "\U000f0000"
