@@ -46,8 +46,6 @@ class Variant(NamedTuple):
 
     def run(self, operation: str, table: str, driver: str, records: bytes, folder: Path) -> np.ndarray:
         """What a driver, compiled in a folder with the kernels, makes of the records: float32."""
-        if self.missing():
-            pytest.skip(self.missing())
         source, program = SOURCES / operation / f"cpu_{self.isa}.cc", folder / "driver"
         flags = f"-std=c++17 -Wall -Wextra -Werror -Wno-psabi -fno-math-errno {self.flags}"
         flags += f" -I{source.parent} -I{TESTS} -DTABLE={self.isa}::{table}"
@@ -78,7 +76,17 @@ ATTENTION = [Variant("portable", ARM), Variant("avx512", AVX512)]
 def parameters(variants):
     """Where the processor has AVX-512, its kernels are tested as they are, and emulated with `-m full`."""
     native_too = [pytest.mark.full] if "avx512" in native.instruction_sets() else []
-    return [pytest.param(v, id=v.isa, marks=[] if v.arm else native_too) for v in variants]
+    return [
+        pytest.param(
+            variant,
+            id=variant.isa,
+            marks=[
+                pytest.mark.skipif(bool(variant.missing()), reason=variant.missing() or "it runs"),
+                *([] if variant.arm else native_too),
+            ],
+        )
+        for variant in variants
+    ]
 
 
 def record(case: Case, stack: cases.Stack, x: np.ndarray) -> bytes:
