@@ -20,6 +20,7 @@ jaxtyping.install_import_hook(
 )
 
 from jaxchat.checkpoints.load import load_params  # noqa: E402
+from tests.support.commands import Commands  # noqa: E402
 from tests.support.tiny import write_tiny_hf  # noqa: E402
 
 # Shells start background jobs with SIGINT ignored, children inherit that, and the tests of Ctrl-C need it.
@@ -61,6 +62,12 @@ def compilation_cache(tmp_path_factory):
         for name, value in settings.items():
             jax.config.update(name, value)
             os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture
+def commands(capsys, monkeypatch):
+    """`commands("generate", "-p", "hello")`: what that writes, run in this process."""
+    return Commands(capsys, monkeypatch)
 
 
 @pytest.fixture

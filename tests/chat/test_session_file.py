@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -322,24 +320,11 @@ def test_another_version_is_refused(model, tmp_path, monkeypatch):
 # --- the command line
 
 
-def jaxchat_generate(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxchat.generate", *map(str, arguments)],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_two_runs_with_a_session_are_one_chat(model, directory, tmp_path):
+def test_two_runs_with_a_session_are_one_chat(model, directory, tmp_path, commands):
     path = tmp_path / "a.session"
     common = ("-m", directory, "--max_new_tokens", 6, "--json")
-    first = jaxchat_generate(*common, "-p", "hello", "--save_session", path)
-    second = jaxchat_generate(*common, "-p", "more", "--load_session", path, "--save_session", path)
+    first = commands("generate", *common, "-p", "hello", "--save_session", path)
+    second = commands("generate", *common, "-p", "more", "--load_session", path, "--save_session", path)
     chat = model.chat_session()
     for text, (code, out, err) in (("hello", first), ("more", second)):
         assert code == 0, err
@@ -347,17 +332,17 @@ def test_two_runs_with_a_session_are_one_chat(model, directory, tmp_path):
     assert_same(chat, model.load_session(path))
 
 
-def test_a_session_that_cannot_be_loaded_is_one_line(directory, model, saved, tmp_path):
+def test_a_session_that_cannot_be_loaded_is_one_line(directory, model, saved, tmp_path, commands):
     path = tmp_path / "a.session"
     path.write_bytes(saved[:1000])
-    code, out, err = jaxchat_generate("-m", directory, "-p", "x", "--load_session", path)
+    code, out, err = commands("generate", "-m", directory, "-p", "x", "--load_session", path)
     assert (code, out) == (1, "")
     assert len(err.strip().splitlines()) == 1
     assert f"{path}: truncated" in err
 
     path.write_bytes(saved)
-    code, out, err = jaxchat_generate(
-        "-m", directory, "-p", "x", "--load_session", path, "--layer_spec", "0:2"
+    code, out, err = commands(
+        "generate", "-m", directory, "-p", "x", "--load_session", path, "--layer_spec", "0:2"
     )
     assert (code, out) == (2, "")
     assert "made under the layer plan all, this is 0,1: give --layer_spec 'all'" in err

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -440,15 +437,12 @@ def test_load_takes_a_recipe_and_says_its_remarks(chat_models: Path, caplog):
     assert [slot.layer for slot in again.plan] == [1, 0]
 
 
-def test_a_recipe_runs_from_the_command_line(chat_models: Path):
-    command = [sys.executable, "-m", "jaxchat.generate", "--recipe", str(chat_models), "--layer_spec", "-1,0"]
-    command += ["--model_path", f"first={chat_models.parent / 'a'}"]
-    command += ["--json", "-p", "hi", "--max_new_tokens", "2"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "filter 'nowhere' matches no tensor" in done.stderr
-    assert json.loads(done.stdout)["layer_spec"] == "1,0"
+def test_a_recipe_runs_from_the_command_line(chat_models: Path, commands):
+    recipe = "--recipe", chat_models, "--model_path", f"first={chat_models.parent / 'a'}"
+    done = commands("generate", *recipe, "--layer_spec", "-1,0", "--json", "-p", "hi", "--max_new_tokens", 2)
+    assert done.code == 0, done.err
+    assert "filter 'nowhere' matches no tensor" in done.err
+    assert json.loads(done.out)["layer_spec"] == "1,0"
 
 
 def test_load_wants_a_directory_or_a_recipe(chat_models: Path):

@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,7 +24,6 @@ from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantFormat
 from jaxchat.recipes.recipe import read_recipe
 from tests.checkpoints.test_assembly import assembly_of, logits
-from tests.cli.test_convert import ENVIRONMENT, ROOT
 from tests.support import parity_cases
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
 from tests.support.tiny_chat import write_tiny_chat
@@ -356,25 +353,20 @@ def test_damaged_descriptions_are_one_line(source, tmp_path: Path, change: dict,
 # From the command line.
 
 
-def run_convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/convert.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-
-
-def test_a_recipe_is_converted_with_its_remarks(tiny_directory, tmp_path: Path):
+def test_a_recipe_is_converted_with_its_remarks(tiny_directory, tmp_path: Path, commands):
     (tmp_path / "r.yaml").write_text(
         "merge_method: passthrough\nslices:\n- sources: [{model: some/model, layer_range: [0, 2]}]\n"
         "- sources: [{model: some/model, layer_range: [1, 3]}]\n"
         "  parameters: {scale: [{filter: oproj, value: 0}]}\n"
     )
-    done = run_convert(
-        "--recipe", tmp_path / "r.yaml", "--model_path", f"some/model={tiny_directory('llama')}",
+    done = commands(
+        "convert", "--recipe", tmp_path / "r.yaml", "--model_path", f"some/model={tiny_directory('llama')}",
         "--dst", tmp_path / "out", "--to_hf",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "filter 'oproj' matches no tensor" in done.stderr
+    assert done.code == 0, done.err
+    assert "filter 'oproj' matches no tensor" in done.err
     assert ModelDirectory.at(tmp_path / "out").config.num_layers == 4
-    assert done.stdout.startswith(f"{tmp_path}/out: ")
+    assert done.out.startswith(f"{tmp_path}/out: ")
 
 
 @pytest.mark.parametrize(

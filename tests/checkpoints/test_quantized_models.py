@@ -31,6 +31,7 @@ from jaxchat.layers.cache import empty_cache
 from jaxchat.layers.step import Params
 from jaxchat.quant import QuantFormat, QuantizedTensor, dequantize, format_for, quantize
 from jaxchat.sharding import shard_params
+from tests.support.commands import Commands
 from tests.support.parity_cases import run
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
 from tests.support.tiny_chat import write_tiny_chat
@@ -432,26 +433,14 @@ def chat_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "plain", root / "int4"
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "jaxchat.generate", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_quantizing_while_loading_gives_the_text_of_the_converted_model(
-    chat_models: tuple[Path, Path],
+    chat_models: tuple[Path, Path], commands: Commands
 ) -> None:
     plain, int4 = chat_models
     common = ["-p", "hello", "--max_new_tokens", 8, "--ignore_eos", "--json", "--kernels", "reference"]
-    at_load = command("-m", plain, "--quant", "int4", *common)
-    converted = command("-m", int4, *common)
-    assert at_load.returncode == converted.returncode == 0, at_load.stderr + converted.stderr
-    ids = [json.loads(done.stdout)["token_ids"] for done in (at_load, converted)]
+    at_load = commands.output("generate", "-m", plain, "--quant", "int4", *common)
+    converted = commands.output("generate", "-m", int4, *common)
+    ids = [json.loads(text)["token_ids"] for text in (at_load, converted)]
     assert ids[0] == ids[1]
     assert len(ids[0]) == 8
 

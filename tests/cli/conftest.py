@@ -1,8 +1,0 @@
-import pytest
-
-from tests.support.commands import Commands
-
-
-@pytest.fixture
-def commands(capsys, monkeypatch):
-    return Commands(capsys, monkeypatch)
