@@ -16,7 +16,7 @@ chat: setup
 	$(BIN)/python -m jaxchat.generate $(if $(MODEL),--model $(MODEL)) --interactive
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not parity and not full'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not parity and not full'
 
 # Lists of which `make test` draws a sample, whole.
 test-full: setup

@@ -33,6 +33,7 @@ from jaxchat.quant import QuantFormat, QuantizedTensor, dequantize, format_for, 
 from jaxchat.sharding import shard_params
 from tests.support.commands import Commands
 from tests.support.parity_cases import run
+from tests.support.products import diagonal
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
 from tests.support.tiny_chat import write_tiny_chat
 from tools import convert as convert_tool
@@ -84,8 +85,7 @@ def error_of(action: Callable[[], Any], kind: type[JaxchatError] = UsageError) -
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("fmt", ["int4", "int8:channel"])
-@pytest.mark.parametrize("model_type", TINY_CONFIGS)
+@pytest.mark.parametrize(("model_type", "fmt"), diagonal(TINY_CONFIGS, ["int4", "int8:channel"]))
 def test_quantized_logits_are_those_of_the_dequantized_weights(
     tmp_path: Path, tiny_directory: Directory, model_type: str, fmt: str
 ) -> None:
@@ -126,8 +126,7 @@ def test_unknown_kernels_are_refused_before_weights_are_read(tmp_path: Path) -> 
 # Conversion and loading.
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model_type", TINY_CONFIGS)
+@pytest.mark.parametrize(("model_type", "dtype"), diagonal(TINY_CONFIGS, ["float32", "bfloat16"]))
 def test_quantizing_at_conversion_equals_quantizing_at_load(
     tmp_path: Path, tiny_directory: Directory, model_type: str, dtype: str
 ) -> None:
