@@ -14,6 +14,7 @@ from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
 from jaxchat.pallas import native, select
 from jaxchat.quant import QuantFormat
+from tests.support.products import diagonal
 from tests.support.steps import step_of
 
 MODELS = {  # directory, a prompt of its vocabulary
@@ -102,8 +103,7 @@ def references(load):
     return run
 
 
-@pytest.mark.parametrize("fmt", ["float32", "int8"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "fmt"), diagonal(MODELS, ["float32", "int8"]))
 def test_greedy_tokens_are_those_of_the_reference(load, references, name, fmt):
     config, params, prompt = load(name, fmt)
     _, expected = references(name, fmt)

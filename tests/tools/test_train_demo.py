@@ -236,6 +236,7 @@ def test_training_lowers_the_loss(trained):
     assert losses[1] < losses[0] - 0.5
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(trained, tiny_corpora, tmp_path):
     arguments = ["--data", tiny_corpora, "--out", tmp_path, "--steps", "20", *TINY]
     words, environment = command(*arguments, "--checkpoint_minutes", "0.001")
