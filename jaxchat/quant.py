@@ -4,6 +4,7 @@ A weight [..., O, I] becomes integer codes and one scale (affine formats: and on
 neighbours along I. The kernels that multiply with it are in `jaxchat/pallas`; no I/O here.
 """
 
+import abc
 import dataclasses
 import math
 import os
@@ -129,13 +130,13 @@ def format_for(param: Param, fmt: QuantFormat | None) -> QuantFormat | None:
     return fmt
 
 
-class InParts:
+class InParts(abc.ABC):
     """A weight whose numbers lie in several arrays: what it answers as an array would, from its `shape`."""
 
     @property
+    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Of the weight this stands for: [..., O, I]."""
-        raise NotImplementedError
 
     @property
     def ndim(self) -> int:

@@ -125,7 +125,7 @@ class ChatBatch:
     def set_plan(self, plan: str | LayerPlan) -> None:
         """Reshapes the model in mid-conversation.
 
-        The KV of the slots that both plans begin with is kept; the rest is recomputed at the next turn.
+        See `Session.set_plan`: what the new plan has to compute anew, the next turn does.
         """
         self.session.set_plan(self._base_plan.select(plan) if isinstance(plan, str) else plan)
 

@@ -122,7 +122,7 @@ class ChatSession:
     def set_plan(self, plan: str | LayerPlan) -> None:
         """Reshapes the model in mid-conversation.
 
-        The KV of the slots that both plans begin with is kept; the rest is recomputed at the next turn.
+        See `engine.Session.set_plan`: what the new plan has to compute anew, the next turn does.
         """
         self._chats.set_plan(plan)
 

@@ -19,7 +19,9 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import replaced
 
 FORMAT = "jaxchat-session"
-VERSION = "1"
+VERSION = "2"
+_WITH_SLOT_ROWS = "1"
+"""The version before, whose slots may have different numbers of rows in use: int64 [P] `slot_rows`."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ def load(path: str | Path) -> SavedChat:
     for name, expected in stored["crc32"].items():
         if name not in arrays or _crc32(arrays[name]) != expected:
             raise JaxchatError(f"{path}: damaged: {name} is not what was saved; the session is lost")
-    rows = KVRows.of(arrays)
+    if file.metadata["version"] == _WITH_SLOT_ROWS:
+        arrays = _with_equal_slots(arrays)
+    rows = KVRows(**{name: arrays[name] for name in KVRows._fields if name in arrays})
     return SavedChat(arrays["ids"].tolist(), rows, stored["plan"], stored["model"], stored["conversation"])
 
 
@@ -107,16 +111,23 @@ def _stored(file: SafetensorsFile) -> dict[str, Any]:
     found = file.metadata
     if found.get("format") != FORMAT:
         raise JaxchatError(f"{file.path}: not a session that jaxchat saved; a model is given with -m")
-    if found.get("version") != VERSION:
+    if found.get("version") not in (_WITH_SLOT_ROWS, VERSION):
         raise JaxchatError(
-            f"{file.path}: a session file of version {found.get('version')}, this jaxchat reads version "
-            f"{VERSION}: load it with the jaxchat that saved it"
+            f"{file.path}: a session file of version {found.get('version')}, this jaxchat reads versions "
+            f"up to {VERSION}: load it with the jaxchat that saved it"
         )
     text = found.get("session", "")
     if str(zlib.crc32(text.encode())) != found.get("crc32"):
         raise JaxchatError(f"{file.path}: damaged: the header is not what was saved; the session is lost")
     stored: dict[str, Any] = json.loads(text)
     return stored
+
+
+def _with_equal_slots(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of the version before, with the rows that all slots have in use."""
+    rows = int(np.min(arrays["slot_rows"], initial=arrays["k"].shape[2]))
+    per_row = {"k", "v", "k_scale", "v_scale"}
+    return {name: array[:, :, :rows] if name in per_row else array for name, array in arrays.items()}
 
 
 def _crc32(array: np.ndarray) -> int:

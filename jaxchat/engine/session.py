@@ -5,7 +5,7 @@ Everything that changes a conversation (next turn, rollback, another plan) only 
 the cache is brought up to date by the next prefill.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,18 +46,6 @@ class KVRows(NamedTuple):
     rope_regime: np.ndarray  # int64 [], `families.rope.regime` of the context the keys are rotated for
     k_scale: np.ndarray | None = None  # float32 [P, K, S], with int8: see `QuantizedRows`
     v_scale: np.ndarray | None = None  # float32 [P, K, S]
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray]) -> "KVRows":
-        """From arrays by name; other names are passed over.
-
-        Older files have `slot_rows` int64 [P], the rows in use of each slot: those that all slots have count.
-        """
-        found = {name: array for name, array in arrays.items() if name in cls._fields}
-        rows = (
-            int(np.min(arrays["slot_rows"], initial=found["k"].shape[2])) if "slot_rows" in arrays else None
-        )
-        return cls(**{name: part if part.ndim == 0 else part[:, :, :rows] for name, part in found.items()})
 
 
 class State(NamedTuple):
@@ -235,8 +223,8 @@ class Session:
     def set_plan(self, plan: LayerPlan) -> None:
         """Runs everything from now on under another plan.
 
-        If it is the beginning of the one before, nothing is computed anew; else the next prefill runs the
-        kept ids through it.
+        If it is the beginning of the one before, nothing is computed anew, nor what is cached from before
+        when that one comes back; else the next prefill runs the kept ids through it.
         """
         self.engine.check_plan(plan)
         executed = plan.executed()

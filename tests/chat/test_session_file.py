@@ -317,6 +317,24 @@ def test_another_version_is_refused(model, tmp_path, monkeypatch):
     assert "a session file of version 7" in message_of_loading(model, tmp_path / "a.session", content)
 
 
+def test_of_the_version_before_the_rows_that_all_slots_have_are_taken(model, tmp_path, monkeypatch):
+    """There, a plan changed just before saving left the slots in front with more rows than the last."""
+    path, chat = tmp_path / "a.session", model.chat_session()
+    run(chat.send("hello", **SHORT))
+    slots = len(chat.plan.executed())
+    write, rows = session_file._write, np.array([chat.session.cached[0]] * (slots - 1) + [5])
+
+    def write_before(path, arrays, metadata):
+        write(path, {**arrays, "slot_rows": rows}, {**metadata, "version": "1"})
+
+    monkeypatch.setattr(session_file, "_write", write_before)
+    chat.save(path)
+    other = model.load_session(path)
+    assert other.session.cached == [5]
+    assert other.session.ids == chat.session.ids
+    assert run(other.send("more", **SHORT))[0] == run(chat.send("more", **SHORT))[0]
+
+
 # --- the command line
 
 

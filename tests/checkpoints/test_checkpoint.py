@@ -1,10 +1,7 @@
 """Loading model directories: what is read, what is refused and with which words, and what it costs."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from jaxchat.checkpoints.write import convert
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
 from jaxchat.sharding import param_sharding, shard_params
+from tests.support.memory import added, is_mapped, needs_counters, needs_mappings
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -457,34 +455,23 @@ def test_written_file_is_aligned_and_official(tmp_path: Path) -> None:
 # What it costs.
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+@needs_mappings
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_native_arrays_are_the_mapped_file(tmp_path: Path, dtype: str) -> None:
     write_tiny_hf(tmp_path / "hf", "phi3", dtype=dtype)
     convert(tmp_path / "hf", tmp_path / "native")
     _, params = load_params(tmp_path / "native")
-    ranges = [
-        tuple(int(number, 16) for number in line.split()[0].split("-"))
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(str(tmp_path / "native/model.safetensors"))
-    ]
     for name, value in params.items():
-        pointer = value.unsafe_buffer_pointer()
-        assert any(start <= pointer < stop for start, stop in ranges), name
+        assert is_mapped(value.unsafe_buffer_pointer(), tmp_path / "native/model.safetensors"), name
 
 
-MEASURE = """
-import re, sys
-from pathlib import Path
-import jax, numpy as np
+IMPORTS = """
 from jaxchat.checkpoints.assembly import under, whole
 from jaxchat.checkpoints.load import load_assembly, load_params
 from jaxchat.checkpoints.write import convert, to_hf
 from jaxchat.layer_plan import LayerPlan
-def peak():
-    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-jax.device_put(np.ones(4)).block_until_ready()
-before = peak()
+"""
+MEASURED = """
 if sys.argv[1] == "convert":
     convert(sys.argv[2], sys.argv[3], dtype="bfloat16")
 elif sys.argv[1] == "export":
@@ -494,11 +481,10 @@ elif sys.argv[1] == "assemble":
     params = load_assembly(under(whole(sys.argv[2], plan), plan))[1]
 else:
     params = load_params(sys.argv[2])[1]
-print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's memory counters")
+@needs_counters
 def test_peak_memory_is_the_stack_plus_a_layer(tmp_path: Path) -> None:
     # 16 layers of 6 MiB; a layer's largest tensor has 1.5 MiB.
     write_tiny_hf(
@@ -512,19 +498,11 @@ def test_peak_memory_is_the_stack_plus_a_layer(tmp_path: Path) -> None:
     )
     size = (tmp_path / "hf/model.safetensors").stat().st_size / 2**20
     assert size > 90
-    assert run_python(MEASURE, "convert", tmp_path / "hf", tmp_path / "native") < 12
-    assert run_python(MEASURE, "load", tmp_path / "hf") < size + 12
-    assert run_python(MEASURE, "load", tmp_path / "native") < 12
-    assert run_python(MEASURE, "export", tmp_path / "hf", tmp_path / "out") < 12
-    assert run_python(MEASURE, "assemble", tmp_path / "hf") < size / 2 + 12  # 8 of the layers
-
-
-def run_python(code: str, *arguments: object) -> float:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[-1])
+    assert added(IMPORTS, MEASURED, "convert", tmp_path / "hf", tmp_path / "native") < 12
+    assert added(IMPORTS, MEASURED, "load", tmp_path / "hf") < size + 12
+    assert added(IMPORTS, MEASURED, "load", tmp_path / "native") < 12
+    assert added(IMPORTS, MEASURED, "export", tmp_path / "hf", tmp_path / "out") < 12
+    assert added(IMPORTS, MEASURED, "assemble", tmp_path / "hf") < size / 2 + 12  # 8 of the layers
 
 
 # Onto meshes.

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from jaxchat.layers.step import Params
 from jaxchat.quant import QuantFormat, QuantizedTensor, dequantize, format_for, quantize
 from jaxchat.sharding import shard_params
 from tests.support.commands import Commands
+from tests.support.memory import added, is_mapped, needs_counters, needs_mappings
 from tests.support.parity_cases import run
 from tests.support.products import diagonal
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
@@ -305,60 +303,40 @@ def test_four_bits_of_an_8b_model_are_four_bits(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+@needs_mappings
 def test_native_codes_and_scales_are_the_mapped_file(tmp_path: Path, tiny_directory: Directory) -> None:
     convert(tiny_directory("phi3", dtype="bfloat16"), tmp_path / "native", quant=parse("q4_1"))
     _, params = load_params(tmp_path / "native")
-    ranges = [
-        tuple(int(number, 16) for number in line.split()[0].split("-"))
-        for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(str(tmp_path / "native/model.safetensors"))
-    ]
     for path, value in jax.tree_util.tree_leaves_with_path(params):
-        pointer = value.unsafe_buffer_pointer()
-        assert any(start <= pointer < stop for start, stop in ranges), path
+        assert is_mapped(value.unsafe_buffer_pointer(), tmp_path / "native/model.safetensors"), path
 
 
-MEASURE = """
-import re, sys
-from pathlib import Path
-import jax, numpy as np
+IMPORTS = """
 from jaxchat.checkpoints.load import load_params
 from jaxchat.checkpoints.write import convert
 from jaxchat.quant import QuantFormat
-def peak():
-    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-jax.device_put(np.ones(4)).block_until_ready()
-before = peak()
+"""
+MEASURED = """
 if sys.argv[1] == "convert":
     convert(sys.argv[2], sys.argv[3], quant=QuantFormat.parse("int4"))
 else:
     params = load_params(sys.argv[2], quant="auto" if sys.argv[1] == "map" else QuantFormat.parse("int4"))[1]
-print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's memory counters")
+@needs_counters
 def test_peak_memory_is_the_quantized_model_and_a_few_megabytes(tmp_path: Path) -> None:
     write_tiny_hf(tmp_path / "hf", "llama", **LARGE)
     convert(tmp_path / "hf", tmp_path / "plain")
     assert (tmp_path / "hf/model.safetensors").stat().st_size > 90 << 20
     # A layer, and for each of a few threads what quantizing takes.
     working = 24
-    assert run_python(MEASURE, "convert", tmp_path / "hf", tmp_path / "int4") < working
+    assert added(IMPORTS, MEASURED, "convert", tmp_path / "hf", tmp_path / "int4") < working
     size = (tmp_path / "int4/model.safetensors").stat().st_size / 2**20
     assert size < 18  # of 120: 4.5 bits a weight
-    assert run_python(MEASURE, "load", tmp_path / "hf") < size + working
-    assert run_python(MEASURE, "load", tmp_path / "plain") < size + working
-    assert run_python(MEASURE, "map", tmp_path / "int4") < 12
-
-
-def run_python(code: str, *arguments: object) -> float:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[-1])
+    assert added(IMPORTS, MEASURED, "load", tmp_path / "hf") < size + working
+    assert added(IMPORTS, MEASURED, "load", tmp_path / "plain") < size + working
+    assert added(IMPORTS, MEASURED, "map", tmp_path / "int4") < 12
 
 
 # Onto meshes.

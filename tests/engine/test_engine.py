@@ -13,7 +13,7 @@ from jaxchat.engine import session as engine_module
 from jaxchat.engine import steps as executables_module
 from jaxchat.engine.generation import generate
 from jaxchat.engine.sampling import SamplingParams
-from jaxchat.engine.session import ContextOverflowError, Engine, KVRows
+from jaxchat.engine.session import ContextOverflowError, Engine
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.layers.cache import KVCache, empty_cache
@@ -604,17 +604,6 @@ def test_only_the_rows_and_slots_in_use_are_stored(engine):
     assert rows.k.shape == rows.v.shape == (4, 2, 5, 6)
     assert rows.k.dtype == np.float32
     assert new_session(engine).cached_rows().k.shape == (3, 2, 0, 6)
-
-
-def test_of_older_files_the_rows_that_all_slots_have_are_taken(engine):
-    session = new_session(engine, PROMPT)
-    session.prefill()
-    rows = {name: part for name, part in session.cached_rows()._asdict().items() if part is not None}
-    older = KVRows.of({**rows, "slot_rows": np.array([8, 8, 5]), "ids": np.arange(8)})
-    other = new_session(engine)
-    other.restore(PROMPT, older)
-    assert other.cached == [5]
-    assert generated(other, max_new_tokens=6) == generated(session, max_new_tokens=6)
 
 
 def test_a_restored_sequence_leaves_its_neighbours_alone(engine):
