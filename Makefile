@@ -18,7 +18,7 @@ chat: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not parity and not full'
 
-# Lists of which `make test` draws a sample, whole.
+# What `make test` leaves out of long lists; of interpreted kernels, a larger part than there.
 test-full: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m full
 
