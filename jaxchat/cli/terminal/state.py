@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from jaxchat.cli.request import Request
 from jaxchat.cli.stats import Stats
 from jaxchat.cli.terminal.replies import ChatReplies, Replies
-from jaxchat.cli.terminal.visible import visible
 from jaxchat.options import GenerateOptions, PrefixIn
+from jaxchat.visible import visible
 
 
 @dataclass(kw_only=True)
