@@ -225,6 +225,8 @@ def _set_log_level(level: str) -> None:
     handler.setFormatter(_Visible("jaxchat: %(levelname)s: %(message)s"))
     logger.handlers = [handler]
     logger.propagate = False
+    if level != "debug":  # of Orbax, about what becomes an error of ours
+        logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def _end_line() -> None:
