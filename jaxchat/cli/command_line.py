@@ -227,6 +227,7 @@ def _set_log_level(level: str) -> None:
     logger.propagate = False
     if level != "debug":  # of Orbax, about what becomes an error of ours
         logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _end_line() -> None:
