@@ -23,6 +23,7 @@ from jaxchat.checkpoints.source import verify
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table
+from jaxchat.misplaced import refuse_misplaced
 from jaxchat.pallas.storage import stored, stored_dtype
 from jaxchat.sharding import param_sharding
 
@@ -102,6 +103,8 @@ class OrbaxSource:
             raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> JaxchatError:
+        for file in sorted(self._path.rglob("*")):
+            refuse_misplaced(file)
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         return JaxchatError(f"{self._path}: Orbax cannot read it ({reason}); convert the model again")
 
