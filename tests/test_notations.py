@@ -100,7 +100,9 @@ def test_every_plan_without_scales_that_ends_with_the_last_layer_printed_as_rang
     if plan.slots[-1].layer == plan.num_layers - 1:
         assert LayerPlan.parse(plan.to_notation("exllama"), plan.num_layers) == plan
     else:
-        with pytest.raises(PlanError, match="exllamav2 ranges run on to the last layer, .*; write it as spec"):
+        with pytest.raises(
+            PlanError, match=r"exllamav2 ranges run on to the last layer, .*; write it as spec"
+        ):
             plan.to_notation("exllama")
 
 

@@ -69,6 +69,8 @@ def answer(request: Request, given: frozenset[str]) -> int:
     request = dataclasses.replace(request.or_boxed(), prompt=_prompt(request))
     chosen = request.chosen()
     chosen.check_max_length(request.max_length)
+    if request.format != "completion":
+        chosen.check_template()
     options = advised(request.options, chosen.advice, given)
     # Not at the top: it imports JAX, which --help, --show and usage errors need not wait for.
     from jaxchat.cli import terminal

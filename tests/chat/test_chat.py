@@ -125,10 +125,13 @@ def test_a_refusal_is_a_usage_error_with_the_template_s_words():
 )
 def test_a_broken_template_names_its_file(source, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(source)
-    with pytest.raises(JaxchatError) as excinfo:
-        ChatTemplate.load(tmp_path, Letters())
-    assert "chat_template.jinja" in str(excinfo.value)
-    assert "\n" not in str(excinfo.value)
+    template = ChatTemplate.load(tmp_path, Letters())  # in nobody's way who needs none
+    for needed in (template.check, lambda: template.render([])):
+        with pytest.raises(
+            JaxchatError, match=r"chat_template\.jinja: broken .*--format completion"
+        ) as excinfo:
+            needed()
+        assert "\n" not in str(excinfo.value)
 
 
 @pytest.mark.parametrize(
@@ -187,24 +190,42 @@ def test_a_template_file_wins_over_the_configuration(tmp_path):
 
 
 def test_of_named_templates_default_is_used_and_tool_use_with_tools(tmp_path):
-    named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
-    write(tmp_path, tokenizer_config__json={"chat_template": named})
+    listed = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    for named in (listed, {"default": "d", "tool_use": "t"}):
+        write(tmp_path, tokenizer_config__json={"chat_template": named})
+        template = ChatTemplate.load(tmp_path, Letters())
+        assert template.render([]) == "d"
+        assert template.render([], tools=[{"name": "f"}]) == "t"
+
+
+def test_templates_may_be_files_of_their_own(tmp_path):
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    write(folder, tool_use__jinja="t")
+    for default in ({"tokenizer_config__json": {"chat_template": "d"}}, {"chat_template__jinja": "d"}):
+        write(tmp_path, **default)
+        template = ChatTemplate.load(tmp_path, Letters())
+        assert (template.render([]), template.render([], tools=[{"name": "f"}])) == ("d", "t")
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
     template = ChatTemplate.load(tmp_path, Letters())
-    assert template.render([]) == "d"
     assert template.render([], tools=[{"name": "f"}]) == "t"
+    with pytest.raises(JaxchatError, match=r"no chat template named 'default' \(found: tool_use\)"):
+        template.render([])
+    write(folder, default__jinja="d")
+    assert ChatTemplate.load(tmp_path, Letters()).render([]) == "d"
 
 
-@pytest.mark.parametrize("value", [3, [], [{"name": "x"}], {"default": "d"}])
+@pytest.mark.parametrize(
+    "value", [3, [], {}, [{"name": "x"}], [{"name": "default", "template": None}], {"default": 5}, ["d"]]
+)
 def test_a_malformed_template_entry_names_its_file(tmp_path, value):
     write(tmp_path, tokenizer_config__json={"chat_template": value})
-    with pytest.raises(JaxchatError, match=r"tokenizer_config\.json"):
-        ChatTemplate.load(tmp_path, Letters())
-
-
-def test_named_templates_without_a_default_are_an_error(tmp_path):
-    write(tmp_path, tokenizer_config__json={"chat_template": [{"name": "rag", "template": "d"}]})
-    with pytest.raises(JaxchatError, match="rag"):
-        ChatTemplate.load(tmp_path, Letters())
+    template = ChatTemplate.load(tmp_path, Letters())
+    with pytest.raises(
+        JaxchatError, match=r"tokenizer_config\.json: key 'chat_template' is .*; expected a text"
+    ):
+        template.render([])
 
 
 def test_no_template_is_none(tmp_path):

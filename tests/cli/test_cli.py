@@ -317,6 +317,25 @@ def test_a_model_without_a_template_continues_the_prompt_and_says_so(tmp_path, c
     ]
 
 
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"chat_template.jinja": "{% if %}"}, r"chat_template\.jinja: broken chat template, line 1"),
+        ({"additional_chat_templates/rag.jinja": ""}, r"no chat template named 'default' \(found: rag\)"),
+        ({"chat_template.json": "[]"}, r"chat_template\.json: expected a JSON object"),
+    ],
+)
+def test_a_broken_template_is_in_the_way_of_chats_only(files, says, tmp_path, commands):
+    write_tiny_chat(tmp_path, template=None)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    asked = ("generate", "-m", tmp_path, "-p", "hi", "--max_new_tokens", "2")
+    assert re.search(says, commands.error(*asked, code=1))
+    commands.output(*asked, "--format", "completion")
+    commands.output("show", "-m", tmp_path)
+
+
 def test_a_full_context_is_never_silent(chat_model, commands):
     done = commands("generate", "-m", chat_model, "-p", "hello", "--max_length", "90", "--ignore_eos")
     assert "jaxchat: the context of 90 tokens is full; raise --max_length" in done.err
