@@ -69,8 +69,9 @@ def answer(request: Request, given: frozenset[str]) -> int:
     request = dataclasses.replace(request.or_boxed(), prompt=_prompt(request))
     chosen = request.chosen()
     chosen.check_max_length(request.max_length)
-    if request.format != "completion":
-        chosen.check_template()
+    chat = request.format != "completion" and chosen.has_template()
+    if chat and ("special_tokens" in given or not request.special_tokens):
+        raise UsageError("--special_tokens is for --format completion; in messages of a chat they are text")
     options = advised(request.options, chosen.advice, given)
     # Not at the top: it imports JAX, which --help, --show and usage errors need not wait for.
     from jaxchat.cli import terminal

@@ -14,8 +14,8 @@ from jaxchat.text.tokenizer import Added
 
 CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-MAX_TOKEN_ID = 2**24 - 1
-"""No vocabulary has so many tokens; what is beyond is a broken file, not a reason to reserve memory."""
+MAX_TOKEN_ID = 2**22 - 1
+"""Four times the largest vocabularies; what is beyond is a broken file, not a reason to reserve memory."""
 
 
 @dataclass(frozen=True)

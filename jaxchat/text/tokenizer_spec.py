@@ -5,6 +5,7 @@ The library checks most of a file itself; here is what it would abort the proces
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ def read_spec(path: Path) -> Spec:
         fail(path, "model", model, "a tokenizer's model")
     _check_vocabulary(path, model.get("vocab"))
     _check_merges(path, model)
+    _check_charsmaps(path, spec.get("normalizer"), "normalizer")
     added = spec.get("added_tokens") or []
     if not isinstance(added, list):
         fail(path, "added_tokens", added, "a list of tokens")
@@ -68,6 +70,23 @@ def _check_merges(path: Path, model: Spec) -> None:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not str(pair[1]).startswith(prefix):
             fail(path, f"model.merges[{number}]", merge, f"two pieces, of which the second begins {prefix!r}")
+
+
+def _check_charsmaps(path: Path, part: Any, key: str) -> None:
+    """That a precompiled normalizer is as large as it says: the library reserves that."""
+    if not isinstance(part, dict):
+        return
+    for number, step in enumerate(part.get("normalizers") or ()):
+        _check_charsmaps(path, step, f"{key}.normalizers[{number}]")
+    charsmap = part.get("precompiled_charsmap")
+    if part.get("type") == "Precompiled" and isinstance(charsmap, str):
+        try:
+            data = base64.b64decode(charsmap)
+        except ValueError:
+            data = b""
+        size = int.from_bytes(data[:4], "little")
+        if len(data) < 4 or size > len(data) - 4:
+            fail(path, f"{key}.precompiled_charsmap", charsmap, "base64 of a table with its size before it")
 
 
 # --- add_prefix_space

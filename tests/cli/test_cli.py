@@ -317,6 +317,16 @@ def test_a_model_without_a_template_continues_the_prompt_and_says_so(tmp_path, c
     ]
 
 
+def test_special_tokens_of_a_prompt_are_parsed_in_completions(chat_model, continue_text, commands):
+    raw = ("-p", "<|user|>hi</s><|assistant|>", "--max_new_tokens", "3")
+    completion = ("--format", "completion")
+    assert continue_text(*raw, *completion)["prompt_tokens"] == 5
+    assert continue_text(*raw, *completion, "--nospecial_tokens")["prompt_tokens"] == len(raw[1])
+    for flag in ("--special_tokens", "--nospecial_tokens"):
+        message = commands.error("generate", "-m", chat_model, *raw, flag, code=2)
+        assert message.startswith("--special_tokens is for --format completion")
+
+
 @pytest.mark.parametrize(
     ("files", "says"),
     [

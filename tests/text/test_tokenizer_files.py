@@ -263,6 +263,7 @@ TEMPLATE = {
         ("unigram", ["model", "vocab"], [], ""),
         ("wordpiece", ["model", "vocab"], {}, ""),
         ("unigram", ["normalizer"], {"type": "Precompiled", "precompiled_charsmap": ""}, "charsmap"),
+        ("unigram", ["normalizer"], {"type": "Precompiled", "precompiled_charsmap": "////fwAA"}, "charsmap"),
         ("bpe", ["decoder"], {"type": "Nothing"}, ""),
     ],
 )
