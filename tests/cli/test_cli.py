@@ -21,7 +21,7 @@ from jaxchat.cli.command_line import Command, Conflict
 from jaxchat.cli.flags import flag_fields, parse, read
 from jaxchat.commands import COMMANDS
 from jaxchat.commands.generate import COMMAND, GenerateRequest, advised
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import UsageError
 from jaxchat.options import Flag, GenerateOptions, unescape
 from tests.support.commands import environment, run_process
 from tests.support.tiny_chat import write_tiny_chat
@@ -204,9 +204,40 @@ def test_sampling_that_is_not_asked_for_is_what_the_model_recommends(tmp_path):
     assert options("-t", "0").temperature == 0
     config.write_text('{"temperature": 0.5, "top_k": 40}')
     assert options() == GenerateOptions()
-    config.write_text('{"do_sample": true, "temperature": "hot"}')
-    with pytest.raises(JaxchatError, match="temperature is 'hot', not a number"):
-        options()
+    assert options("-k", "-1") == options()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("top_k", -1, 0),
+        ("top_k", -7, 0),
+        ("top_k", 40.0, 40),
+        ("top_p", 1.5, 1.0),
+        ("min_p", -0.1, 0.0),
+        ("temperature", 0, 0.0),
+        ("temperature", "hot", None),
+        ("temperature", -0.5, None),
+        ("temperature", 10**400, None),
+        ("top_k", 0.5, None),
+        ("top_k", True, None),
+        ("top_k", 2**40, None),
+        ("top_p", 0, None),
+        ("top_p", [0.9], None),
+        ("min_p", float("nan"), None),
+        ("repetition_penalty", 0, None),
+        ("repetition_penalty", float("inf"), None),
+    ],
+)
+def test_a_recommendation_that_is_none_is_no_reason_not_to_run(name, value, meant, tmp_path, caplog):
+    advice = {"do_sample": True, "temperature": 0.7, name: value}
+    (tmp_path / "generation_config.json").write_text(json.dumps(advice))
+    found = ModelDirectory.at(tmp_path).recommended_sampling
+    assert found.get(name) == meant
+    assert found.get("temperature") == (meant if name == "temperature" else 0.7)
+    GenerateOptions(**found)
+    says = rf"{tmp_path}/generation_config\.json: ignored: {name}: got .*, expected an? "
+    assert [bool(re.match(says, message)) for message in caplog.messages] == [True] * (meant is None)
 
 
 @pytest.mark.parametrize(
