@@ -82,17 +82,26 @@ class Prompts:
         self._tags, self._variables = tags, variables
 
     def require_system_support(self, system: str) -> None:
-        """Raises UsageError if the template has no place for a system prompt."""
-        probe = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
+        """Raises UsageError if a system prompt makes no difference to the template.
+
+        It need not be written out as it is: some take switches such as `/no_think` out of it.
+        """
         advice = "leave the system prompt out, or put it into the first message"
         try:
-            text = self._render(probe, add_generation_prompt=True)
+            text = self._with_system(system)
         except UsageError as error:
             raise UsageError(
                 f"this model's chat template takes no system prompt ({error}): {advice}"
             ) from error
-        if system.strip() not in text:
+        if system.strip() in text:
+            return
+        other = unused_text(text, system)
+        if (without := self._with_system(other)) == text and other not in without:
             raise UsageError(f"this model's chat template ignores the system prompt: {advice}")
+
+    def _with_system(self, system: str) -> str:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
+        return self._render(messages, add_generation_prompt=True)
 
     @property
     def reads_reasoning(self) -> bool:

@@ -22,7 +22,8 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import read_optional_json
 from jaxchat.misplaced import refuse_misplaced
 from jaxchat.text.tokenizer import Tokenizer
-from jaxchat.text.tokenizer_config import Config, read_config, shown, token_text
+from jaxchat.text.tokenizer_config import Config, read_config, token_text
+from jaxchat.visible import shown
 
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
 """The folder of templates that are files of their own, `NAME.jinja`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 from jaxchat.errors import JaxchatError
 from jaxchat.files import read_optional_json
 from jaxchat.text.tokenizer import Added
+from jaxchat.visible import shown
 
 CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -41,16 +41,10 @@ def token_text(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def shown(value: Any) -> str:
-    """A value of a JSON file for an error line."""
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def fail(path: Path, key: str, value: Any, expected: str) -> NoReturn:
     """Raises the error about a value of the wrong type."""
     raise JaxchatError(
-        f"{path}: key {shown(key)[1:-1]!r} is {shown(value)}; expected {expected}: download the file again"
+        f"{path}: key {shown(key)} is {shown(value)}; expected {expected}: download the file again"
     )
 
 

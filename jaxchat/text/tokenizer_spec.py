@@ -14,7 +14,8 @@ from typing import Any
 
 from jaxchat.errors import JaxchatError
 from jaxchat.files import read_json
-from jaxchat.text.tokenizer_config import fail, shown, token_id
+from jaxchat.text.tokenizer_config import fail, token_id
+from jaxchat.visible import shown
 
 Spec = Mapping[str, Any]
 _SPACE = "▁"

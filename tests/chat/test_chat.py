@@ -440,6 +440,38 @@ def test_a_system_prompt_without_a_place_is_a_usage_error(name, model):
     assert "\n" not in str(excinfo.value)
 
 
+SWITCH = (
+    "{% set s = messages[0].content if messages[0].role == 'system' else '/think' %}"
+    "{% if PLACE %}[{{ s.replace('/quiet', '').replace('/think', '') | trim | upper }}]{% endif %}"
+    "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    "{{ '' if '/quiet' in s else '<think>' }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("place", "system", "taken"),
+    [
+        ("true", "/quiet", True),
+        ("true", "/think", True),  # says what holds anyway
+        ("true", "Rhyme. /quiet", True),
+        ("true", " Rhyme &\n\n/think now ", True),
+        ("false", "/quiet", True),  # no place for text, but a switch
+        ("false", "Rhyme.", False),
+        ("messages[0].role == 'user'", "Rhyme.", False),  # writes one of its own where there is none
+    ],
+)
+def test_a_system_prompt_may_be_a_switch(place, system, taken):
+    template = ChatTemplate(SWITCH.replace("PLACE", place))
+    if not taken:
+        with pytest.raises(UsageError, match="ignores the system prompt"):
+            Conversation(template, Letters(), system=system)
+        return
+    conversation = Conversation(template, Letters(), system=system)
+    conversation.add_typed("hi")
+    conversation.prompt_ids()
+    assert conversation.rendered_text().endswith("hi" if "/quiet" in system else "hi<think>")
+
+
 @needs_data
 def test_template_arguments_reach_every_rendering(model):
     tokenizer, template, _ = model("qwen3")

@@ -245,13 +245,13 @@ TEMPLATE = {
 @pytest.mark.parametrize(
     ("kind", "path", "value", "says"),
     [
-        ("bpe", ["model"], None, "key 'model' is null; expected a tokenizer's model"),
+        ("bpe", ["model"], None, "key 'model' is None; expected a tokenizer's model"),
         ("bpe", ["model", "continuing_subword_prefix"], "@@", r"model\.merges\[0\]' is .*second begins '@@'"),
         ("bpe", ["model", "continuing_subword_prefix"], "é", r"model\.merges\[0\]"),
         ("bpe", ["model", "vocab", "!"], 2**31, "is 2147483648; expected a token id"),
         ("bpe", ["model", "vocab", "!"], -1, "is -1; expected a token id"),
         ("bpe", ["model", "vocab", "!"], 5, "gives .* one id, 5"),
-        ("bpe", ["model", "vocab", "!"], "5", r"model\.vocab\.!' is \"5\"; expected a token id"),
+        ("bpe", ["model", "vocab", "!"], "5", r"model\.vocab\.!' is '5'; expected a token id"),
         (
             "bpe",
             ["added_tokens", 0, "id"],
@@ -296,7 +296,7 @@ def test_a_panic_while_encoding_is_an_error_too(tmp_path):
         (
             "tokenizer_config",
             {"add_prefix_space": "no"},
-            "'add_prefix_space' is \"no\"; expected true or false",
+            "'add_prefix_space' is 'no'; expected true or false",
         ),
         (
             "tokenizer_config",
@@ -308,7 +308,7 @@ def test_a_panic_while_encoding_is_an_error_too(tmp_path):
         (
             "tokenizer_config",
             {"added_tokens_decoder": {"9": None}},
-            "added_tokens_decoder.9' is null; expected",
+            "added_tokens_decoder.9' is None; expected",
         ),
         ("tokenizer_config", {"added_tokens_decoder": {"9" * 30: "<x>"}}, "expected a token id"),
         (
@@ -317,8 +317,8 @@ def test_a_panic_while_encoding_is_an_error_too(tmp_path):
             "9.lstrip' is 3",
         ),
         ("special_tokens_map", {"bos_token": ["<s>"]}, "key 'bos_token' is .*; expected the text of a token"),
-        ("added_tokens", {"<a>": "x"}, "key '<a>' is \"x\"; expected a token id"),
-        ("added_tokens", {"<a>": None}, "key '<a>' is null; expected a token id"),
+        ("added_tokens", {"<a>": "x"}, "key '<a>' is 'x'; expected a token id"),
+        ("added_tokens", {"<a>": None}, "key '<a>' is None; expected a token id"),
         ("added_tokens", {"<a>": 2**31}, "key '<a>' is 2147483648; expected a token id"),
     ],
 )
