@@ -5,22 +5,14 @@ Text only; what a conversation makes of the renderings is in `chat/`.
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.utils
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import read_optional_json
 from jaxchat.misplaced import refuse_misplaced
+from jaxchat.text.template_process import Answer, ask, start
 from jaxchat.text.tokenizer import Tokenizer
 from jaxchat.text.tokenizer_config import Config, read_config, token_text
 from jaxchat.visible import shown
@@ -29,81 +21,11 @@ ADDITIONAL_TEMPLATES = "additional_chat_templates"
 """The folder of templates that are files of their own, `NAME.jinja`."""
 
 
-class _Refused(jinja2.TemplateError):
-    """The template called `raise_exception`: it does not accept these messages."""
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what to train on; here it only renders."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The block's body, as if the tags were not there."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """jinja2's `namespace()` without underscore names: templates are code from strangers."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        # jinja2's own signature: `namespace(self=...)` is a valid attribute.
-        self, attributes = args[0], dict(*args[1:], **kwargs)
-        jinja2.utils.Namespace.__init__(self)
-        for name, value in attributes.items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace may not have an attribute named {name!r}")
-        super().__setitem__(name, value)
-
-
-def _raise_exception(message: str) -> None:
-    raise _Refused(str(message))
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as it is, where jinja2's own filter would escape `<` and `&` for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment templates are written for: transformers' `apply_chat_template`."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals.update(
-        raise_exception=_raise_exception,
-        strftime_now=_strftime_now,
-        dict=lambda *args, **kwargs: dict(*args, **kwargs),
-        namespace=_Namespace,
-    )
-    return environment
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 class ChatTemplate:
     """A model's chat template, rendered as transformers' `apply_chat_template(tokenize=False)` renders it.
 
-    A template is compiled when it is first needed, so that a broken one is in nobody's way who needs none.
+    It is a program of whoever made the model, and runs in a process of its own: see `template_process.py`. It
+    is compiled when it is first needed, so that a broken one is in nobody's way who needs none.
 
     Args:
         source: the Jinja text, or several by name: "default", and "tool_use" for where tools are given.
@@ -128,7 +50,6 @@ class ChatTemplate:
         self._sources = {"default": source} if isinstance(source, str) else dict(source)
         self.source = self._sources.get("default") or next(iter(self._sources.values()), "")
         self._problem = problem
-        self._compiled: dict[str, jinja2.Template] = {}
 
     @classmethod
     def load(cls, directory: Path, tokenizer: Tokenizer, config: Config | None = None) -> ChatTemplate | None:
@@ -153,7 +74,10 @@ class ChatTemplate:
             found = _find_sources(directory, config)
         except JaxchatError as error:
             return cls({}, path=directory, variables=variables, problem=error)
-        return None if found is None else cls(found[1], path=found[0], variables=variables)
+        if found is None:
+            return None
+        start()  # what renders it is ready when the weights are
+        return cls(found[1], path=found[0], variables=variables)
 
     def check(self) -> None:
         """Finds out what `render` would meet in the template itself.
@@ -161,9 +85,9 @@ class ChatTemplate:
         Raises:
             JaxchatError: the file is broken, there is no default template, or it is not valid Jinja.
         """
-        self._template("default")
+        self._text_of(ask("compile", self._source_of("default")))
 
-    def _template(self, name: str) -> jinja2.Template:
+    def _source_of(self, name: str) -> str:
         if self._problem is not None:
             raise self._problem
         if name not in self._sources:
@@ -172,16 +96,22 @@ class ChatTemplate:
                 f"{self.path}: no chat template named {name!r} (found: {names}); texts can be continued with "
                 "--format completion"
             )
-        if name not in self._compiled:
-            try:
-                self._compiled[name] = _environment().from_string(self._sources[name])
-            except Exception as error:  # beside syntax errors of jinja2 those of the Python that it makes
-                line = f", line {error.lineno}" if hasattr(error, "lineno") else ""
-                raise JaxchatError(
-                    f"{self.path}: broken chat template{line} ({_one_line(error)}): download the file again; "
-                    "texts can be continued with --format completion"
-                ) from error
-        return self._compiled[name]
+        return self._sources[name]
+
+    def _text_of(self, answer: Answer) -> str:
+        if "refused" in answer:
+            raise UsageError(f"the chat template refuses this conversation: {answer['refused']}")
+        if "broken" in answer:
+            raise JaxchatError(
+                f"{self.path}: broken chat template ({answer['broken']}): download the file again; "
+                "texts can be continued with --format completion"
+            )
+        if "failed" in answer:
+            raise JaxchatError(
+                f"{self.path}: the chat template failed ({answer['failed']}); "
+                "it may need a variable, as in template_kwargs={'tools': []}"
+            )
+        return answer["text"]
 
     def render(
         self,
@@ -203,19 +133,10 @@ class ChatTemplate:
             UsageError: the template refuses these messages (its `raise_exception`).
             JaxchatError: the template itself fails.
         """
-        template = self._template("tool_use" if tools and "tool_use" in self._sources else "default")
+        source = self._source_of("tool_use" if tools and "tool_use" in self._sources else "default")
         context = {**self.variables, "documents": None, **kwargs}
         context |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        try:
-            return template.render(context)
-        except _Refused as error:
-            raise UsageError(f"the chat template refuses this conversation: {_one_line(error)}") from error
-        except Exception as error:  # a template is a program: it can raise anything
-            kind = type(error).__name__
-            raise JaxchatError(
-                f"{self.path}: the chat template failed ({kind}: {_one_line(error)}); "
-                "it may need a variable, as in template_kwargs={'tools': []}"
-            ) from error
+        return self._text_of(ask("render", source, context))
 
 
 def _find_sources(directory: Path, config: Config) -> tuple[Path, dict[str, str]] | None:

@@ -68,7 +68,10 @@ class _Process:
         Raises:
           _Died: of that, or because it took too long.
         """
-        command = pickle.dumps((name, *arguments))
+        try:
+            command = pickle.dumps((name, *arguments))
+        except Exception as error:  # of whatever cannot be pickled
+            return {"failed": f"a variable is no plain value: {error}"}
         with contextlib.suppress(OSError):  # it is no more: there will be no answer
             self._process.stdin.write(command)  # type: ignore[union-attr]
             self._process.stdin.flush()  # type: ignore[union-attr]

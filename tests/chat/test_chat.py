@@ -1,5 +1,6 @@
 """Chat templates render as their authors' tools do; a conversation's ids are its rendering's."""
 
+import datetime
 import json
 
 import pytest
@@ -8,7 +9,6 @@ from hypothesis import strategies as st
 
 from jaxchat.chat.conversation import Conversation
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.text import chat_template
 from jaxchat.text.chat_template import ChatTemplate
 from tests.support import real_chats
 from tests.support.real_chats import DATA, MODELS, TEMPLATES, needs_data
@@ -102,8 +102,7 @@ def test_real_templates_render_as_in_transformers(monkeypatch):
     assert compared > 100
 
 
-def test_what_templates_expect_is_there(monkeypatch):
-    monkeypatch.setattr(chat_template, "_strftime_now", lambda form: f"now({form})")
+def test_what_templates_expect_is_there():
     source = (
         "{%- set ns = namespace(n=0) -%}{%- for m in messages -%}"
         "{%- if loop.index > 1 -%}{%- break -%}{%- endif -%}{%- set ns.n = ns.n + 1 -%}"
@@ -112,7 +111,13 @@ def test_what_templates_expect_is_there(monkeypatch):
         "|{{ dict(a=1).a }}|{{ [1] | tojson(indent=1) }}|{{ missing }}|{{ tools is none }}"
     )
     messages = [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]
-    assert ChatTemplate(source).render(messages) == 'x|1|now(%Y)|{"a":1,"b":"<é&>"}|1|[\n 1\n]||True'
+    year = datetime.date.today().year
+    assert ChatTemplate(source).render(messages) == f'x|1|{year}|{{"a":1,"b":"<é&>"}}|1|[\n 1\n]||True'
+
+
+def test_a_variable_that_is_no_plain_value_is_one_line():
+    with pytest.raises(JaxchatError, match="a variable is no plain value"):
+        ChatTemplate("{{ f() }}").render([], f=lambda: 1)
 
 
 def test_a_refusal_is_a_usage_error_with_the_template_s_words():
