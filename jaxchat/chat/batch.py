@@ -156,6 +156,8 @@ class ChatBatch:
           ContextOverflowError: a conversation does not fit the context.
           UsageError: a template refuses a conversation, or it cannot go on so. All are as they were, then.
         """
+        for row in range(len(self.conversations)):
+            self.hold(row)
         before = [conversation.snapshot() for conversation in self.conversations]
         try:
             rows = [
@@ -169,8 +171,24 @@ class ChatBatch:
                 self.session.set_ids(conversation.token_ids, i)
             raise
 
+    def hold(self, row: int = 0) -> None:
+        """Makes ids and cache hold a conversation as it is now: what its history has forgotten goes at once.
+
+        The next turn of any does so too. Of a reply that outgrew the context they hold the end.
+        """
+        ids, held = self.conversations[row].token_ids, self.session.ids[row]
+        if len(ids) <= self._engine.max_length:
+            self.session.set_ids(ids, row)
+        elif len(held) < 2 or held[1:] != ids[1 - len(held) :]:
+            self.session.set_ids([], row)
+
     def save(self, path: str | Path, row: int = 0) -> None:
-        """Writes a conversation and its KV cache to a file, for `load`."""
+        """Writes a conversation and its KV cache to a file, for `load`; nothing of what is forgotten.
+
+        Raises:
+          UsageError: the file cannot be written, or holds something that is no session.
+        """
+        self.hold(row)
         session_file.save(path, self._saved(row))
 
     def load(self, path: str | Path, row: int = 0) -> None:

@@ -145,6 +145,7 @@ class Conversation:
             del self._entries[0]
         if text is not None:
             self._entries.insert(0, _Entry({"role": "system", "content": text}))
+        self._forget()
 
     def restart(self) -> None:
         """Forgets everything but the system prompt and the opening line."""
@@ -152,6 +153,7 @@ class Conversation:
         self._entries = [] if system is None else [self._entries[0]]
         if self._opening is not None:
             self._entries.append(_Entry({"role": "user", "content": self._opening}))
+        self._forget()
 
     def extend(self, messages: Iterable[Mapping[str, Any]]) -> None:
         """Append messages as they are."""
@@ -164,7 +166,9 @@ class Conversation:
 
     def take_back(self) -> dict[str, Any]:
         """Removes the last message and returns it."""
-        return self._entries.pop().message
+        message = self._entries.pop().message
+        self._forget()
+        return message
 
     def snapshot(self) -> Snapshot:
         """The history as it is, for `restore`."""
@@ -185,9 +189,13 @@ class Conversation:
         replied = self._entries[-1].reply is not None
         if replied:
             self._entries.pop()
+        typed = ""
         if self._entries and self._entries[-1].typed:
-            return str(self._entries.pop().message["content"])
-        return "" if replied else None
+            typed = str(self._entries.pop().message["content"])
+        elif not replied:
+            return None
+        self._forget()
+        return typed
 
     def drop_oldest(self) -> bool:
         """Forgets the oldest exchange, but not the system prompt or the last one; false if that is all."""
@@ -197,6 +205,17 @@ class Conversation:
             return False
         del self._entries[first : first + 2]
         return True
+
+    def _forget(self) -> None:
+        """Takes out of the ledger what the history no longer holds: ids and text, not only messages."""
+        if not self._ledger.chunks:
+            return
+        try:
+            prompt = self._prompt(self._entries, self.role)
+        except UsageError:  # the template does not render such a beginning, and there is little to keep
+            self._ledger = Ledger()
+        else:
+            self._ledger = self._ledger.rendered(prompt, self.tokenizer)
 
     # --- the model's messages
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxchat.chat.saved import FORMAT, try_to_save
 from jaxchat.checkpoints.fingerprint import bytes_of
 from jaxchat.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
 from jaxchat.engine.session import KVRows
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import replaced
 
-FORMAT = "jaxchat-session"
 VERSION = "2"
 _WITH_SLOT_ROWS = "1"
 """The version before, whose slots may have different numbers of rows in use: int64 [P] `slot_rows`."""
@@ -49,9 +49,10 @@ def save(path: str | Path, chat: SavedChat) -> None:
     Its size is that of the conversation: 2 * K * H numbers a token and executed slot, and some kilobytes.
 
     Raises:
-      UsageError: the file cannot be written.
+      UsageError: the file cannot be written, or holds something that is no session.
     """
     path = Path(path)
+    try_to_save(path)
     given = {name: array for name, array in chat.rows._asdict().items() if array is not None}
     arrays = {"ids": np.asarray(chat.ids, np.int32), **given}
     stored = {
