@@ -228,7 +228,7 @@ class ChatBatch:
             if options.overflow == "error":
                 advice = "start anew, raise --max_length or use --overflow truncate_oldest"
             raise ContextOverflowError(
-                f"{name} has {opening.length} tokens, too many for the context of {limit}; {advice}"
+                f"{name} has {opening.length} tokens, too many for the context of {limit}", advice
             )
         return opening
 

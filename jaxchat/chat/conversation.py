@@ -58,6 +58,7 @@ class Snapshot:
 
     entries: tuple[_Entry, ...]
     ledger: Ledger
+    dropped: int
 
 
 class Conversation:
@@ -78,6 +79,7 @@ class Conversation:
 
     Attributes:
         template, tokenizer, thought_tags, reversed_role: as above; the last may be changed between turns.
+        dropped: how many messages `drop_oldest` has forgotten.
 
     Raises:
         UsageError: a system prompt is given and the template has no place for one.
@@ -96,6 +98,7 @@ class Conversation:
     ) -> None:
         self.template, self.tokenizer = template, tokenizer
         self.reversed_role = reversed_role
+        self.dropped = 0
         self.thought_tags = thought_tags or thought_tags_of(template.source)
         self._kwargs = dict(template_kwargs or {})
         self._prompts = Prompts(template, tokenizer, self.thought_tags, self._kwargs)
@@ -149,6 +152,7 @@ class Conversation:
 
     def restart(self) -> None:
         """Forgets everything but the system prompt and the opening line."""
+        self.dropped = 0
         system = self.system
         self._entries = [] if system is None else [self._entries[0]]
         if self._opening is not None:
@@ -172,11 +176,12 @@ class Conversation:
 
     def snapshot(self) -> Snapshot:
         """The history as it is, for `restore`."""
-        return Snapshot(tuple(self._entries), self._ledger)
+        return Snapshot(tuple(self._entries), self._ledger, self.dropped)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Takes back everything since the snapshot."""
         self._entries, self._ledger = list(snapshot.entries), snapshot.ledger
+        self.dropped = snapshot.dropped
 
     def undo(self) -> str | None:
         """Forgets the last exchange.
@@ -203,7 +208,9 @@ class Conversation:
         last = 2 if self._entries and self._entries[-1].reply else 1
         if len(self._entries) <= first + last:
             return False
+        before = len(self._entries)
         del self._entries[first : first + 2]
+        self.dropped += before - len(self._entries)
         return True
 
     def _forget(self) -> None:
@@ -244,7 +251,7 @@ class Conversation:
         Raises:
             UsageError: the last message is not the model's.
         """
-        reply = self._require_reply("retry")
+        reply = self.require_reply("retry")
         role = self._entries[-1].message["role"]
         opening = self._open(self._entries[:-1], role, reply.prefix, reply.prefix_in)
         self._ledger = self._ledger.replied(reply.chunk)
@@ -285,7 +292,7 @@ class Conversation:
         Raises:
             UsageError: the last message is not the model's.
         """
-        reply = self._require_reply("continue")
+        reply = self.require_reply("continue")
         role = self._entries[-1].message["role"]
         prompt = self._prompt(self._entries[:-1], role)
         rendered = self._ledger.rendered(prompt, self.tokenizer)
@@ -374,7 +381,12 @@ class Conversation:
             return {"role": "assistant", "content": text.content, "reasoning_content": text.reasoning}
         return {"role": "assistant", "content": opening.opened + text.whole}
 
-    def _require_reply(self, what: str) -> _Reply:
+    def require_reply(self, what: str) -> _Reply:
+        """The last message, if it is the model's.
+
+        Raises:
+            UsageError: it is not, so one cannot do `what` to it.
+        """
         reply = self._entries[-1].reply if self._entries else None
         if reply is None:
             raise UsageError(f"there is no reply to {what}; send a message first")

@@ -8,7 +8,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ FORMAT = "jaxchat-session"
 """What the metadata of a session file says it is."""
 
 _SUFFIX = ".session"
-_NAME = re.compile(r"[^./\\\x00-\x1f\x7f]{1,80}")
-_FIRST_WORDS = 60
+_NAME = re.compile(r"[^./\\\x00-\x1f\x7f-\x9f]{1,80}")
+_FIRST_WORDS, _PLAN = 60, 20
+"""Characters of each that a list has room for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,12 +82,13 @@ def existing_place(text: str) -> Path:
       UsageError: it is not; says so of a name where there is such a file.
     """
     path = place(text)
-    if is_name(text) and not path.exists():
-        hint = (
-            f"the file of this name is ./{text}" if Path(text).exists() else "`jaxchat sessions` lists them"
-        )
-        raise UsageError(f"no session is saved as {text}; {hint}")
-    return path
+    if path.is_file():
+        return path
+    if not is_name(text):
+        raise UsageError(f"{path}: no such session file")
+    there = Path(text).exists()
+    hint = f"the file of this name is ./{text}" if there else "`jaxchat sessions` lists those there are"
+    raise UsageError(f"no session is saved as {text}; {hint}")
 
 
 def list_folder() -> Path:
@@ -111,6 +113,23 @@ def listed() -> list[SavedSession]:
     """
     found = [_described(path) for path in list_folder().glob(f"*{_SUFFIX}") if path.is_file()]
     return sorted(found, key=lambda session: (-session.saved, session.name))
+
+
+def table(sessions: Sequence[SavedSession]) -> str:
+    """The list for people, a line each."""
+    if not sessions:
+        return "no sessions are saved; /save NAME in a chat does, or --save_session NAME"
+    rows: list[tuple[str, ...]] = [("name", "saved", "model", "plan", "messages", "tokens", "begins with")]
+    for session in sessions:
+        facts = (session.model, session.layer_spec, session.messages, session.tokens, session.first_words)
+        known = ["" if fact is None else str(fact) for fact in facts]
+        known[1] = known[1] if len(known[1]) <= _PLAN else f"{known[1][: _PLAN - 1]}…"
+        rows.append((session.name, session.when, known[0] or "cannot be read", *known[1:]))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    )
 
 
 def names() -> list[str]:

@@ -35,7 +35,19 @@ MIN_CAPACITY = 1024
 
 
 class ContextOverflowError(UsageError):
-    """A prompt does not fit the context."""
+    """A prompt does not fit the context.
+
+    Args:
+      found: how much does not fit what.
+      advice: what to do.
+
+    Attributes:
+      found: as above, for those who have other advice.
+    """
+
+    def __init__(self, found: str, advice: str):
+        super().__init__(f"{found}; {advice}")
+        self.found = found
 
 
 class KVRows(NamedTuple):
@@ -216,6 +228,11 @@ class Session:
         return self.contexts.padded
 
     @property
+    def slots(self) -> int:
+        """Slots that the KV cache has or is to have: plans of up to so many share their executables."""
+        return self._slots
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes the KV cache takes now."""
         return sum(part.nbytes for part in jax.tree.leaves(self._cache))
@@ -274,8 +291,8 @@ class Session:
         self._check_rows(len(ids), rows)
         if len(ids) > self.engine.max_length:
             raise ContextOverflowError(
-                f"the stored context has {len(ids)} tokens but the context holds {self.engine.max_length}; "
-                "raise --max_length"
+                f"the stored context has {len(ids)} tokens but the context holds {self.engine.max_length}",
+                "raise --max_length",
             )
         slots, length = rows.k.shape[0], rows.k.shape[2]
         self.ids[row][:] = ids
@@ -344,8 +361,8 @@ class Session:
         longest = max(len(self.ids[r]) for r in rows)
         if longest > self.engine.max_length:
             raise ContextOverflowError(
-                f"the prompt has {longest} tokens but the context holds {self.engine.max_length}; "
-                "shorten it, raise --max_length or use --overflow truncate_oldest"
+                f"the prompt has {longest} tokens but the context holds {self.engine.max_length}",
+                "shorten it, raise --max_length or use --overflow truncate_oldest",
             )
         self._reserve(longest)
         for r in rows:
@@ -420,8 +437,8 @@ class Session:
         longest = max((len(tokens) for tokens in ids.values()), default=0)
         if longest > self.engine.max_length:
             raise ContextOverflowError(
-                f"the text has {longest} tokens but the context holds {self.engine.max_length}; "
-                "score it in pieces or raise --max_length"
+                f"the text has {longest} tokens but the context holds {self.engine.max_length}",
+                "score it in pieces or raise --max_length",
             )
         for row in rows:
             self.contexts.follow_rotation(row)

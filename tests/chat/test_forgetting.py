@@ -13,9 +13,7 @@ from tests.support.tiny_chat import TEMPLATE, write_tiny_chat
 
 SECRET = "tulips at midnight"
 SHORT = GenerateOptions(max_new_tokens=5)
-NO_SUCH_BEGINNING = (
-    "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
-)
+NEEDS_A_USER = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
 
 
 @pytest.fixture(scope="module", params=[TEMPLATE, NEEDS_A_USER], ids=["renders all", "needs a user"])

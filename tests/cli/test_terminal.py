@@ -61,7 +61,7 @@ def open_chat(tmp_path):
 
 def test_messages_are_typed_pasted_edited_and_answered(model, open_chat, tmp_path):
     chat = open_chat(model, "-p", "first", "--max_new_tokens", "3", "--layer_spec", "0,1")
-    chat.wait(r"^You are served by tiny-chat \(llama\),\nwith \d+ \([\d.]+K\) parameters\.$")
+    chat.wait(r"^You are served by tiny-chat \(llama\),\nwith [\d,]+ \([\d.]+K\) parameters\.$")
     chat.wait(r"^You  > first\nA\.I\. > ")
     chat.wait(PROMPT)
     chat.wait(r"^3 tokens, [\d.]+ tokens/s · context 12 of 1048576 · plan 0,1$")
@@ -132,6 +132,9 @@ def test_ctrl_c_stops_a_reply_which_can_be_continued_and_twice_leaves(model, ope
     chat.wait(r"^You  > more\nA\.I\. > .")
     chat.send(CTRL_C)
     chat.wait(r"^Stopped\.", count=2)
+    chat.wait(PROMPT)
+    chat.send(CTRL_C)
+    chat.wait(r"^Ctrl-C again leaves", count=2)
     chat.wait(PROMPT)
     chat.send(CTRL_C)
     assert chat.finish() == 130
@@ -243,8 +246,8 @@ def test_commands_that_have_nothing_to_work_on_say_so(talk):
         "there is no reply to continue",
         "there is no reply to retry",
         "there is nothing to undo",
-        "/save needs a file, e.g. /save talk.session",
-        "nowhere: no such session file",
+        "/save needs a name, e.g. /save talk, or a file, e.g. /save ./talk.session",
+        "no session is saved as nowhere; `jaxchat sessions` lists those there are",
         "/role pirate: expected user or assistant",
         "no option 'heat'; options: max_new_tokens, ",
         "/set top_p: expected name=value, e.g. /set temperature=0.2",
@@ -284,7 +287,8 @@ def test_help_names_every_command(talk):
     _, said = talk("/help", "/help plan")
     assert all(f"  /{name} " in said for name in commands.COMMANDS)
     assert said.count("  /plan ") == 2
-    expected = "help system plan show prefix continue retry undo role save load set stats restart quit"
+    expected = "help system plan show prefix continue retry undo role save load sessions set stats "
+    expected += "restart quit"
     assert list(commands.COMMANDS) == expected.split()
 
 

@@ -14,9 +14,15 @@ _KEPT = 1000
 """How many messages a file is cut down to once it has twice as many."""
 
 
-def default_file() -> Path:
-    """`history` in the state directory: `$XDG_STATE_HOME/jaxchat`, on Linux `~/.local/state/jaxchat`."""
-    return platformdirs.user_state_path("jaxchat", appauthor=False) / "history"
+def default_file() -> Path | None:
+    """`history` in the state directory: `$XDG_STATE_HOME/jaxchat`, on Linux `~/.local/state/jaxchat`.
+
+    None where the user has no home directory.
+    """
+    try:
+        return platformdirs.user_state_path("jaxchat", appauthor=False) / "history"
+    except RuntimeError:
+        return None
 
 
 class MessageFile:
