@@ -17,10 +17,16 @@ from jaxchat.chat.session_file import SavedChat
 from jaxchat.chat.vocabulary import Vocabulary
 from jaxchat.engine.generation import FinishReason
 from jaxchat.engine.session import ContextOverflowError, Engine
-from jaxchat.errors import UsageError
+from jaxchat.errors import AdvisedError, UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import GenerateOptions
 from jaxchat.text.reasoning import Kind
+
+
+class OtherPlanError(AdvisedError):
+    """A saved chat is another layer plan's."""
+
+    between = ": "
 
 
 class Turn(Protocol):
@@ -202,6 +208,8 @@ class ChatBatch:
         saved = session_file.load(path)
         try:
             self._restore(saved, row)
+        except AdvisedError as error:
+            raise error.at(path) from None
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
 
@@ -266,7 +274,7 @@ class ChatBatch:
             )
         plan = LayerPlan.parse(saved.plan, self._engine.config.num_layers)
         if plan != self.plan:
-            raise UsageError(f"made under the layer plan {plan}, this is {self.plan}: {self._advice(plan)}")
+            raise OtherPlanError(f"made under the layer plan {plan}, this is {self.plan}", self._advice(plan))
         own = self.conversations[row]
         conversation = Conversation.from_state(own.template, own.tokenizer, saved.conversation)
         self.session.restore(saved.ids, saved.rows, row)

@@ -23,7 +23,7 @@ FORMAT = "jaxchat-session"
 
 _SUFFIX = ".session"
 _NAME = re.compile(r"[^./\\\x00-\x1f\x7f-\x9f]{1,80}")
-_FIRST_WORDS, _PLAN = 60, 20
+_FIRST_WORDS, _PLAN = 40, 20
 """Characters of each that a list has room for."""
 
 
@@ -190,7 +190,7 @@ def _facts(file: SafetensorsFile) -> Mapping[str, Any]:
     messages = [entry["message"] for entry in stored["conversation"]["entries"]]
     said = [str(message["content"]) for message in messages if message["role"] != "system"]
     return {
-        "model": f"{config['model_type']}, {config['num_layers']} layers of width {config['hidden_size']}",
+        "model": f"{config['model_type']}, {config['num_layers']} layers",
         "layer_spec": str(stored["plan"]),
         "messages": len(said),
         "tokens": file.entries["ids"].shape[0],

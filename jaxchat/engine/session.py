@@ -16,7 +16,7 @@ from jaxchat import pallas
 from jaxchat.config import FINAL_NORM, ModelConfig
 from jaxchat.engine import steps
 from jaxchat.engine.rows import Contexts
-from jaxchat.errors import UsageError
+from jaxchat.errors import AdvisedError, UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanArrays
 from jaxchat.layers.cache import KVCache, cache_sharding, empty_cache
@@ -34,20 +34,8 @@ MIN_CAPACITY = 1024
 """Rows a cache starts with; it doubles as a session grows, up to the session's `max_length`."""
 
 
-class ContextOverflowError(UsageError):
-    """A prompt does not fit the context.
-
-    Args:
-      found: how much does not fit what.
-      advice: what to do.
-
-    Attributes:
-      found: as above, for those who have other advice.
-    """
-
-    def __init__(self, found: str, advice: str):
-        super().__init__(f"{found}; {advice}")
-        self.found = found
+class ContextOverflowError(AdvisedError):
+    """A prompt does not fit the context."""
 
 
 class KVRows(NamedTuple):

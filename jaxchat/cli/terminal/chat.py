@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxchat.chat.batch import OtherPlanError
 from jaxchat.chat.replies import TextStream
 from jaxchat.cli.command_line import INTERRUPTED
 from jaxchat.cli.stats import CompileClock
@@ -105,6 +106,8 @@ class Chat:
 
     def _in_the_chat(self, error: JaxchatError) -> str:
         """An error with the advice that can be followed here."""
+        if isinstance(error, OtherPlanError):
+            return f"{error.found}; /plan with the layers it was made with, then load it"
         if not isinstance(error, ContextOverflowError):
             return str(error)
         if self.state.options.overflow == "error":

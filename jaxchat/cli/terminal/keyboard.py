@@ -25,7 +25,11 @@ def quiet_keyboard() -> Iterator[str]:
     termios.tcsetattr(keyboard, termios.TCSADRAIN, quiet)
     mark_pastes()
     try:
-        yield _typed_already(keyboard)
+        typed = _typed_already(keyboard)
+        if typed and not typed.endswith("\n"):  # it stands on the screen
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        yield typed
     finally:
         sys.stdout.write(PASTES_PLAIN)
         sys.stdout.flush()

@@ -10,6 +10,8 @@ from jaxchat.cli.stats import Stats
 from jaxchat.cli.terminal.replies import ChatReplies, Replies
 from jaxchat.cli.terminal.visible import visible
 from jaxchat.cli.terminal.writing import say
+from jaxchat.engine.session import ContextOverflowError
+from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions, PrefixIn
 
 
@@ -83,7 +85,10 @@ class ChatState:
     def use_session(self, name: str) -> None:
         """Goes on with a saved conversation."""
         model = self.replies.model
-        self.replies = ChatReplies(model, model.load_session(saved.existing_place(name)))
+        try:
+            self.replies = ChatReplies(model, model.load_session(saved.existing_place(name)))
+        except ContextOverflowError as error:
+            raise UsageError(f"{error.found}; load it in a chat with a longer context") from None
         self.session = name
         self.last_reply = ""
 
