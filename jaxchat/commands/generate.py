@@ -5,7 +5,7 @@ What can be asked for is in `cli/request.py`, what then happens in `cli/terminal
 
 import dataclasses
 import logging
-import secrets
+import os
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -98,7 +98,7 @@ def of_this_run(options: GenerateOptions, given: frozenset[str], *, interactive:
     """The options with what no flag gave: a seed of this run's own, in a chat no end at a full context."""
     more: dict[str, Any] = {}
     if "seed" not in given:
-        more["seed"] = secrets.randbelow(2**32)
+        more["seed"] = int.from_bytes(os.urandom(4))
     if interactive and "overflow" not in given:
         more["overflow"] = "truncate_oldest"
     return dataclasses.replace(options, **more)

@@ -283,7 +283,8 @@ def test_replies_wrap_at_words_and_not_where_a_program_reads(model, open_chat, c
     flags = ("--ai_prefix", text, "--max_new_tokens", "1", "-p", "hello")
     chat = open_chat(model, *flags, "--hide_banner", columns=30)
     chat.wait(
-        r"^A\.I\. > Once upon a time there\nwas a very considerate\nhippopotamus, (你 *好 *){4}\nand 🦙 *🦙 * in it\."
+        r"^A\.I\. > Once upon a time there\n"
+        r"was a very considerate\nhippopotamus, (\S *){8}\nand 🦙 *🦙 * in it\."
     )
     chat.send(CTRL_D)
     assert chat.finish() == 0
@@ -372,6 +373,11 @@ def test_roles_system_prompt_and_sessions(talk, tmp_path):
     assert said.count("the model plays the assistant") == 1  # as it did when the chat was saved
 
 
+class _Typed(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_sessions_have_a_name_or_are_a_file(talk, tmp_path, monkeypatch, commands, model):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "thesis").write_text("mine")
@@ -412,8 +418,12 @@ def test_sessions_have_a_name_or_are_a_file(talk, tmp_path, monkeypatch, command
     flags = ("-m", model, "--max_new_tokens", "4", "-p", "x", "--save_session", "x", "--load_session")
     assert commands.output("generate", *flags, "my talk") == commands.output("generate", *flags, "./talk")
     assert "the file of this name is ./talk" in commands.error("generate", *flags, "talk", code=2)
+    for answer, left in (("n\n", True), ("", True), ("y\n", False)):
+        monkeypatch.setattr(sys, "stdin", _Typed(answer))
+        assert program.main(["", "sessions", "--remove", "my talk"]) == 0
+        assert (tmp_path / "data/jaxchat/sessions/my talk.session").exists() == left
     (tmp_path / "data/jaxchat/sessions/broken.session").write_bytes(b"\x1b[2J")
-    assert "broken   " in (table := commands.output("sessions"))
+    assert "broken  " in (table := commands.output("sessions"))
     assert "cannot be read" in table
     assert "\nx   " in table
 
