@@ -11,6 +11,8 @@ from jaxchat.checkpoints.safetensors_file import SafetensorsFile
 from jaxchat.options import GenerateOptions
 from tests.support.tiny_chat import TEMPLATE, write_tiny_chat
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SECRET = "tulips at midnight"
 SHORT = GenerateOptions(max_new_tokens=5)
 NEEDS_A_USER = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
