@@ -17,6 +17,9 @@ Role = Literal["weight", "bias", "norm", "embedding", "positions", "head"]
 Half = Literal["attention", "mlp"]
 Init = Literal["normal", "zeros", "ones"]
 
+MAX_LAYERS = 4096
+"""No model has so many: more is a mistake, which would take minutes to find out."""
+
 GLOBAL_WINDOW = 0
 """The `layer_windows` entry of a layer whose attention sees the whole context."""
 

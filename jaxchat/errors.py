@@ -2,11 +2,19 @@
 
 from typing import Self
 
+from jaxchat.visible import message
+
 
 class JaxchatError(Exception):
-    """A failure with a one-line message for the user. The command line exits with `exit_code`."""
+    """A failure with a one-line message for the user. The command line exits with `exit_code`.
+
+    What the message quotes can be printed: see `visible.message`.
+    """
 
     exit_code = 1
+
+    def __init__(self, text: object = ""):
+        super().__init__(message(str(text)))
 
 
 class UsageError(JaxchatError):

@@ -5,18 +5,61 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxchat.errors import JaxchatError
 
 MAX_SMALL_BYTES = 1 << 20
 """A plan or a recipe is a few lines; more is another file, chosen by mistake."""
+MAX_JSON_BYTES = 1 << 26
+"""The index of the largest checkpoints, of 100,000 tensors, has a quarter of it."""
+MAX_JSON_DEPTH = 64
 
 
 class UnreadableError(ValueError):
     """Why a file cannot be read, in words that follow its name."""
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes. Anything else is refused unread, a pipe and a device unopened.
+
+    Raises:
+      UnreadableError: there is no such file, it is no file, or it is too large.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise UnreadableError(f"{_kind_of(mode)}, not a file")
+        with path.open("rb") as file:
+            return limited(file, limit)
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; ValueError: a NUL in the name
+        if isinstance(error, UnreadableError):
+            raise
+        raise UnreadableError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def limited(file: BinaryIO, limit: int) -> bytes:
+    """All that is left in a stream, if it is at most `limit` bytes.
+
+    Raises:
+      UnreadableError: it is more.
+    """
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UnreadableError(f"more than {limit >> 20} MiB")
+    return data
+
+
+def _kind_of(mode: int) -> str:
+    tests = {
+        "a directory": stat.S_ISDIR,
+        "a named pipe": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+        "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+    }
+    return next((kind for kind, test in tests.items() if test(mode)), "something special")
 
 
 def read_small_text(path: Path) -> str:
@@ -25,37 +68,54 @@ def read_small_text(path: Path) -> str:
     Raises:
       UnreadableError: there is no such file, it is too large, or no text.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_SMALL_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UnreadableError(getattr(error, "strerror", None) or str(error)) from None
-    if len(data) > MAX_SMALL_BYTES:
-        raise UnreadableError("more than 1 MiB")
-    return text_of(data, "utf-8-sig")
+    return text_of(read_bytes(path, MAX_SMALL_BYTES))
 
 
-def text_of(data: bytes, encoding: str = "utf-8") -> str:
-    """Decodes a file's bytes.
+def text_of(data: bytes) -> str:
+    """A file's bytes as text, without the byte order mark that some editors put first.
 
     Raises:
       UnreadableError: they are not UTF-8.
     """
     try:
-        return data.decode(encoding)
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UnreadableError(
             f"not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}"
         ) from None
 
 
+def parse_json(text: str) -> Any:
+    """A JSON value whose lists and objects are nested at most `MAX_JSON_DEPTH` deep.
+
+    Raises:
+      UnreadableError: it is malformed, or nested deeper.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise UnreadableError(f"nested more than {MAX_JSON_DEPTH} deep") from None
+    except ValueError as error:  # also of a number of thousands of digits
+        raise UnreadableError(str(error)) from None
+    level, depth = [value], 0
+    while level := [item for holder in level if isinstance(holder, list | dict) for item in _items(holder)]:
+        depth += 1
+        if depth > MAX_JSON_DEPTH:
+            raise UnreadableError(f"nested more than {MAX_JSON_DEPTH} deep")
+    return value
+
+
+def _items(holder: list[Any] | dict[str, Any]) -> Iterable[Any]:
+    return holder if isinstance(holder, list) else holder.values()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; a missing, unreadable or malformed file is one clear line."""
+    if not os.path.lexists(path):
+        raise JaxchatError(f"{path}: no such file; a model directory needs its {path.name}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JaxchatError(f"{path}: no such file; a model directory needs its {path.name}") from None
-    except (OSError, ValueError) as error:
+        value = parse_json(text_of(read_bytes(path, MAX_JSON_BYTES)))
+    except UnreadableError as error:
         raise JaxchatError(f"{path}: not readable as JSON ({error}); download the file again") from None
     if not isinstance(value, dict):
         raise JaxchatError(
@@ -66,7 +126,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_optional_json(path: Path) -> dict[str, Any]:
     """The same, `{}` if there is no such file."""
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 @contextlib.contextmanager
@@ -80,7 +140,7 @@ def replaced(path: Path, mode: int = 0o666) -> Iterator[Path]:
       mode: who may read and write it, as `os.open` takes it.
 
     Raises:
-      OSError: it cannot be written, or is no file but a folder or a device: see `try_to_replace`.
+      OSError: it cannot be written, or is no file but a directory or a device: see `try_to_replace`.
     """
     target = _target(path)
     temporary = _made_beside(target, mode)
@@ -107,21 +167,14 @@ def _target(path: Path) -> Path:
         return Path(os.path.realpath(path))  # a link to a file that is to be
     except ValueError as error:  # a NUL in the name
         raise OSError(errno.EINVAL, str(error), str(path)) from None
-    what = next((words for test, words in _NO_FILES if test(found.st_mode)), None)
-    if what is None and any(_leads_to(stream, found) for stream in (1, 2)):
+    what = ""
+    if not stat.S_ISREG(found.st_mode):
+        what = f"{_kind_of(found.st_mode)}, not a file"
+    elif any(_leads_to(stream, found) for stream in (1, 2)):
         what = "where the output goes already"
-    if what is not None:
+    if what:
         raise OSError(errno.EINVAL, f"this is {what}; name another file", str(path))
     return Path(os.path.realpath(path))
-
-
-_NO_FILES = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-)
 
 
 def _leads_to(stream: int, found: os.stat_result) -> bool:

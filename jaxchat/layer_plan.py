@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxchat import notations
-from jaxchat.config import Half
-from jaxchat.notations import PlanError
+from jaxchat.config import MAX_LAYERS, Half
+from jaxchat.notations import MAX_SLOTS, PlanError
+from jaxchat.visible import shown
 
 __all__ = ["LayerPlan", "PlanArrays", "PlanError", "Slot"]
 
@@ -85,6 +86,8 @@ class LayerPlan:
         _check_num_layers(self.num_layers)
         if not self.slots:
             raise PlanError("the layer plan has no slot: expected at least one")
+        if len(self.slots) > MAX_SLOTS:
+            raise PlanError(f"the layer plan has {len(self.slots)} slots: expected at most {MAX_SLOTS}")
         for position, slot in enumerate(self.slots):
             if not 0 <= slot.layer < self.num_layers:
                 raise PlanError(
@@ -120,6 +123,21 @@ class LayerPlan:
         """
         _check_num_layers(num_layers)
         return cls(tuple(Slot(*entry) for entry in notations.parse(spec, num_layers)), num_layers)
+
+    @classmethod
+    def recorded(cls, spec: str, num_layers: int) -> "LayerPlan":
+        """The same of a plan that is recorded in a file: spelled out there, for no file opens another.
+
+        Raises:
+          PlanError: `spec` is malformed, or names a file; one line.
+        """
+        if spec.lstrip().startswith("@"):
+            raise PlanError(f"the recorded layer plan is {shown(spec)}: expected the plan itself")
+        try:
+            return cls.parse(spec, num_layers)
+        except PlanError as error:
+            reason = str(error).splitlines()[0]
+            raise PlanError(f"the recorded layer plan is {shown(spec)}: {reason}") from None
 
     @classmethod
     def identity(cls, num_layers: int) -> "LayerPlan":
@@ -203,6 +221,8 @@ class LayerPlan:
 def _check_num_layers(num_layers: int) -> None:
     if num_layers < 1:
         raise PlanError(f"a layer plan needs a model with layers: expected num_layers >= 1, got {num_layers}")
+    if num_layers > MAX_LAYERS:
+        raise PlanError(f"a model of {shown(num_layers)} layers: expected at most {MAX_LAYERS}")
 
 
 def _scaled(inner: Slot, outer: Slot) -> Slot:

@@ -15,9 +15,13 @@ import numpy as np
 
 from jaxchat.errors import UsageError
 from jaxchat.files import UnreadableError, read_small_text
+from jaxchat.visible import shown
 
 Entry = tuple[int, float, float]
 """A slot: (layer, attention scale, MLP scale)."""
+
+MAX_SLOTS = 4096
+"""No plan is so long: more is a mistake, and would take minutes to run a token."""
 
 KINDS = ("spec", "json", "rys", "exllama")
 """What `write` can write."""
@@ -58,14 +62,16 @@ def parse(spec: str, num_layers: int) -> list[Entry]:
     try:
         return _parse_text(spec, num_layers)
     except _Culprit as culprit:
-        shown = printable(spec)
-        raise PlanError(f"{culprit.problem}\n{shown}\n{_underline(culprit.start, culprit.end)}") from None
+        raise PlanError(f"{culprit.problem}\n{_underlined(spec, culprit.start, culprit.end)}") from None
 
 
 def _parse_text(text: str, num_layers: int) -> list[Entry]:
     if not text.strip():
         _fail(0, 0, f"the layer plan is empty: expected {_ITEM}, or a comma-separated list of them")
-    return list(_parser_of(text)(text, num_layers))
+    entries = list(itertools.islice(_parser_of(text)(text, num_layers), MAX_SLOTS + 1))
+    if len(entries) > MAX_SLOTS:
+        _fail(0, len(text), f"the layer plan has more than {MAX_SLOTS} slots: expected fewer")
+    return entries
 
 
 def _parser_of(text: str) -> Callable[[str, int], Iterator[Entry]]:
@@ -91,11 +97,10 @@ def _parse_file(name: str, num_layers: int) -> list[Entry]:
         return _parse_text(text, num_layers)
     except _Culprit as culprit:
         line, column = position_of(text, culprit.start)
-        shown = original.split("\n")[line - 1]
-        end = min(culprit.end, culprit.start + len(shown) - column + 1)
+        whole = original.split("\n")[line - 1]
+        end = min(culprit.end - culprit.start + column - 1, len(whole))
         raise PlanError(
-            f"{name}:{line}:{column}: {culprit.problem}\n"
-            f"{printable(shown)}\n{_underline(column - 1, column - 1 + end - culprit.start)}"
+            f"{name}:{line}:{column}: {culprit.problem}\n{_underlined(whole, column - 1, end)}"
         ) from None
 
 
@@ -122,8 +127,16 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-def _underline(start: int, end: int) -> str:
-    return " " * start + "^" + "~" * (end - start - 1)
+def _underlined(text: str, start: int, end: int) -> str:
+    """Two lines: what is around `text[start:end]`, and a mark under that."""
+    first = max(0, start - _AROUND)
+    last = min(len(text), min(end, start + _AROUND) + _AROUND)
+    before, after = "..." * (first > 0), "..." * (last < len(text))
+    mark = "^" + "~" * (min(end, last) - start - 1)
+    return f"{before}{printable(text[first:last])}{after}\n{' ' * (len(before) + start - first)}{mark}"
+
+
+_AROUND = 60
 
 
 # --- layer specs: items between commas. A span is (start, end) in the text, so that errors can underline it.
@@ -159,7 +172,7 @@ def _parse_item(text: str, start: int, end: int, num_layers: int) -> Sequence[in
         first, last = (int(end) for end in inclusive.groups())
         return _range(start, end, item, first, last + 1, num_layers, f"first..last in 0..{num_layers - 1}")
     if not _INTEGER.fullmatch(item):
-        _fail(start, end, f"cannot read {item!r} in the layer plan: expected {_ITEM}")
+        _fail(start, end, f"cannot read {shown(item)} in the layer plan: expected {_ITEM}")
     return [_wrapped(start, end, int(item), num_layers)]
 
 
@@ -171,7 +184,7 @@ def _parse_slice(text: str, start: int, end: int, num_layers: int) -> range:
     for left, right in fields:
         field = text[left:right].strip()
         if field and not _INTEGER.fullmatch(field):
-            _fail(left, right, f"cannot read {field!r} in the slice: expected an integer or nothing")
+            _fail(left, right, f"cannot read {shown(field)} in the slice: expected an integer or nothing")
         values.append(int(field) if field else None)
     bounds = slice(*values)
     if bounds.step == 0:
@@ -179,27 +192,29 @@ def _parse_slice(text: str, start: int, end: int, num_layers: int) -> range:
     layers = range(num_layers)[bounds]
     if not layers:
         item = text[start:end]
-        _fail(start, end, f"{item!r} selects no layer: expected a slice of 0..{num_layers - 1}")
+        _fail(start, end, f"{shown(item)} selects no layer: expected a slice of 0..{num_layers - 1}")
     return layers
 
 
 def _wrapped(start: int, end: int, layer: int, num_layers: int) -> int:
     if not -num_layers <= layer < num_layers:
         expected = f"the model has {num_layers} layers, expected {-num_layers} to {num_layers - 1}"
-        _fail(start, end, f"layer {layer} is out of range: {expected}")
+        _fail(start, end, f"layer {shown(layer)} is out of range: {expected}")
     return layer % num_layers
 
 
-def _range(start: int, end: int, shown: str, first: int, stop: int, num_layers: int, expected: str) -> range:
-    """`range(first, stop)`, which must lie in the model and hold a layer; `shown` is its spelling."""
+def _range(start: int, end: int, text: str, first: int, stop: int, num_layers: int, expected: str) -> range:
+    """`range(first, stop)`, which must lie in the model and hold a layer; `text` is its spelling."""
     if first < 0 or stop < 0:
-        _fail(start, end, f"{shown!r} has a negative end: expected {expected}")
+        _fail(start, end, f"{shown(text)} has a negative end: expected {expected}")
     if first >= stop:
         problem = "is empty" if first == stop else "is reversed"
-        _fail(start, end, f"{shown!r} {problem}: expected {expected}")
+        _fail(start, end, f"{shown(text)} {problem}: expected {expected}")
     if stop > num_layers:
         _fail(
-            start, end, f"{shown!r} is out of range: the model has {num_layers} layers, expected {expected}"
+            start,
+            end,
+            f"{shown(text)} is out of range: the model has {num_layers} layers, expected {expected}",
         )
     return range(first, stop)
 
@@ -234,7 +249,9 @@ def _parse_blocks(text: str, num_layers: int) -> Iterator[Entry]:
         # In parentheses it is the pair that (i,j) is; blanks around it were cut off.
         found = re.compile(r"([+-]?[0-9]{1,4000})\s*,\s*([+-]?[0-9]{1,4000})").fullmatch(text, start, end)
         if not found:
-            _fail(start, end, f"cannot read {text[start:end]!r} in the RYS blocks: expected i,j, e.g. 4,8")
+            _fail(
+                start, end, f"cannot read {shown(text[start:end])} in the RYS blocks: expected i,j, e.g. 4,8"
+            )
         blocks.append(_block(found, num_layers))
     return _repeated(blocks, num_layers)
 
@@ -250,6 +267,8 @@ def _block(found: re.Match[str], num_layers: int) -> range:
 def _repeated(blocks: Sequence[range], num_layers: int) -> Iterator[Entry]:
     layers = list(range(num_layers))
     for block in blocks:
+        if len(layers) > MAX_SLOTS:
+            break  # which `_parse_text` refuses
         if block:
             after = len(layers) - layers[::-1].index(block[-1])
             layers[after:after] = block
@@ -301,10 +320,10 @@ def _parse_json(text: str, num_layers: int) -> Iterator[Entry]:
 
 def _parse_entry(text: str, start: int, end: int, entry: Any, num_layers: int) -> Entry:
     if isinstance(entry, list) and len(entry) not in (0, 3) and type(entry[0]) is int:
-        _fail(start, end, f"a slot has {len(entry)} values, {text[start:end]!r}: expected {_ENTRY}")
+        _fail(start, end, f"a slot has {len(entry)} values, {shown(text[start:end])}: expected {_ENTRY}")
     layer, *scales = entry if isinstance(entry, list) and len(entry) == 3 else (entry,)
     if type(layer) is not int or not all(type(scale) in (int, float) for scale in scales):  # bool is an int
-        _fail(start, end, f"cannot read {text[start:end]!r} in the layer plan: expected {_ENTRY}")
+        _fail(start, end, f"cannot read {shown(text[start:end])} in the layer plan: expected {_ENTRY}")
     layer = _wrapped(start, end, layer, num_layers)
     if not all(map(is_finite, scales)):
         _fail(start, end, "a scale is not finite: expected numbers that are finite in float32")

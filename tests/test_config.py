@@ -1,13 +1,17 @@
 """`ModelConfig` is the same for every spelling of a `config.json`, and refuses what it does not know."""
 
+import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jaxchat.config import ModelConfig
+from jaxchat.config import MAX_LAYERS, ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families import read_config
+from jaxchat.families import parameter_table, read_config
 from tests.support.parity_cases import CASES
 
 
@@ -187,16 +191,20 @@ def test_one_end_token_or_several():
     ("case", "changes", "named"),
     [
         ("llama-plain", {"model_type": "mamba"}, "model_type 'mamba'"),
-        ("llama-plain", {"hidden_size": ...}, "'hidden_size' is missing"),
-        ("llama-plain", {"num_hidden_layers": "4"}, "'num_hidden_layers' is '4'"),
+        ("llama-plain", {"hidden_size": ...}, "hidden_size is missing"),
+        ("llama-plain", {"num_hidden_layers": "4"}, "num_hidden_layers is '4'"),
         ("llama-plain", {"num_key_value_heads": 4}, "6 attention heads"),
         ("llama-plain", {"hidden_act": "swiglu2"}, "activation 'swiglu2'"),
         ("llama-plain", {"rope_scaling": {"rope_type": "spiral"}}, "rope type 'spiral'"),
         ("llama-plain", {"rope_scaling": {"rope_type": "linear"}}, "needs 'factor'"),
         ("llama-plain", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("mistral-window", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ("qwen2-plain", {"layer_types": ["full_attention"]}, "1 layer_types for 4 layers"),
-        ("qwen2-plain", {"layer_types": ["linear_attention"] * 4}, "layer type 'linear_attention'"),
+        ("qwen2-plain", {"layer_types": ["full_attention"]}, "layer_types are 1; expected 4"),
+        (
+            "qwen2-plain",
+            {"layer_types": ["linear_attention"] * 4},
+            "layer_types: 'linear_attention' is not supported",
+        ),
         ("phi3-longrope-short", {"head_dim": 8}, "expected 4, half the rotated dimensions"),
         ("gpt2-plain", {"add_cross_attention": True}, "add_cross_attention"),
     ],
@@ -212,3 +220,104 @@ def test_what_cannot_be_run_is_refused_with_the_file_and_the_key(
 def test_configs_are_hashable_and_compare_by_value():
     configs = {read(case) for case in CASES}
     assert dataclasses.replace(read("llama-plain")) in configs
+
+
+# --- values of any kind
+
+_SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, 1, -1, 2**31, 2**63, 10**30, 1e9, 1e300, 0.5])
+    | st.floats()
+    | st.text(max_size=5)
+)
+_WILD = _SCALARS | st.lists(_SCALARS, max_size=5) | st.dictionaries(st.text(max_size=3), _SCALARS, max_size=3)
+
+
+def _places(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in values.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from _places(value, (*path, key))
+
+
+_PLACES = [(case, place) for case in CASES for place in _places(CASES[case])]
+
+
+@given(st.sampled_from(_PLACES), _WILD)
+@settings(max_examples=400, deadline=2000)
+def test_any_value_of_any_key_is_read_or_refused_by_the_name_of_the_file(where, value):
+    case, place = where
+    values = copy.deepcopy(CASES[case])
+    holder = values
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    try:
+        config = read_config(values)
+    except JaxchatError as error:
+        said = str(error)
+    else:
+        said = None
+    if said is not None:
+        assert said.startswith("config.json")
+        return
+    assert len(config.layer_windows) == config.num_layers <= MAX_LAYERS
+    assert sum(param.rows(config) for param in parameter_table(config)) < MAX_LAYERS * 20
+
+
+@pytest.mark.parametrize("key", ["tie_word_embeddings", "attention_bias", "use_sliding_window"])
+def test_a_switch_is_true_or_false_and_nothing_that_counts_as_one(key):
+    for case in ("llama-plain", "qwen2-plain", "qwen3-plain"):
+        if key in read_keys(case):
+            with pytest.raises(JaxchatError, match=f"{key} is 'false'; expected true or false"):
+                read(case, **{key: "false"})
+    assert read("llama-plain", attention_bias=0) == read("llama-plain", attention_bias=False)
+
+
+def read_keys(case: str) -> set[str]:
+    """The keys that a family asks for."""
+    asked = set()
+
+    class Noting(dict):
+        def get(self, key, default=None):
+            asked.add(key)
+            return super().get(key, default)
+
+    read_config(Noting(CASES[case]))
+    return asked
+
+
+def test_what_no_int32_holds_is_as_long_a_context_as_there_is():
+    assert read("llama-plain", max_position_embeddings=10**30).max_position_embeddings == 2**31 - 1
+
+
+def test_a_beginning_of_text_that_the_vocabulary_does_not_have_is_refused_and_below_0_is_none():
+    with pytest.raises(JaxchatError, match="bos_token_id is 97; expected an id below vocab_size, 97"):
+        read("llama-plain", bos_token_id=97)
+    assert read("llama-plain", bos_token_id=-1, eos_token_id=[-1, 3]).eos_ids == (3,)
+
+
+# --- both spellings at once, and layer types where they are not expected
+
+
+def test_of_both_rope_keys_the_one_that_users_add_is_followed_and_a_difference_is_said(caplog):
+    new, old = {"rope_type": "default", "rope_theta": 2e4}, {"type": "linear", "factor": 4.0}
+    found = read("llama-plain", rope_parameters=new, rope_scaling=old)
+    assert found == read("llama-plain", rope_scaling=old)
+    assert "rope_scaling is followed, and not rope_parameters" in caplog.text
+    caplog.clear()
+    read("llama-plain", rope_parameters=new, rope_scaling=new)
+    assert not caplog.text
+
+
+def test_rope_parameters_by_layer_type_are_refused_where_the_family_has_none():
+    with pytest.raises(UsageError, match=r"config\.json: rope_parameters\.full_attention"):
+        read("llama-plain", rope_parameters={"full_attention": {"rope_type": "default"}})
+
+
+def test_a_mistral_configuration_with_layer_types_is_a_ministral_one():
+    types = ["full_attention", "sliding_attention"] * 2
+    assert read("mistral-window", layer_types=types).layer_windows == (0, 7, 0, 7)
+    assert read("mistral-window", layer_types=None).layer_windows == (7, 7, 7, 7)

@@ -118,7 +118,7 @@ def test_ya_o1_thinks_with_prefix_and_nudges_then_answers(run, model, tmp_path):
         (
             "crosstask",
             ["MODEL", "MODEL", "hi", "--json", "/dev/null"],
-            "--json /dev/null: this is a device; ",
+            "--json /dev/null: this is a device, ",
         ),
         ("ya_o1", ["MODEL"], "SUMMARIZER must be given; --help shows examples"),
     ],

@@ -1,5 +1,7 @@
-"""Files of ours: written whole or not at all, and locks that die with their process."""
+"""Files of ours are written whole, and locks die with their process; files of others are bounded."""
 
+import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -7,10 +9,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxchat.cli.terminal.history import default_file
 from jaxchat.engine.compile_cache import default_directory
-from jaxchat.files import locked, replaced, try_to_replace, write_atomically
+from jaxchat.errors import JaxchatError
+from jaxchat.files import (
+    MAX_JSON_BYTES,
+    MAX_JSON_DEPTH,
+    UnreadableError,
+    locked,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_optional_json,
+    read_small_text,
+    replaced,
+    try_to_replace,
+    write_atomically,
+)
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
@@ -102,10 +120,10 @@ def _made(kind, path):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("folder", "this is a folder; name another file"),
-        ("pipe", "this is a pipe; "),
-        ("socket", "this is a socket; "),
-        ("link to a device", "this is a device; "),
+        ("folder", "this is a directory, not a file; name another file"),
+        ("pipe", "this is a named pipe, not a file; "),
+        ("socket", "this is a socket, not a file; "),
+        ("link to a device", "this is a device, not a file; "),
         ("loop", "Too many levels of symbolic links"),
         ("long name", "File name too long"),
         ("no folder", "there is no folder .*; make it first"),
@@ -132,3 +150,101 @@ def test_the_file_that_the_output_goes_to_is_not_replaced(tmp_path):
             )
         assert b"this is where the output goes already" in done.stderr
         assert out.read_bytes() == b""
+
+
+# --- files of others
+
+
+def _make(path: Path, what: str) -> None:
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "loop":
+        path.symlink_to(path.name)
+    elif what == "directory":
+        path.mkdir()
+    elif what == "dangling":
+        path.symlink_to("nowhere")
+    else:
+        path.symlink_to(what)
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("pipe", "a named pipe, not a file"),
+        ("directory", "a directory, not a file"),
+        ("/dev/zero", "a device, not a file"),
+        ("loop", "levels of symbolic links"),
+        ("dangling", "No such file"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="has none of these")
+def test_what_is_no_file_is_refused_at_once(tmp_path, what, said):
+    path = tmp_path / "config.json"
+    _make(path, what)
+    for read in (lambda: read_bytes(path, 100), lambda: read_small_text(path)):
+        with pytest.raises(UnreadableError, match=said):
+            read()
+    for read_one in (read_json, read_optional_json):
+        with pytest.raises(JaxchatError, match=rf"config\.json: not readable as JSON \(.*{said}"):
+            read_one(path)
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b"x" * 100)
+    assert len(read_bytes(path, 100)) == 100
+    with pytest.raises(UnreadableError, match="more than"):
+        read_bytes(path, 99)
+    with path.open("wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)  # takes no room
+    with pytest.raises(JaxchatError, match=r"config\.json: not readable as JSON \(more than 64 MiB\)"):
+        read_json(path)
+
+
+def test_no_file_is_an_error_or_nothing(tmp_path):
+    assert read_optional_json(tmp_path / "config.json") == {}
+    with pytest.raises(JaxchatError, match=r"no such file; a model directory needs its config\.json"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, bom):
+    (tmp_path / "a.json").write_bytes(bom + b'{"a": "\xc3\xa9"}\r\n')
+    assert read_json(tmp_path / "a.json") == {"a": "é"}
+
+
+@pytest.mark.parametrize(("open_", "close"), [("[", "]"), ('{"a":', "}")])
+def test_json_is_nested_so_deep_and_no_deeper(open_, close):
+    def nested(depth: int) -> str:
+        return open_ * depth + "1" + close * depth
+
+    assert json.dumps(parse_json(nested(MAX_JSON_DEPTH))).count(open_[0]) == MAX_JSON_DEPTH
+    for depth in (MAX_JSON_DEPTH + 1, 100_000):
+        with pytest.raises(UnreadableError, match=f"nested more than {MAX_JSON_DEPTH} deep"):
+            parse_json(nested(depth))
+    with pytest.raises(UnreadableError):
+        parse_json(open_ * 100_000)  # never closed
+
+
+def test_a_number_of_thousands_of_digits_is_an_error():
+    with pytest.raises(UnreadableError, match="digits"):
+        parse_json('{"a": ' + "9" * 5000 + "}")
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=30,
+)
+
+
+@given(_JSON)
+def test_every_ordinary_value_is_read_as_json_reads_it(value):
+    assert parse_json(json.dumps(value)) == value
+
+
+@given(st.text())
+def test_any_other_text_is_one_kind_of_error(text):
+    with contextlib.suppress(UnreadableError):
+        parse_json(text)

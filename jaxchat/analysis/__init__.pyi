@@ -1,6 +1,7 @@
 from .measure import (
     HALVES,
     Analysis,
+    KnownResultError,
     Lens,
     analyze,
     perplexity,
@@ -15,6 +16,7 @@ __all__ = [
     "HALVES",
     "PARTS",
     "Analysis",
+    "KnownResultError",
     "Lens",
     "Questions",
     "Sweep",

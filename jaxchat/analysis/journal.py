@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import locked
+from jaxchat.files import UnreadableError, locked, parse_json, text_of
+from jaxchat.typed import checked
+
+_Entry = tuple[str, float | list[Any]]
+"""A line after the first: the name of a result, and a number or lists of numbers."""
 
 
 class Journal(collections.UserDict[str, Any]):
@@ -69,18 +73,18 @@ class Journal(collections.UserDict[str, Any]):
         if not lines:
             self._append(of)
             return
-        try:
-            there = json.loads(lines[0])
-            if not isinstance(there, dict):
-                raise ValueError
-            self.data = dict(json.loads(line) for line in lines[1:])
-        except (ValueError, TypeError):
-            raise JaxchatError(
-                f"{self.path} is not the journal of an analysis; delete it, or give another --out"
-            ) from None
+        there = self._line(1, lines[0], dict[str, str])
         self._refuse_others(there, of)
+        self.data = dict(self._line(number, line, _Entry) for number, line in enumerate(lines[1:], 2))
 
-    def _refuse_others(self, there: dict[str, str], of: dict[str, str]) -> None:
+    def _line(self, number: int, line: bytes, kind: Any) -> Any:
+        where, advice = f"{self.path}:{number}", "delete the file, or give another --out"
+        try:
+            return checked(parse_json(text_of(line)), kind, where=where, advice=advice)
+        except UnreadableError as error:
+            raise JaxchatError(f"{where}: no line of a journal ({error}); {advice}") from None
+
+    def _refuse_others(self, there: Mapping[str, str], of: Mapping[str, str]) -> None:
         for key in (*of, *there):
             if there.get(key) != of.get(key):
                 raise UsageError(

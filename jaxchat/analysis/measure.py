@@ -17,6 +17,7 @@ from jaxchat.analysis.sweep import Sweep, Windows, windows_at_once
 from jaxchat.engine.session import Engine
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan, Slot
+from jaxchat.visible import shown
 
 HALVES = ("attention", "mlp", "both")
 """What of a slot is skipped."""
@@ -119,11 +120,16 @@ def repeats(slots: int, sample: int | None = None, seed: int = 0) -> list[tuple[
 # --- measuring
 
 
+class KnownResultError(JaxchatError):
+    """What is called known already is not what would be measured."""
+
+
 class _Task(NamedTuple):
-    """One quantity of a group of windows: its name in the results, and how to get it."""
+    """One quantity of a group of windows: its name in the results, how to get it, and its numbers' shape."""
 
     name: str
     measure: Callable[[Sweep], Any]
+    shape: tuple[int, ...] = ()
 
 
 def analyze(
@@ -149,6 +155,7 @@ def analyze(
 
     Raises:
       UsageError: a question or a window does not fit the model.
+      KnownResultError: `results` holds something else than results.
       JaxchatError: the base plan's logits are not finite.
     """
     questions = questions or Questions()
@@ -163,7 +170,11 @@ def analyze(
     positions = _positions(windows, questions) if "lens" in questions.parts else []
     groups = _groups(windows, batch or windows_at_once(engine, base, windows))
     tasks = _tasks(base, questions, pairs)
-    lens = _Task(f"lens top {questions.top_k} at {positions}", functools.partial(_lens, positions, questions))
+    lens = _Task(
+        f"lens top {questions.top_k} at {positions}",
+        functools.partial(_lens, positions, questions),
+        (2, len(base) + 1, len(positions), questions.top_k),
+    )
     todo = [[*tasks, lens] if positions and not number else tasks for number in range(len(groups))]
     _measure(engine, base, groups, todo, results, progress)
     return _summary(base, windows, groups, questions, pairs, positions, lens.name, results)
@@ -199,9 +210,9 @@ def _tasks(base: LayerPlan, questions: Questions, pairs: Sequence[tuple[int, int
 
     tasks = [nats("base", base)]
     if "influence" in questions.parts:
-        tasks.append(_Task("influence", lambda sweep: sweep.influence().sum(1).tolist()))
+        tasks.append(_Task("influence", lambda sweep: sweep.influence().sum(1).tolist(), (len(base),)))
     if "angular" in questions.parts:
-        tasks.append(_Task("angular", _angular))
+        tasks.append(_Task("angular", _angular, (len(base) + 1, len(base) + 1)))
     if "lens" in questions.parts:
         tasks += [lens_nats(slots) for slots in range(len(base) + 1)]
     if "skip" in questions.parts:
@@ -237,6 +248,7 @@ def _measure(
         for task in tasks:
             key = f"{number} {task.name}"
             if key in results:
+                _check_known(key, results[key], task.shape)
                 continue
             if progress:
                 progress(done, total)
@@ -251,6 +263,15 @@ def _measure(
             done += 1
     if progress:
         progress(done, total)
+
+
+def _check_known(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    try:
+        found: Any = list(np.asarray(value, np.float64).shape)
+    except (ValueError, TypeError):
+        found = shown(value)
+    if found != list(shape):
+        raise KnownResultError(f"the result {name!r} has the shape {found}; expected {list(shape)}")
 
 
 def _keys(todo: Sequence[Sequence[_Task]]) -> Iterator[str]:

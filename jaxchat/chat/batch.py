@@ -272,7 +272,7 @@ class ChatBatch:
                 f"made with another model ({described(saved.model)}), this is {described(here)}: "
                 f"{found}. Load it with its own model"
             )
-        plan = LayerPlan.parse(saved.plan, self._engine.config.num_layers)
+        plan = LayerPlan.recorded(saved.plan, self._engine.config.num_layers)
         if plan != self.plan:
             raise OtherPlanError(f"made under the layer plan {plan}, this is {self.plan}", self._advice(plan))
         own = self.conversations[row]

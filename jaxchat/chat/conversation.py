@@ -39,17 +39,28 @@ class _Reply:
 class _Entry:
     """A message of the history and where it is from: typed, generated (`reply`), or else given."""
 
-    message: dict[str, Any]
+    message: dict[str, str]
     typed: bool = False
     reply: _Reply | None = None
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> _Entry:
-        """The entry whose fields were written as JSON."""
-        reply = state["reply"]
-        if reply is not None:
-            reply = _Reply(**{**reply, "chunk": Chunk.from_state(reply["chunk"])})
-        return cls(dict(state["message"]), state["typed"], reply)
+
+@dataclass(frozen=True)
+class ConversationState:
+    """All of a conversation but its template and tokenizer, as `session_file` stores it."""
+
+    entries: tuple[_Entry, ...]
+    chunks: tuple[Chunk, ...]
+    opening: str | None
+    reversed_role: bool
+    thought_tags: ThoughtTags | None
+    template_kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        replies = [entry.reply.chunk for entry in self.entries if entry.reply is not None]
+        if not all(chunk.is_consistent for chunk in (*self.chunks, *replies)):
+            raise ValueError("the text of a message does not belong to its token ids")
+        if not all(entry.message.keys() >= {"role", "content"} for entry in self.entries):
+            raise ValueError("a message has no role or no content")
 
 
 @dataclass(frozen=True)
@@ -409,33 +420,32 @@ class Conversation:
 
     # --- session files
 
-    def state(self) -> dict[str, Any]:
-        """All of it but template and tokenizer, as JSON can hold it; `from_state` reads it."""
-        return {
-            "entries": [dataclasses.asdict(entry) for entry in self._entries],
-            "chunks": [dataclasses.asdict(chunk) for chunk in self._ledger.chunks],
-            "opening": self._opening,
-            "reversed_role": self.reversed_role,
-            "thought_tags": self.thought_tags,
-            "template_kwargs": self._kwargs,
-        }
+    def state(self) -> ConversationState:
+        """All of it but template and tokenizer; `from_state` reads it."""
+        return ConversationState(
+            entries=tuple(self._entries),
+            chunks=self._ledger.chunks,
+            opening=self._opening,
+            reversed_role=self.reversed_role,
+            thought_tags=self.thought_tags,
+            template_kwargs=self._kwargs,
+        )
 
     @classmethod
     def from_state(
-        cls, template: ChatTemplate, tokenizer: Tokenizer, state: Mapping[str, Any]
+        cls, template: ChatTemplate, tokenizer: Tokenizer, state: ConversationState
     ) -> Conversation:
         """The conversation whose `state` this was, over the same template and tokenizer."""
-        tags = state["thought_tags"]
         conversation = cls(
             template,
             tokenizer,
-            reversed_role=state["reversed_role"],
-            thought_tags=None if tags is None else (tags[0], tags[1]),
-            template_kwargs=state["template_kwargs"],
+            reversed_role=state.reversed_role,
+            thought_tags=state.thought_tags,
+            template_kwargs=state.template_kwargs,
         )
-        conversation._opening = state["opening"]
-        conversation._ledger = Ledger(tuple(map(Chunk.from_state, state["chunks"])))
-        conversation._entries = [_Entry.from_state(entry) for entry in state["entries"]]
+        conversation._opening = state.opening
+        conversation._ledger = Ledger(state.chunks)
+        conversation._entries = list(state.entries)
         return conversation
 
 

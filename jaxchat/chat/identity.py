@@ -3,63 +3,80 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from jaxchat.checkpoints.fingerprint import weights_fingerprint
 from jaxchat.engine.session import Engine
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.visible import shown
 
-Fingerprint = Mapping[str, Any]
-"""What tells models apart, as JSON gives it back."""
+
+class Fingerprint(msgspec.Struct, frozen=True, rename={"template": "chat template"}):
+    """What tells models apart, as JSON gives it back.
+
+    Attributes:
+      config: the fields of the `ModelConfig`.
+      weights: parameter -> its `format`, and what tells its values.
+      kernels: which kernels laid the parameters out.
+      tokenizer, template: digests of what they do.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, dict[str, str]]
+    kernels: str
+    tokenizer: str
+    template: str
+
 
 _PROBE = "The quick brown fox, 3.14 × 10²: naïve café, 東京, привет!\n\t<|im_start|> 🙂"
 
 
 def fingerprint_of(engine: Engine, tokenizer: Tokenizer, template: ChatTemplate) -> Fingerprint:
     """The fingerprint of a model: its configuration, samples of its weights, what its text files do."""
-    found = {
-        "config": dataclasses.asdict(engine.config),
-        "weights": weights_fingerprint(engine.params),
-        "kernels": engine.kernels.name,
-        "tokenizer": _tokenizer(tokenizer),
-        "chat template": _template(template),
-    }
-    result: Fingerprint = json.loads(json.dumps(found))
-    return result
+    return Fingerprint(
+        # As JSON has it: lists, and no tuples.
+        config=json.loads(json.dumps(dataclasses.asdict(engine.config))),
+        weights=weights_fingerprint(engine.params),
+        kernels=engine.kernels.name,
+        tokenizer=_tokenizer(tokenizer),
+        template=_template(template),
+    )
 
 
 def described(fingerprint: Fingerprint) -> str:
     """A model in a few words."""
-    config = fingerprint["config"]
-    formats = [weight["format"] for weight in fingerprint["weights"].values()]
-    common = max(sorted(set(formats)), key=formats.count)
-    return f"{config['model_type']}, {config['num_layers']} layers of width {config['hidden_size']}, {common}"
+    config = fingerprint.config
+    formats = [weight.get("format", "no format") for weight in fingerprint.weights.values()]
+    common = max(sorted(set(formats)), key=formats.count, default="no weights")
+    kind, layers, width = (config.get(key) for key in ("model_type", "num_layers", "hidden_size"))
+    return f"{kind}, {layers} layers of width {width}, {common}"
 
 
 def difference(saved: Fingerprint, here: Fingerprint) -> str | None:
     """How two fingerprints differ, in words; None if they do not."""
-    for key in saved["config"] | here["config"]:
-        before, now = saved["config"].get(key), here["config"].get(key)
+    for key in saved.config | here.config:
+        before, now = saved.config.get(key), here.config.get(key)
         if before != now:
-            return f"{key} was {before} and is {now}"
-    weights = saved["weights"], here["weights"]
-    names = [
-        n for n in sorted(weights[0].keys() | weights[1].keys()) if weights[0].get(n) != weights[1].get(n)
-    ]
+            return f"{key} was {shown(before)} and is {shown(now)}"
+    both = saved.weights, here.weights
+    names = [n for n in sorted(both[0].keys() | both[1].keys()) if both[0].get(n) != both[1].get(n)]
     if names:
-        before, now = (w.get(names[0], {}).get("format", "absent") for w in weights)
+        before, now = (weights.get(names[0], {}).get("format", "absent") for weights in both)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         what = f"was {before} and is {now}" if before != now else "has other values"
-        if saved["kernels"] != here["kernels"]:
-            what += f" (or lies differently: it was saved with --kernels {saved['kernels']})"
+        if saved.kernels != here.kernels:
+            what += f" (or lies differently: it was saved with --kernels {saved.kernels})"
         return f"{names[0]}{more} {what}"
-    for key in ("tokenizer", "chat template"):
-        if saved[key] != here[key]:
-            return f"the {key} is another one"
+    for name, before, now in (
+        ("tokenizer", saved.tokenizer, here.tokenizer),
+        ("chat template", saved.template, here.template),
+    ):
+        if before != now:
+            return f"the {name} is another one"
     return None
 
 

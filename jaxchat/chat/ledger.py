@@ -5,9 +5,8 @@ Knows no messages and no template: prompts come from `prompts`, replies from `co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jaxchat.chat.prompts import Prompt
 from jaxchat.lengths import common_prefix
@@ -27,11 +26,12 @@ class Chunk:
     ids: tuple[int, ...]
     ends: tuple[int, ...] | None = None
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Chunk:
-        """The chunk whose fields were written as JSON."""
-        ends = state["ends"]
-        return cls(state["text"], tuple(state["ids"]), None if ends is None else tuple(ends))
+    @property
+    def is_consistent(self) -> bool:
+        """Whether it can be one: an end an id, each within the text."""
+        return self.ends is None or (
+            len(self.ends) == len(self.ids) and all(-1 <= end <= len(self.text) for end in self.ends)
+        )
 
     def head(self, length: int) -> Chunk:
         """The longest prefix of whole ids of a reply whose text is within the first `length` characters."""

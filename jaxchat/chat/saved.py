@@ -5,7 +5,6 @@ Reads no more than the heads of the files, and needs no JAX. What is in them: `s
 
 import dataclasses
 import datetime
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import platformdirs
 
 from jaxchat.checkpoints.safetensors_file import SafetensorsFile
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import try_to_replace
+from jaxchat.files import parse_json, try_to_replace
 
 FORMAT = "jaxchat-session"
 """What the metadata of a session file says it is."""
@@ -180,12 +179,12 @@ def _described(path: Path) -> SavedSession:
     )
     try:
         return dataclasses.replace(plain, **_facts(SafetensorsFile(path)))
-    except (JaxchatError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+    except (JaxchatError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         return plain  # damaged: loading says how
 
 
 def _facts(file: SafetensorsFile) -> Mapping[str, Any]:
-    stored = json.loads(file.metadata["session"])
+    stored = parse_json(file.metadata["session"])
     config = stored["model"]["config"]
     messages = [entry["message"] for entry in stored["conversation"]["entries"]]
     said = [str(message["content"]) for message in messages if message["role"] != "system"]

@@ -8,20 +8,33 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 
+from jaxchat.chat.conversation import ConversationState
+from jaxchat.chat.identity import Fingerprint
 from jaxchat.chat.saved import FORMAT, try_to_save
 from jaxchat.checkpoints.fingerprint import bytes_of
 from jaxchat.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
 from jaxchat.engine.session import KVRows
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import replaced
+from jaxchat.files import UnreadableError, parse_json, replaced
+from jaxchat.typed import checked
 
 VERSION = "2"
 _WITH_SLOT_ROWS = "1"
 """The version before, whose slots may have different numbers of rows in use: int64 [P] `slot_rows`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """The JSON part of a session file."""
+
+    plan: str
+    model: Fingerprint
+    conversation: ConversationState
+    crc32: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -39,8 +52,8 @@ class SavedChat:
     ids: list[int]
     rows: KVRows
     plan: str
-    model: Mapping[str, Any]
-    conversation: Mapping[str, Any]
+    model: Fingerprint
+    conversation: ConversationState
 
 
 def save(path: str | Path, chat: SavedChat) -> None:
@@ -55,13 +68,9 @@ def save(path: str | Path, chat: SavedChat) -> None:
     try_to_save(path)
     given = {name: array for name, array in chat.rows._asdict().items() if array is not None}
     arrays = {"ids": np.asarray(chat.ids, np.int32), **given}
-    stored = {
-        "model": chat.model,
-        "plan": chat.plan,
-        "conversation": chat.conversation,
-        "crc32": {name: _crc32(array) for name, array in arrays.items()},
-    }
-    text = json.dumps(stored, ensure_ascii=False)
+    crc32 = {name: _crc32(array) for name, array in arrays.items()}
+    stored = _Stored(plan=chat.plan, model=chat.model, conversation=chat.conversation, crc32=crc32)
+    text = json.dumps(msgspec.to_builtins(stored), ensure_ascii=False)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -95,37 +104,60 @@ def load(path: str | Path) -> SavedChat:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path}: no such session file")
-    file = SafetensorsFile(path, advice="the session is lost")
+    file = SafetensorsFile(path, advice=_LOST)
     stored = _stored(file)
     arrays = {name: file.view(name) for name in file.entries}
-    for name, expected in stored["crc32"].items():
+    for name, expected in stored.crc32.items():
         if name not in arrays or _crc32(arrays[name]) != expected:
-            raise JaxchatError(f"{path}: damaged: {name} is not what was saved; the session is lost")
+            raise JaxchatError(f"{path}: damaged: {name} is not what was saved; {_LOST}")
     if file.metadata["version"] == _WITH_SLOT_ROWS:
-        arrays = _with_equal_slots(arrays)
+        arrays = _with_equal_slots(arrays, path)
+    for name, (kind, dimensions) in _TENSORS.items():
+        if name not in arrays:
+            raise JaxchatError(f"{path}: damaged: {name} is missing; {_LOST}")
+        array = arrays[name]
+        if not np.issubdtype(array.dtype, kind) or array.ndim != dimensions:
+            raise JaxchatError(
+                f"{path}: damaged: {name} is {array.dtype}{list(array.shape)}; expected {kind.__name__} of "
+                f"{dimensions} dimensions; {_LOST}"
+            )
     rows = KVRows(**{name: arrays[name] for name in KVRows._fields if name in arrays})
-    return SavedChat(arrays["ids"].tolist(), rows, stored["plan"], stored["model"], stored["conversation"])
+    return SavedChat(arrays["ids"].tolist(), rows, stored.plan, stored.model, stored.conversation)
 
 
-def _stored(file: SafetensorsFile) -> dict[str, Any]:
+_LOST = "the session is lost"
+_TENSORS: Mapping[str, tuple[type, int]] = {
+    "ids": (np.integer, 1),
+    "k": (np.generic, 4),
+    "v": (np.generic, 4),
+    "rope_regime": (np.integer, 0),
+}
+"""The tensors that every session has: kind of numbers, and dimensions."""
+
+
+def _stored(file: SafetensorsFile) -> _Stored:
     """The JSON part of a session file."""
     found = file.metadata
     if found.get("format") != FORMAT:
         raise JaxchatError(f"{file.path}: not a session that jaxchat saved; a model is given with -m")
     if found.get("version") not in (_WITH_SLOT_ROWS, VERSION):
         raise JaxchatError(
-            f"{file.path}: a session file of version {found.get('version')}, this jaxchat reads versions "
-            f"up to {VERSION}: load it with the jaxchat that saved it"
+            f"{file.path}: a session file of version {found.get('version')}, this jaxchat reads "
+            f"versions up to {VERSION}: load it with the jaxchat that saved it"
         )
     text = found.get("session", "")
-    if str(zlib.crc32(text.encode())) != found.get("crc32"):
-        raise JaxchatError(f"{file.path}: damaged: the header is not what was saved; the session is lost")
-    stored: dict[str, Any] = json.loads(text)
-    return stored
+    if str(zlib.crc32(text.encode(errors="replace"))) != found.get("crc32"):
+        raise JaxchatError(f"{file.path}: damaged: the header is not what was saved; {_LOST}")
+    try:
+        return checked(parse_json(text), _Stored, where=f"{file.path}: its header", advice=_LOST)
+    except UnreadableError as error:
+        raise JaxchatError(f"{file.path}: damaged: its header is not JSON ({error}); {_LOST}") from None
 
 
-def _with_equal_slots(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _with_equal_slots(arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
     """The arrays of the version before, with the rows that all slots have in use."""
+    if not {"slot_rows", "k"} <= arrays.keys() or arrays["k"].ndim != 4:
+        raise JaxchatError(f"{path}: damaged: slot_rows or k is missing; {_LOST}")
     rows = int(np.min(arrays["slot_rows"], initial=arrays["k"].shape[2]))
     per_row = {"k", "v", "k_scale", "v_scale"}
     return {name: array[:, :, :rows] if name in per_row else array for name, array in arrays.items()}

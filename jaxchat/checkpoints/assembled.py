@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxchat.checkpoints.assembly import Assembly, Tensor, assembled_config, global_tensor, stack_of
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, stack_entry
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, Stack
 from jaxchat.checkpoints.quantized import stored_format, stored_format_of
 from jaxchat.checkpoints.source import Source, convert_into, row_blocks
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
@@ -79,7 +79,7 @@ class AssembledSource:
             source=" + ".join(names),
             parameters=count_parameters(self.config),
             quantization=formats[self.assembly.base],
-            stack=stack_entry(self.config),
+            stack=Stack.of(self.config),
         )
         dtypes = {p.name: self.dtype(p).name for p in self.table}
         return dataclasses.replace(manifest, dtypes=dtypes)

@@ -200,7 +200,7 @@ class ConvertedDirectory(ModelDirectory):
     def stored_dtype(self) -> str | None:
         """See `ModelDirectory`; None of several."""
         if self.manifest.quantization is not None:
-            return str(self.manifest.quantization.get("format"))
+            return self.manifest.quantization.format
         found = set(self.manifest.dtypes.values())
         return found.pop() if len(found) == 1 else None
 

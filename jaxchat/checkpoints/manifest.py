@@ -5,17 +5,19 @@ Needs no JAX. The tensors are read in `source.py`.
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
-from jaxchat.config import ModelConfig, RopeConfig
+from jaxchat.config import MAX_LAYERS, ModelConfig, RopeConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import read_json
 from jaxchat.layer_plan import LayerPlan, PlanError
+from jaxchat.typed import Count, Finite, checked
+from jaxchat.visible import shown
 
 MANIFEST = "jaxchat.json"
 NATIVE_FILE = "model.safetensors"
@@ -28,6 +30,58 @@ WEIGHT_DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint is quantized.
+
+    Attributes:
+      format: as given to `--quant`.
+      parameters: name -> format of each that is quantized.
+    """
+
+    format: str
+    parameters: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stack:
+    """What a configuration says of its layers; fields as in `ModelConfig`."""
+
+    ropes: tuple[RopeConfig, ...]
+    layer_ropes: tuple[Count, ...]
+    layer_windows: tuple[Count, ...]
+    layer_attn_scales: tuple[Finite, ...]
+    layer_blocks: tuple[Count, ...] = ()
+    layer_rows: dict[str, tuple[Count, ...]]
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Stack":
+        """What a configuration says."""
+        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(cls)}
+        return cls(**{**fields, "layer_rows": dict(config.layer_rows)})
+
+    def within(self, config: ModelConfig) -> ModelConfig:
+        """A configuration with these layers instead of its own.
+
+        Raises:
+          ValueError: they are not equally many, or name what is not there.
+        """
+        layers = len(self.layer_windows)
+        lists = (self.layer_ropes, self.layer_attn_scales, self.layer_blocks, *self.layer_rows.values())
+        if not 1 <= layers <= MAX_LAYERS or any(len(found) not in (0, layers) for found in lists):
+            raise ValueError(f"its layers are not equally many, from 1 to {MAX_LAYERS}")
+        indices = (
+            (self.layer_ropes, len(self.ropes)),
+            (self.layer_blocks, len(config.blocks)),
+            *((rows, layers) for rows in self.layer_rows.values()),
+        )
+        if any(max(found, default=-1) >= limit for found, limit in indices):
+            raise ValueError("a layer uses what is not there")
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["layer_rows"] = tuple(self.layer_rows.items())
+        return dataclasses.replace(config, num_layers=layers, **fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,24 +98,23 @@ class Manifest:
         whatever its configuration says). Models that are not tied have `untied`.
       source: name of the source directory.
       parameters: number of scalars.
-      quantization: None, or `format`, as given to `--quant`, and `parameters`: name -> format of each that
-        is quantized.
+      quantization: how the parameters are quantized, or None.
       plan: None, or the recorded layer plan over the stacked layers, in `LayerPlan`'s spelling: the model is
         its slots.
-      stack: None, or the per-layer half of the configuration of an assembled stack (`stack_entry`), which
-        `config.json`, the base model's, knows nothing of.
+      stack: None, or the layers of an assembled stack, which `config.json`, the base model's, knows nothing
+        of.
       format_version: of this file.
     """
 
-    format: str
-    dtypes: Mapping[str, str]
+    format: Annotated[str, msgspec.Meta(pattern="^(native|orbax)$")]
+    dtypes: dict[str, Annotated[str, msgspec.Meta(pattern="^(float32|bfloat16|float16)$")]]
     rename: tuple[str, str] = ("", "")
-    tied_head: str = "absent"
+    tied_head: Annotated[str, msgspec.Meta(pattern="^(absent|copy|only|untied)$")] = "absent"
     source: str = ""
     parameters: int = 0
-    quantization: Mapping[str, Any] | None = None
+    quantization: Quantization | None = None
     plan: str | None = None
-    stack: Mapping[str, Any] | None = None
+    stack: Stack | None = None
 
     @property
     def format_version(self) -> int:
@@ -71,6 +124,8 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Writes the file into a directory."""
         values = {**dataclasses.asdict(self), "format_version": self.format_version}
+        if self.stack is not None and not self.stack.layer_blocks:
+            del values["stack"]["layer_blocks"]  # readers from before there were several kinds
         (directory / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -81,22 +136,13 @@ class Manifest:
         version = values.get("format_version")
         if version not in FORMAT_VERSIONS:
             raise JaxchatError(
-                f"{path}: format_version is {version!r}, this jaxchat reads up to {FORMAT_VERSIONS[-1]}; "
-                "convert the model again"
+                f"{path}: format_version is {shown(version)}, this jaxchat reads up to "
+                f"{FORMAT_VERSIONS[-1]}; {_ADVICE}"
             )
-        known = {field.name for field in dataclasses.fields(cls)}
-        try:
-            result = cls(**{key: value for key, value in values.items() if key in known})
-            result = dataclasses.replace(result, rename=(result.rename[0], result.rename[1]))
-        except (TypeError, IndexError, KeyError) as error:
-            raise JaxchatError(
-                f"{path}: not a checkpoint description ({error}); convert the model again"
-            ) from None
-        if result.format not in ("native", "orbax") or not isinstance(result.dtypes, dict):
-            raise JaxchatError(f"{path}: format is {result.format!r}; expected 'native' or 'orbax'")
-        if not isinstance(result.quantization, dict | None):
-            raise JaxchatError(f"{path}: quantization is {result.quantization!r}; convert the model again")
-        return result
+        return checked(values, cls, where=str(path), advice=_ADVICE)
+
+
+_ADVICE = "convert the model again"
 
 
 def weight_dtype(name: str) -> np.dtype:
@@ -112,34 +158,9 @@ def config_of(manifest: Manifest, config: ModelConfig) -> ModelConfig:
     if manifest.stack is None:
         return config
     try:
-        stack = dict(manifest.stack)
-        ropes = tuple(_rope(values) for values in stack.pop("ropes"))
-        rows = tuple((name, tuple(layers)) for name, layers in stack.pop("layer_rows").items())
-        layers: dict[str, Any] = {name: tuple(stack[name]) for name in _PER_LAYER}
-        layers[_KINDS] = tuple(stack.get(_KINDS, ()))
-        if len({len(values) for values in layers.values() if values}) != 1:
-            raise ValueError("its layers are not equally many")
-        config = dataclasses.replace(config, ropes=ropes, layer_rows=rows, **layers)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise JaxchatError(f"{MANIFEST}: not the description of a stack ({error}); convert again") from None
-    return dataclasses.replace(config, num_layers=len(config.layer_windows))
-
-
-_PER_LAYER = ("layer_ropes", "layer_windows", "layer_attn_scales")
-_KINDS = "layer_blocks"  # of a stack of several kinds of layers
-
-
-def _rope(values: Mapping[str, Any]) -> RopeConfig:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return RopeConfig(**fields)
-
-
-def stack_entry(config: ModelConfig) -> dict[str, Any]:
-    """`Manifest.stack`: what a configuration says of its layers, as JSON takes it."""
-    ropes = [dataclasses.asdict(rope) for rope in config.ropes]
-    names = (*_PER_LAYER, *((_KINDS,) if config.layer_blocks else ()))
-    layers = {name: list(getattr(config, name)) for name in names}
-    return {"ropes": ropes, **layers, "layer_rows": {name: list(rows) for name, rows in config.layer_rows}}
+        return manifest.stack.within(config)
+    except ValueError as error:
+        raise JaxchatError(f"{MANIFEST}: not the description of a stack ({error}); {_ADVICE}") from None
 
 
 def recorded_plan(manifest: Manifest, config: ModelConfig) -> LayerPlan | None:
@@ -147,9 +168,6 @@ def recorded_plan(manifest: Manifest, config: ModelConfig) -> LayerPlan | None:
     if manifest.plan is None:
         return None
     try:
-        if not isinstance(manifest.plan, str) or manifest.plan.lstrip().startswith("@"):
-            raise PlanError(f"{manifest.plan!r} is not spelled out")
-        return LayerPlan.parse(manifest.plan, config.num_layers)
+        return LayerPlan.recorded(manifest.plan, config.num_layers)
     except PlanError as error:
-        reason = str(error).splitlines()[0]
-        raise JaxchatError(f"{MANIFEST}: the recorded plan is malformed ({reason}); convert again") from None
+        raise JaxchatError(f"{MANIFEST}: {error}; {_ADVICE}") from None

@@ -8,14 +8,15 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from jaxchat.checkpoints.manifest import Manifest
+from jaxchat.checkpoints.manifest import Manifest, Quantization
 from jaxchat.config import Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.quant import QuantFormat, QuantizedTensor, empty, format_for
+from jaxchat.visible import shown
 
 Storage = np.dtype | QuantFormat
 """How a parameter is held: as plain numbers, or quantized."""
@@ -64,34 +65,32 @@ def from_arrays(
 # --- what the description says
 
 
-def quantization_entry(fmt: QuantFormat | None, table: Sequence[Param]) -> dict[str, Any] | None:
+def quantization_entry(fmt: QuantFormat | None, table: Sequence[Param]) -> Quantization | None:
     """`Manifest.quantization`: the format as asked for, and that of every quantized parameter."""
     if fmt is None:
         return None
     formats = {param.name: format_for(param, fmt) for param in table}
-    return {"format": str(fmt), "parameters": {name: str(f) for name, f in formats.items() if f is not None}}
+    return Quantization(str(fmt), {name: str(f) for name, f in formats.items() if f is not None})
 
 
 def stored_format(manifest: Manifest) -> QuantFormat | None:
     """The format a checkpoint was quantized to; None for plain numbers."""
-    return None if manifest.quantization is None else _parsed(manifest.quantization.get("format"))
+    return None if manifest.quantization is None else _parsed(manifest.quantization.format)
 
 
 def stored_format_of(manifest: Manifest, param: Param) -> QuantFormat | None:
     """The format in which a checkpoint holds one parameter; None for plain numbers."""
     if manifest.quantization is None:
         return None
-    formats = manifest.quantization.get("parameters")
-    if not isinstance(formats, dict):
-        raise JaxchatError("jaxchat.json: quantization has no parameters; convert the model again")
+    formats = manifest.quantization.parameters
     return _parsed(formats[param.name]) if param.name in formats else None
 
 
-def _parsed(text: object) -> QuantFormat:
+def _parsed(text: str) -> QuantFormat:
     with contextlib.suppress(UsageError):
-        if isinstance(text, str) and (fmt := QuantFormat.parse(text)) is not None:
+        if (fmt := QuantFormat.parse(text)) is not None:
             return fmt
-    raise JaxchatError(f"jaxchat.json: {text!r} is no quantization format; convert the model again")
+    raise JaxchatError(f"jaxchat.json: {shown(text)} is no quantization format; convert the model again")
 
 
 def choose_format(directory: object, manifest: Manifest, wanted: Quant) -> QuantFormat | None:

@@ -25,8 +25,8 @@ from jaxchat.checkpoints.manifest import (
     MANIFEST,
     NATIVE_FILE,
     Manifest,
+    Stack,
     recorded_plan,
-    stack_entry,
     weight_dtype,
 )
 from jaxchat.checkpoints.quantized import (
@@ -250,8 +250,8 @@ def _recorded(model: _Model) -> Manifest:
     """The description of a stack and the plan over it, as far as `config.json` does not say them already."""
     manifest, config = model.source.manifest, model.source.config
     plan = None if model.plan in (None, LayerPlan.identity(config.num_layers)) else str(model.plan)
-    stack = stack_entry(config)
-    ordinary = stack_entry(model.base.stated_config)
+    stack = Stack.of(config)
+    ordinary = Stack.of(model.base.stated_config)
     return dataclasses.replace(manifest, plan=plan, stack=None if stack == ordinary else stack)
 
 

@@ -20,6 +20,7 @@ from jaxchat.cli.flags import FlagField, Given, flag_fields, help_text, parse, r
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import UnreadableError, text_of
 from jaxchat.options import Flag
+from jaxchat.visible import message
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -202,9 +203,9 @@ def read_text(name: str, flag: str) -> str:
 # --- streams, logging and errors
 
 
-def complain(message: str) -> None:
+def complain(text: str) -> None:
     """A line on standard error."""
-    print(f"jaxchat: {message}", file=sys.stderr)
+    print(f"jaxchat: {message(text)}", file=sys.stderr)
 
 
 def _use_utf8() -> None:
@@ -217,11 +218,16 @@ def _use_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors=errors)
 
 
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return message(super().format(record))
+
+
 def _set_log_level(level: str) -> None:
     logger = logging.getLogger("jaxchat")
     logger.setLevel(level.upper())
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("jaxchat: %(levelname)s: %(message)s"))
+    handler.setFormatter(_Visible("jaxchat: %(levelname)s: %(message)s"))
     logger.handlers = [handler]
     logger.propagate = False
 

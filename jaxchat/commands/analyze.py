@@ -155,6 +155,8 @@ def _measure(model: "Model", windows: "Windows", request: AnalyzeRequest, out: P
                 progress=progress,
             )
         new, seconds = len(journal) - before, time.perf_counter() - started
+    except analysis.KnownResultError as error:
+        raise JaxchatError(f"{journal.path}: {error}; delete the file, or give another --out") from None
     finally:
         journal.close()
     if new:

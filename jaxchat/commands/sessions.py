@@ -44,7 +44,7 @@ class SessionsRequest:
 
 def _run(request: SessionsRequest, given: frozenset[str]) -> int:
     from jaxchat.chat import saved  # numpy and others, which --help need not wait for
-    from jaxchat.cli.terminal.visible import visible
+    from jaxchat.visible import visible
 
     sessions = saved.listed()
     if request.json:

@@ -10,6 +10,7 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import gemma, gpt2, llama, mistral, phi3, qwen
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.families.tables import Family
+from jaxchat.visible import shown
 
 FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
@@ -37,7 +38,7 @@ def read_config(config: Mapping[str, Any], *, source: str = "config.json") -> Mo
     family = BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         supported = ", ".join(sorted(BY_MODEL_TYPE))
-        raise UsageError(f"{source}: model_type {model_type!r} is not supported; supported: {supported}")
+        raise UsageError(f"{source}: model_type {shown(model_type)} is not supported; supported: {supported}")
     result = family.config(HfConfig(config, source))
     _check(result, source)
     return result
@@ -102,22 +103,14 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def _check(config: ModelConfig, source: str) -> None:
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "max_position_embeddings",
-    ):
-        if getattr(config, name) < 1:
-            raise JaxchatError(f"{source}: {name} is {getattr(config, name)}; it must be at least 1")
     if config.num_heads % config.num_kv_heads:
         raise JaxchatError(
             f"{source}: {config.num_heads} attention heads are not a multiple of "
-            f"{config.num_kv_heads} key/value heads"
+            f"{config.num_kv_heads} key/value heads; download the file again"
+        )
+    if config.bos_id is not None and config.bos_id >= config.vocab_size:
+        raise JaxchatError(
+            f"{source}: bos_token_id is {config.bos_id}; expected an id below vocab_size, {config.vocab_size}"
         )
     optional = {"layer_ropes": config.ropes, "layer_blocks": len(config.blocks) > 1}
     for name in ("layer_windows", "layer_attn_scales", *(name for name, used in optional.items() if used)):

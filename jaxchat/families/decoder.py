@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxchat.config import GLOBAL_WINDOW, Block, Half, ModelConfig, Param
 from jaxchat.families.hf_config import HfConfig
-from jaxchat.families.rope import read_rope, rope_dictionary
+from jaxchat.families.rope import read_rope, rope_section
 from jaxchat.families.tables import embedding, head, linear, norm
 
 
@@ -13,35 +13,35 @@ def llama_config(hf: HfConfig, *, family: str, block: Block | None = None, **cha
 
     Defaults for absent keys are those of transformers' LlamaConfig.
     """
-    num_layers = hf.integer("num_hidden_layers")
-    num_heads = hf.integer("num_attention_heads")
-    hidden = hf.integer("hidden_size")
-    head_dim = changes.pop("head_dim", None) or hf.integer("head_dim", hidden // max(num_heads, 1))
-    max_position = hf.integer("max_position_embeddings", changes.pop("default_max_position", 2048))
+    num_layers = hf.layers("num_hidden_layers")
+    num_heads = hf.integer("num_attention_heads", at_least=1)
+    hidden = hf.integer("hidden_size", at_least=1)
+    head_dim = changes.pop("head_dim", None) or head_dim_of(hf)
+    max_position = hf.length("max_position_embeddings", changes.pop("default_max_position", 2048))
     rope = changes.pop("rope", None) or read_rope(
         hf,
-        rope_dictionary(hf),
-        theta=hf.number("rope_theta", changes.pop("default_theta", 10000.0)),
+        rope_section(hf),
+        theta=hf.positive("rope_theta", changes.pop("default_theta", 10000.0)),
         head_dim=head_dim,
         max_position=max_position,
-        original_max_position=hf.get("original_max_position_embeddings"),
+        original_max_position=hf.integer("original_max_position_embeddings", 0) or None,
     )
     default_kv_heads = changes.pop("default_kv_heads", num_heads)
-    if "num_key_value_heads" in hf.values:  # an explicit null is not an absent key
+    if hf.has("num_key_value_heads"):  # an explicit null is not an absent key
         default_kv_heads = num_heads
     bos = hf.ids("bos_token_id")
     values: dict[str, Any] = {
-        "model_type": hf.get("model_type"),
+        "model_type": hf.values["model_type"],
         "family": family,
-        "vocab_size": hf.integer("vocab_size"),
+        "vocab_size": hf.integer("vocab_size", at_least=1),
         "hidden_size": hidden,
-        "intermediate_size": hf.integer("intermediate_size"),
+        "intermediate_size": hf.integer("intermediate_size", at_least=1),
         "num_layers": num_layers,
         "num_heads": num_heads,
-        "num_kv_heads": hf.integer("num_key_value_heads", default_kv_heads),
+        "num_kv_heads": hf.integer("num_key_value_heads", default_kv_heads, at_least=1),
         "head_dim": head_dim,
         "max_position_embeddings": max_position,
-        "norm_eps": hf.number("rms_norm_eps", 1e-6),
+        "norm_eps": hf.nonnegative("rms_norm_eps", 1e-6),
         "blocks": (block or Block(activation=hf.activation("silu", "hidden_act")),),
         "ropes": (rope,),
         "layer_ropes": (0,) * num_layers,
@@ -53,6 +53,15 @@ def llama_config(hf: HfConfig, *, family: str, block: Block | None = None, **cha
     }
     values.update(changes)
     return ModelConfig(**values)
+
+
+def head_dim_of(hf: HfConfig, default: int | None = None) -> int:
+    """H: `head_dim`, or else its default, or else an even share of the hidden size for each head."""
+    shared = hf.integer("hidden_size") // hf.integer("num_attention_heads", at_least=1)
+    return hf.integer("head_dim", default or shared, at_least=1, at_most=_MAX_HEAD)
+
+
+_MAX_HEAD = 1 << 16
 
 
 def windows_of(layer_types: tuple[str, ...], window: int | None) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.config import POST_NORMS, PRE_NORMS, Block, ModelConfig
-from jaxchat.families.decoder import llama_config, llama_params, windows_of
+from jaxchat.families.decoder import head_dim_of, llama_config, llama_params, windows_of
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.families.rope import read_rope
 from jaxchat.families.tables import Family, relayer_types
@@ -18,7 +18,7 @@ def gemma1_config(hf: HfConfig) -> ModelConfig:
         max_position=8192,
         block=Block(
             activation="gelu_tanh"
-            if hf.get("hidden_act") == "gelu"
+            if hf.values.get("hidden_act") == "gelu"
             else hf.activation("gelu_pytorch_tanh", "hidden_act")
         ),
     )
@@ -26,7 +26,7 @@ def gemma1_config(hf: HfConfig) -> ModelConfig:
 
 def gemma2_config(hf: HfConfig) -> ModelConfig:
     """Reads a Gemma2Config: every other layer, from the first, is local."""
-    num_layers = hf.integer("num_hidden_layers")
+    num_layers = hf.layers("num_hidden_layers")
     types = hf.layer_types(num_layers) or _pattern(num_layers, 2)
     return _gemma(
         hf,
@@ -37,25 +37,29 @@ def gemma2_config(hf: HfConfig) -> ModelConfig:
             softcap=_cap(hf, "attn_logit_softcapping", 50.0),
             activation=_activation(hf),
         ),
-        layer_windows=windows_of(types, hf.get("sliding_window", 4096)),
-        layer_attn_scales=(hf.number("query_pre_attn_scalar", 256) ** -0.5,) * num_layers,
+        layer_windows=windows_of(types, hf.window(4096)),
+        layer_attn_scales=(hf.positive("query_pre_attn_scalar", 256) ** -0.5,) * num_layers,
         final_softcap=_cap(hf, "final_logit_softcapping", 30.0),
     )
 
 
 def gemma3_config(hf: HfConfig) -> ModelConfig:
     """Reads a Gemma3TextConfig, or the text half of a Gemma3Config."""
-    hf = HfConfig({**_text_half(hf.values), "model_type": hf.get("model_type")}, hf.source)
-    hf = HfConfig({**_GEMMA3_DEFAULTS, **hf.values}, hf.source)
-    num_layers = hf.integer("num_hidden_layers")
+    text = hf.section("text_config")
+    values = {**_GEMMA3_DEFAULTS, **_text_half(hf.values), "model_type": hf.values["model_type"]}
+    hf = HfConfig(values, text.source if text else hf.source)
+    num_layers = hf.layers("num_hidden_layers")
     types = hf.layer_types(num_layers) or _pattern(num_layers, hf.integer("sliding_window_pattern", 6))
-    head_dim, max_position = hf.integer("head_dim"), hf.integer("max_position_embeddings")
-    nested = hf.get("rope_parameters") or {}
+    head_dim, max_position = head_dim_of(hf), hf.length("max_position_embeddings", 131072)
+    nested = hf.section("rope_parameters") or HfConfig({}, hf.at("rope_parameters"))
     ropes = tuple(
         read_rope(hf, parameters, theta=theta, head_dim=head_dim, max_position=max_position)
         for parameters, theta in (
-            (nested.get("full_attention") or hf.get("rope_scaling"), hf.number("rope_theta", 1e6)),
-            (nested.get("sliding_attention"), hf.number("rope_local_base_freq", 10000.0)),
+            (
+                _updated(nested.section("full_attention"), hf.section("rope_scaling")),
+                hf.positive("rope_theta", 1e6),
+            ),
+            (nested.section("sliding_attention"), hf.positive("rope_local_base_freq", 10000.0)),
         )
     )
     return _gemma(
@@ -66,10 +70,17 @@ def gemma3_config(hf: HfConfig) -> ModelConfig:
         ropes=ropes,
         layer_ropes=tuple(int(t == "sliding_attention") for t in types),
         block=Block(norms=PRE_NORMS + POST_NORMS, qk_norm=True, activation=_activation(hf)),
-        layer_windows=windows_of(types, hf.get("sliding_window", 4096)),
-        layer_attn_scales=(hf.number("query_pre_attn_scalar", 256) ** -0.5,) * num_layers,
+        layer_windows=windows_of(types, hf.window(4096)),
+        layer_attn_scales=(hf.positive("query_pre_attn_scalar", 256) ** -0.5,) * num_layers,
         final_softcap=_cap(hf, "final_logit_softcapping", 0.0),
     )
+
+
+def _updated(parameters: HfConfig | None, scaling: HfConfig | None) -> HfConfig | None:
+    """As in transformers, `rope_scaling` goes over the new parameters of the global layers, key by key."""
+    if parameters is None or scaling is None:
+        return parameters or scaling
+    return HfConfig({**parameters.values, **scaling.values}, scaling.source)
 
 
 _GEMMA3_DEFAULTS = {
@@ -110,7 +121,7 @@ def _gemma(hf: HfConfig, family: str, *, max_position: int, **changes: Any) -> M
     hf.refuse("use_bidirectional_attention")
     bias = hf.flag("attention_bias", False)
     values: dict[str, Any] = {
-        "head_dim": hf.integer("head_dim", 256),
+        "head_dim": head_dim_of(hf, 256),
         "default_max_position": max_position,
         "norm_offset": 1.0,
         "embedding_scale": hf.integer("hidden_size") ** 0.5,
@@ -130,7 +141,7 @@ def _pattern(num_layers: int, period: int) -> tuple[str, ...]:
 
 
 def _cap(hf: HfConfig, key: str, default: float) -> float:
-    return float(hf.get(key, default) or 0.0)
+    return hf.nonnegative(key, 0.0 if hf.has(key) else default)
 
 
 # Multimodal checkpoints keep the text model below these names; their vision towers are not read.

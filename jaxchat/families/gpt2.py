@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxchat.config import GLOBAL_WINDOW, Block, Half, ModelConfig, Param
+from jaxchat.errors import JaxchatError
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.families.tables import Family, embedding, head, linear, norm
 
@@ -12,25 +13,29 @@ _QKV = ("N*H", "K*H", "K*H")
 def config(hf: HfConfig) -> ModelConfig:
     """Reads a GPT2Config."""
     hf.refuse("add_cross_attention")
-    num_layers, num_heads = hf.integer("n_layer"), hf.integer("n_head")
-    hidden = hf.integer("n_embd")
-    head_dim = hidden // max(num_heads, 1)
+    num_layers, num_heads = hf.layers("n_layer"), hf.integer("n_head", at_least=1)
+    hidden = hf.integer("n_embd", at_least=1)
+    head_dim = hidden // num_heads
+    if head_dim < 1:
+        raise JaxchatError(
+            f"{hf.at('n_embd')} is {hidden}; expected at least {num_heads}, one a head (n_head)"
+        )
     scale = head_dim**-0.5 if hf.flag("scale_attn_weights", True) else 1.0
     by_layer = hf.flag("scale_attn_by_inverse_layer_idx", False)
     bos = hf.ids("bos_token_id")
     return ModelConfig(
         model_type="gpt2",
         family="gpt2",
-        vocab_size=hf.integer("vocab_size"),
+        vocab_size=hf.integer("vocab_size", at_least=1),
         hidden_size=hidden,
-        intermediate_size=hf.integer("n_inner", 4 * hidden),
+        intermediate_size=hf.integer("n_inner", 4 * hidden, at_least=1),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=head_dim,
-        max_position_embeddings=hf.integer("n_positions", 1024),
+        max_position_embeddings=hf.length("n_positions", 1024),
         norm="layernorm",
-        norm_eps=hf.number("layer_norm_epsilon", 1e-5),
+        norm_eps=hf.nonnegative("layer_norm_epsilon", 1e-5),
         blocks=(Block(mlp="plain", activation=hf.activation("gelu_new", "activation_function")),),
         learned_positions=True,
         layer_windows=(GLOBAL_WINDOW,) * num_layers,

@@ -3,35 +3,31 @@
 import dataclasses
 
 from jaxchat.config import ModelConfig, Param
-from jaxchat.families.decoder import llama_config, llama_params, windows_of
+from jaxchat.families.decoder import head_dim_of, llama_config, llama_params, windows_of
 from jaxchat.families.hf_config import HfConfig
-from jaxchat.families.rope import read_rope, rope_dictionary
+from jaxchat.families.rope import read_rope, rope_section
 from jaxchat.families.tables import Family
 
 
 def config(hf: HfConfig) -> ModelConfig:
     """Reads a Phi3Config. The old rope names `su` and `yarn` mean LongRoPE, as in transformers."""
-    rope = dict(rope_dictionary(hf) or {})
-    if (rope.get("rope_type") or rope.get("type")) in ("su", "yarn"):
-        rope["rope_type"] = "longrope"
-    num_layers = hf.integer("num_hidden_layers")
-    max_position = hf.integer("max_position_embeddings", 4096)
-    head_dim = hf.integer("head_dim", hf.integer("hidden_size") // max(hf.integer("num_attention_heads"), 1))
+    num_layers = hf.layers("num_hidden_layers")
     return llama_config(
         hf,
         family="phi3",
         default_max_position=4096,
-        layer_windows=windows_of(("sliding_attention",) * num_layers, hf.get("sliding_window")),
+        layer_windows=windows_of(("sliding_attention",) * num_layers, hf.window(None)),
         rope=read_rope(
             hf,
-            rope,
-            theta=hf.number("rope_theta", 10000.0),
-            head_dim=head_dim,
-            max_position=max_position,
-            partial=hf.number("partial_rotary_factor", 1.0),
-            original_max_position=hf.integer("original_max_position_embeddings", 4096),
+            rope_section(hf),
+            theta=hf.positive("rope_theta", 10000.0),
+            head_dim=head_dim_of(hf),
+            max_position=hf.length("max_position_embeddings", 4096),
+            partial=hf.positive("partial_rotary_factor", 1.0),
+            original_max_position=hf.length("original_max_position_embeddings", 4096),
+            names={"su": "longrope", "yarn": "longrope"},
         ),
-        norm_eps=hf.number("rms_norm_eps", 1e-5),
+        norm_eps=hf.nonnegative("rms_norm_eps", 1e-5),
     )
 
 

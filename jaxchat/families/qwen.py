@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.config import GLOBAL_WINDOW, Block, ModelConfig
-from jaxchat.families.decoder import llama_config, llama_params, windows_of
+from jaxchat.families.decoder import head_dim_of, llama_config, llama_params, windows_of
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.families.tables import Family, relayer_types
 
@@ -22,7 +22,7 @@ def qwen3_config(hf: HfConfig) -> ModelConfig:
     return llama_config(
         hf,
         family="qwen3",
-        head_dim=hf.integer("head_dim", 128),
+        head_dim=head_dim_of(hf, 128),
         default_max_position=32768,
         qkv_bias=bias,
         o_bias=bias,
@@ -32,8 +32,8 @@ def qwen3_config(hf: HfConfig) -> ModelConfig:
 
 
 def _windows(hf: HfConfig) -> tuple[int, ...]:
-    num_layers = hf.integer("num_hidden_layers")
-    window = hf.get("sliding_window", 4096) if hf.flag("use_sliding_window", False) else None
+    num_layers = hf.layers("num_hidden_layers")
+    window = hf.window(4096) if hf.flag("use_sliding_window", False) else None
     first = hf.integer("max_window_layers", 28)
     by_index = tuple("sliding_attention" if i >= first else "full_attention" for i in range(num_layers))
     return windows_of(hf.layer_types(num_layers) or by_index, window)

@@ -6,18 +6,20 @@ array library of what it is given.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from jaxchat.config import ModelConfig, RopeConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families.hf_config import HfConfig
+from jaxchat.families.hf_config import HfConfig, Positive
+from jaxchat.visible import shown
 
-Parameters = Mapping[str, Any]
-"""`rope_parameters` of a configuration."""
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Kind:
 
     frequencies: Callable[[RopeConfig, Any], Any]
     needs: tuple[str, ...] = ()
-    attention_factor: Callable[[Parameters, float, int], float] = lambda parameters, factor, trained: 1.0
+    attention_factor: Callable[[HfConfig, float, int], float] = lambda parameters, factor, trained: 1.0
     regime: Callable[[RopeConfig, int], int] = lambda rope, length: 0
     is_followed: bool = False
 
@@ -105,24 +107,21 @@ def _longrope(rope: RopeConfig, context: Any) -> Any:
     return xp.where(context[:, None] > rope.original_max_position, long, short)
 
 
-def _yarn_factor(parameters: Parameters, factor: float, trained: int) -> float:
-    if parameters.get("attention_factor") is not None:
-        return float(parameters["attention_factor"])
-    if factor <= 1.0:
-        return 1.0
-
+def _yarn_factor(parameters: HfConfig, factor: float, trained: int) -> float:
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0
 
-    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return mscale(parameters["mscale"]) / mscale(parameters["mscale_all_dim"])
-    return mscale(1.0)
+    one, all_dimensions = (parameters.number(key, 0.0) for key in ("mscale", "mscale_all_dim"))
+    if factor <= 1.0:
+        default = 1.0
+    else:
+        default = mscale(one) / mscale(all_dimensions) if one and all_dimensions else mscale(1.0)
+    return parameters.positive("attention_factor", default)
 
 
-def _longrope_factor(parameters: Parameters, factor: float, trained: int) -> float:
-    if parameters.get("attention_factor") is not None:
-        return float(parameters["attention_factor"])
-    return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(trained))
+def _longrope_factor(parameters: HfConfig, factor: float, trained: int) -> float:
+    default = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(trained))
+    return parameters.positive("attention_factor", default)
 
 
 KINDS: Mapping[str, Kind] = {
@@ -158,20 +157,21 @@ def is_followed(config: ModelConfig) -> bool:
 
 def read_rope(
     hf: HfConfig,
-    parameters: Mapping[str, Any] | None,
+    parameters: HfConfig | None,
     *,
     theta: float,
     head_dim: int,
     max_position: int,
     partial: float | None = None,
     original_max_position: int | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> RopeConfig:
     """Reads one rotary embedding from a `rope_parameters` or legacy `rope_scaling` dictionary.
 
     Formulas and defaults follow `modeling_rope_utils.py` of transformers.
 
     Args:
-      hf: the whole configuration, for error messages.
+      hf: the whole configuration.
       parameters: the dictionary, or None.
       theta: base frequency where the dictionary has none.
       head_dim: H.
@@ -179,50 +179,83 @@ def read_rope(
       partial: rotated fraction of a head where the dictionary has none; None: the architecture rotates whole
         heads (transformers ignores a fraction there or fails, so it is refused).
       original_max_position: from outside the dictionary, takes precedence, as in transformers.
+      names: what the family calls a kind -> its name in `KINDS`.
     """
-    p = dict(parameters or {})
-    kind = p.get("rope_type") or p.get("type") or "default"
+    p = parameters or HfConfig({}, hf.at("rope_parameters"))
+    kind = p.read("rope_type", str, "") or p.read("type", str, "") or "default"
+    kind = names.get(kind, kind)
     if kind not in KINDS:
-        raise UsageError(f"{hf.source}: rope type {kind!r} is not supported; supported: {', '.join(KINDS)}")
-    fraction = p.get("partial_rotary_factor") or partial or hf.number("partial_rotary_factor", 1.0)
+        raise UsageError(
+            f"{p.source}: rope type {shown(kind)} is not supported; supported: {', '.join(KINDS)}"
+        )
+    if nested := [key for key, value in p.values.items() if isinstance(value, dict)]:
+        raise UsageError(f"{p.at(nested[0])}: rope parameters by layer type are not supported for this model")
+    fraction = p.positive("partial_rotary_factor", partial or hf.positive("partial_rotary_factor", 1.0))
     if partial is None and fraction != 1.0:
         raise UsageError(
-            f"{hf.source}: partial_rotary_factor={fraction} is not supported for {hf.get('model_type')!r}, "
-            "which rotates whole heads"
+            f"{hf.source}: partial_rotary_factor={fraction} is not supported for "
+            f"{hf.values.get('model_type')!r}, which rotates whole heads"
         )
     dim = int(head_dim * fraction)
-    if dim % 2 or dim < 2:
-        raise JaxchatError(f"{hf.source}: RoPE rotates {dim} dimensions of a head; expected an even number")
-    original = original_max_position or p.get("original_max_position_embeddings") or max_position
-    missing = [key for key in KINDS[kind].needs if p.get(key) is None]
-    if missing:
-        raise JaxchatError(f"{hf.source}: rope type {kind!r} needs {missing[0]!r} in its rope parameters")
-    factor = p.get("factor")
-    if factor is None:
-        factor = max_position / original
-    short, long = tuple(p.get("short_factor") or ()), tuple(p.get("long_factor") or ())
+    if dim % 2 or not 2 <= dim <= head_dim:
+        raise JaxchatError(
+            f"{hf.source}: RoPE rotates {dim} dimensions of a head; expected an even number, "
+            f"2 to {head_dim} (head_dim)"
+        )
+    original = original_max_position or p.length("original_max_position_embeddings", max_position)
+    for key in KINDS[kind].needs:
+        if p.values.get(key) is None:
+            raise JaxchatError(f"{p.source}: rope type {kind!r} needs {key!r} in its rope parameters")
+    factor = p.positive("factor", max_position / original)
+    short, long = (tuple(p.read(key, list[Positive], [])) for key in ("short_factor", "long_factor"))
     if kind == "longrope" and not len(short) == len(long) == dim // 2:
         raise JaxchatError(
-            f"{hf.source}: short_factor and long_factor have {len(short)} and {len(long)} entries; "
+            f"{p.source}: short_factor and long_factor have {len(short)} and {len(long)} entries; "
             f"expected {dim // 2}, half the rotated dimensions"
         )
-    return RopeConfig(
+    try:
+        attention_factor = KINDS[kind].attention_factor(p, factor, original)
+    except ZeroDivisionError:
+        attention_factor = math.nan
+    rope = RopeConfig(
         kind=kind,
-        theta=float(p.get("rope_theta") or theta),
+        theta=p.positive("rope_theta", theta),
         dim=dim,
-        factor=float(factor),
-        original_max_position=int(max_position if kind == "dynamic" else original),
-        attention_factor=KINDS[kind].attention_factor(p, float(factor), original),
-        low_freq_factor=float(p.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(p.get("high_freq_factor") or 4.0),
-        beta_fast=float(p.get("beta_fast") or 32.0),
-        beta_slow=float(p.get("beta_slow") or 1.0),
-        truncate=bool(p.get("truncate", True)),
+        factor=factor,
+        original_max_position=max_position if kind == "dynamic" else original,
+        attention_factor=attention_factor,
+        low_freq_factor=p.positive("low_freq_factor", 1.0),
+        high_freq_factor=p.positive("high_freq_factor", 4.0),
+        beta_fast=p.positive("beta_fast", 32.0),
+        beta_slow=p.positive("beta_slow", 1.0),
+        truncate=p.flag("truncate", True),
         short_factor=short,
         long_factor=long,
     )
+    _check(rope, p, max_position)
+    return rope
 
 
-def rope_dictionary(hf: HfConfig) -> Mapping[str, Any] | None:
-    """`rope_parameters` (transformers 5) or `rope_scaling` (before)."""
-    return hf.get("rope_parameters") or hf.get("rope_scaling")
+def _check(rope: RopeConfig, parameters: HfConfig, max_position: int) -> None:
+    """Refuses parameters, each possible, that together give no rotation."""
+    with np.errstate(all="ignore"):
+        try:
+            found = KINDS[rope.kind].frequencies(rope, np.asarray([1, max_position]))
+        except ZeroDivisionError:
+            found = math.nan
+    if not (np.isfinite(found).all() and math.isfinite(rope.attention_factor)):
+        raise JaxchatError(
+            f"{parameters.source}: rope type {rope.kind!r} has no finite frequencies with these parameters; "
+            "download the file again"
+        )
+
+
+def rope_section(hf: HfConfig) -> HfConfig | None:
+    """`rope_scaling`, or `rope_parameters` (transformers 5).
+
+    Of both the former is followed, as transformers does: users add it to what transformers has saved.
+    """
+    scaling, parameters = hf.section("rope_scaling"), hf.section("rope_parameters")
+    if scaling and parameters and not scaling.values.items() <= parameters.values.items():
+        logger.warning("%s: rope_scaling is followed, and not rope_parameters", hf.source)
+    return scaling or parameters

@@ -479,7 +479,7 @@ def test_two_may_not_write_one_journal(tmp_path):
 def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
     path = tmp_path / "journal"
     path.write_bytes(content)
-    with pytest.raises(JaxchatError, match="is not the journal of an analysis"):
+    with pytest.raises(JaxchatError, match=r"/journal:[12].*; delete the file, or give another --out"):
         Journal(path, {})
     assert path.read_bytes() == content
 

@@ -12,6 +12,7 @@ import unicodedata
 import zlib
 from itertools import accumulate
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import jaxchat
-from jaxchat.chat.conversation import Conversation
+from jaxchat.chat.conversation import Conversation, ConversationState
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.runtime import Model
 from jaxchat.text.chat_template import ChatTemplate
@@ -50,6 +51,11 @@ def fresh_logits(chat):
     return np.asarray(session.prefill()[0])
 
 
+def through_json(state):
+    text = json.dumps(msgspec.to_builtins(state))
+    return msgspec.convert(json.loads(text), ConversationState)
+
+
 def assert_in_step(chat):
     """Cache, history and template agree, and the logits are those of a fresh prefill."""
     conversation = chat.conversation
@@ -59,7 +65,7 @@ def assert_in_step(chat):
     assert chat.session.ids[0] == chat.token_ids
     np.testing.assert_allclose(np.asarray(chat.session.prefill()[0]), fresh_logits(chat), atol=2e-4)
     assert squeezed(spelled(tokenizer, chat.token_ids)) == squeezed(conversation.rendered_text())
-    copy = Conversation.from_state(template, tokenizer, json.loads(json.dumps(conversation.state())))
+    copy = Conversation.from_state(template, tokenizer, through_json(conversation.state()))
     assert (copy.messages, copy.token_ids) == (chat.messages, chat.token_ids)
     try:
         copy.open()
@@ -730,7 +736,7 @@ def test_a_long_continued_chat_forgets_its_oldest_turns(tiny):
 def test_a_state_is_json_and_gives_the_same_conversation(tiny):
     chat = tiny.chat_session("be", reversed_role=True, opening="Hi", template_kwargs={"x": 1})
     run(chat.send("yes", prefix="No", **OPTIONS))
-    state = json.loads(json.dumps(chat.conversation.state()))
+    state = through_json(chat.conversation.state())
     again = Conversation.from_state(tiny.template, tiny.tokenizer, state)
     assert again.state() == chat.conversation.state()
     assert again.open() == chat.conversation.open()

@@ -341,8 +341,11 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     ("edit", "message"),
     [
         ({"format_version": 9}, "format_version is 9, this jaxchat reads up to 2"),
-        ({"format": "zip"}, "format is 'zip'; expected 'native' or 'orbax'"),
-        ({"rename": []}, "not a checkpoint description"),
+        (
+            {"format": "zip"},
+            "jaxchat.json: format is 'zip'; expected a text matching",
+        ),
+        ({"rename": []}, "jaxchat.json: rename is []; expected a list of length 2"),
     ],
 )
 def test_damaged_description(tmp_path: Path, edit: dict[str, object], message: str) -> None:

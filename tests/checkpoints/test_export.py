@@ -252,7 +252,7 @@ def test_a_recorded_plan_holds_each_used_layer_once(source, tmp_path: Path):
     written = convert(source("gemma2"), tmp_path / "native", layer_spec="[[3, 1, 0.5], 1, 3]")
     assert written.plan == "[[1, 1.0, 0.5], 0, 1]"
     assert written.stack is not None
-    assert written.stack["layer_windows"] == [0, 0]
+    assert written.stack.layer_windows == (0, 0)
     config, params = load_params(tmp_path / "native")
     assert params["layers.q.weight"].shape[0] == config.num_layers == 2
     # `config.json` stays the base model's; the description knows better.
@@ -333,11 +333,11 @@ def test_a_recipe_over_a_recorded_plan_is_refused(source, tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"plan": "0:9,77"}, "the recorded plan is malformed (layer 77 is out of range"),
-        ({"plan": "@/etc/passwd"}, "the recorded plan is malformed ('@/etc/passwd' is not spelled out)"),
-        ({"plan": 7}, "the recorded plan is malformed (7 is not spelled out)"),
-        ({"stack": {"ropes": []}}, "not the description of a stack ('layer_rows')"),
-        ({"stack": 3}, "not the description of a stack"),
+        ({"plan": "0:9,77"}, "jaxchat.json: the recorded layer plan is '0:9,77': layer 77 is out of range"),
+        ({"plan": "@/etc/passwd"}, "the recorded layer plan is '@/etc/passwd': expected the plan itself"),
+        ({"plan": 7}, "jaxchat.json: plan is 7; expected a text"),
+        ({"stack": {"ropes": []}}, "jaxchat.json: stack: 'layer_ropes' is missing"),
+        ({"stack": 3}, "jaxchat.json: stack is 3; expected an object"),
     ],
 )
 def test_damaged_descriptions_are_one_line(source, tmp_path: Path, change: dict, said: str):

@@ -164,8 +164,8 @@ def test_description_names_the_format_of_every_quantized_parameter(
     convert(tiny_directory("gpt2"), tmp_path / "int4", quant=parse("int4:affine"))
     quantization = Manifest.read(tmp_path / "int4").quantization
     assert quantization is not None
-    assert quantization["format"] == "int4:affine"
-    assert quantization["parameters"] == {
+    assert quantization.format == "int4:affine"
+    assert quantization.parameters == {
         "embed.weight": "int8",
         **{f"layers.{name}.weight": "int4:affine" for name in ("q", "k", "v", "o", "up", "down")},
     }
@@ -234,8 +234,8 @@ def test_orbax_refuses_quantized_weights(tmp_path: Path, tiny_directory: Directo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 3}, "jaxchat.json: 3 is no quantization format"),
-        ({"parameters": None}, "jaxchat.json: quantization has no parameters"),
+        ({"format": 3}, "jaxchat.json: quantization.format is 3; expected a text"),
+        ({"parameters": None}, "jaxchat.json: quantization.parameters is None; expected an object"),
         ({"parameters": {"embed.weight": "int9"}}, "jaxchat.json: 'int9' is no quantization format"),
         ({"parameters": {}}, "missing tensors: embed.weight [67, 24]"),
         ({"parameters": {"embed.weight": "int4"}}, "wrong dtypes: embed.weight.codes: expected U8, found I8"),

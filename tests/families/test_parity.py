@@ -6,6 +6,7 @@ and converting the weights are part of what is compared. `test_goldens.py` compa
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -95,9 +96,10 @@ def test_greedy_continuation_of_a_ragged_batch_equals_the_reference_of_each_prom
 
 
 def test_config_saved_by_transformers_reads_like_the_one_it_was_made_from(pair: Pair):
-    saved = dataclasses.replace(ModelDirectory.at(pair.directory).config, bos_id=None, eos_ids=())
-    original = dataclasses.replace(read_config(CASES[pair.case]), bos_id=None, eos_ids=())
-    assert saved == original
+    # What it reads as another type than it says, it saves as that.
+    ignored: dict[str, Any] = {"model_type": "", "bos_id": None, "eos_ids": ()}
+    saved = dataclasses.replace(ModelDirectory.at(pair.directory).config, **ignored)
+    assert saved == dataclasses.replace(read_config(CASES[pair.case]), **ignored)
 
 
 # --- rotary frequencies at the sizes of real models, where every bound of a blend falls between two of them

@@ -92,6 +92,11 @@ _LLAMA: dict[str, dict[str, Any]] = {
         "rope_parameters": _yarn(),
     },
     "rope-yarn-not-truncated": {"rope_parameters": _yarn(truncate=False, attention_factor=0.8)},
+    # What transformers saved, and what its user has added: transformers follows the latter.
+    "rope-keys-both": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
+        "rope_scaling": {"type": "linear", "factor": 3.0},
+    },
     "rope-yarn-mscale": {"head_dim": 12, "rope_parameters": _yarn(mscale=0.7, mscale_all_dim=1.3)},
     "everything": {
         "head_dim": 8,
@@ -107,6 +112,7 @@ _MISTRAL: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 7},
     "head-dim": {"sliding_window": 50, "head_dim": 10},
     "null-window": {"sliding_window": None},
+    "mixed-layers": {"head_dim": 6, "sliding_window": 7, "layer_types": [_FULL, _SLIDING, _FULL, _FULL]},
     "everything": {
         "sliding_window": 9,
         "head_dim": 10,
@@ -206,6 +212,17 @@ _GEMMA3: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 10,
         "rope_theta": 2000.0,
         "rope_local_base_freq": 50.0,
+    },
+    "rope-keys-both": {
+        "head_dim": 10,
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 10,
+        "layer_types": [_SLIDING, _FULL, _SLIDING, _FULL],
+        "rope_parameters": {
+            _FULL: {"rope_type": "default", "rope_theta": 3000.0},
+            _SLIDING: {"rope_type": "default", "rope_theta": 80.0},
+        },
+        "rope_scaling": {"rope_type": "linear", "factor": 5.0},
     },
     "everything": {
         "head_dim": 12,

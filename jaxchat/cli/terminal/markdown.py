@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
 
-from jaxchat.cli.terminal.visible import visible
+from jaxchat.visible import visible
 
 _SPARE_LINES = 2
 """Lines of the screen that a preview leaves free, so that it never scrolls."""

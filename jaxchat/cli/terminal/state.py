@@ -8,11 +8,11 @@ from jaxchat.cli.chosen_model import ChosenModel
 from jaxchat.cli.request import Request
 from jaxchat.cli.stats import Stats
 from jaxchat.cli.terminal.replies import ChatReplies, Replies
-from jaxchat.cli.terminal.visible import visible
 from jaxchat.cli.terminal.writing import say
 from jaxchat.engine.session import ContextOverflowError
 from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions, PrefixIn
+from jaxchat.visible import visible
 
 
 @dataclass(kw_only=True)

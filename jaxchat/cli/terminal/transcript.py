@@ -3,8 +3,8 @@
 import sys
 
 from jaxchat.chat.session import ChatSession
-from jaxchat.cli.terminal.visible import visible
 from jaxchat.cli.terminal.writing import styled, write
+from jaxchat.visible import visible
 
 YOU, AI = "You  > ", "A.I. > "
 _BOLD = "1"

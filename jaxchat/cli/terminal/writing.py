@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from jaxchat.cli.terminal.markdown import MarkdownSink
-from jaxchat.cli.terminal.visible import visible
 from jaxchat.cli.terminal.wrapping import Screen, Wrapping
 from jaxchat.text.reasoning import Kind, Piece
+from jaxchat.visible import visible
 
 _DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
