@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from jaxchat.cli.stats import CompileClock
+from jaxchat.cli.terminal.wrapping import Screen
 from jaxchat.cli.terminal.writing import is_dumb, is_terminal
 
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -84,7 +85,8 @@ class Waiting:
             if self._interrupted():
                 text, patience = self._after_interrupt, 0
             if patience <= 0:
-                self._put(f"{_ERASE}{_FRAMES[frame % len(_FRAMES)]} {text()} ")
+                line = f"{_FRAMES[frame % len(_FRAMES)]} {text()} "
+                self._put(_ERASE + line[: (Screen(sys.stderr).columns or 80) - 1])
                 frame, shown = frame + 1, True
         if shown:
             self._put(_ERASE)
