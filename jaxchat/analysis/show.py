@@ -330,9 +330,11 @@ def _weight_facts(report: Report) -> Iterator[tuple[str, str]]:
         return
     sizes = dict(report.quantized_bytes)
     mark = " (as stored)" if report.stored_dtype == report.quantization else ""
-    if not mark and report.stored_dtype:
-        mark = f" (stored as {report.stored_dtype})"
-    yield "weights", f"{report.quantization} {short_bytes(sizes.pop('total'))}{mark}, scales included:"
+    stored = f", of {report.stored_dtype} as stored" if report.stored_dtype and not mark else ""
+    yield (
+        "weights",
+        f"{report.quantization} {short_bytes(sizes.pop('total'))}{mark}, scales included{stored}:",
+    )
     groups = ", ".join(f"{name} {short_bytes(size)}" for name, size in sizes.items())
     yield from (("", line) for line in _wrap(groups, 66))
     yield "", f"not quantized {plain}"
