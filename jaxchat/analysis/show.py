@@ -330,10 +330,9 @@ def _weight_facts(report: Report) -> Iterator[tuple[str, str]]:
         return
     sizes = dict(report.quantized_bytes)
     mark = " (as stored)" if report.stored_dtype == report.quantization else ""
-    stored = f", of {report.stored_dtype} as stored" if report.stored_dtype and not mark else ""
     yield (
         "weights",
-        f"{report.quantization} {short_bytes(sizes.pop('total'))}{mark}, scales included{stored}:",
+        f"{report.quantization} {short_bytes(sizes.pop('total'))}{mark}, scales included:",
     )
     groups = ", ".join(f"{name} {short_bytes(size)}" for name, size in sizes.items())
     yield from (("", line) for line in _wrap(groups, 66))
