@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxchat.errors import JaxchatError
+from jaxchat.misplaced import refuse_misplaced
 
 MAX_SMALL_BYTES = 1 << 20
 """A plan or a recipe is a few lines; more is another file, chosen by mistake."""
@@ -116,6 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(text_of(read_bytes(path, MAX_JSON_BYTES)))
     except UnreadableError as error:
+        refuse_misplaced(path)
         raise JaxchatError(f"{path}: not readable as JSON ({error}); download the file again") from None
     if not isinstance(value, dict):
         raise JaxchatError(

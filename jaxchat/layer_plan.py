@@ -111,7 +111,7 @@ class LayerPlan:
             "0:10, 10:20:2, -1"     0..9, 10 12 14 16 18, L-1
             "[0, [1, 0.0, 1.0], 2]" a JSON list: layers, and [layer, attn_scale, mlp_scale]
             "(4,8)"                 RYS: 0..7, then 4..L-1; also "blocks:4,8;12,14"
-            "[(0,8),(4,12)]"        exllamav2: half-open ranges one after the other
+            "[(0,8),(4,12)]"        exllamav2: 0..7, then 4..L-1, as the last range runs on to the end
             "@plan.txt"             what that file holds, in any of these, on any number of lines
 
         Slices have exactly Python's meaning: ends are clamped, negative numbers count from the end, `::-1`

@@ -275,11 +275,12 @@ def _repeated(blocks: Sequence[range], num_layers: int) -> Iterator[Entry]:
     return ((layer, 1.0, 1.0) for layer in layers)
 
 
-# --- exllamav2: half-open ranges that run one after the other
+# --- exllamav2: half-open ranges that run one after the other, the last one on to the end of the model
+# (turboderp-org/exllamav2, pull request 275: what lies behind the last range is always run)
 
 
 def _parse_ranges(text: str, num_layers: int) -> Iterator[Entry]:
-    position = _skip_blanks(text, text.index("[") + 1)
+    position, stop = _skip_blanks(text, text.index("[") + 1), num_layers
     while text[position : position + 1] != "]":
         found = _PAIR.match(text, position)
         if not found:
@@ -294,6 +295,8 @@ def _parse_ranges(text: str, num_layers: int) -> Iterator[Entry]:
         if text[position] == ",":
             position = _skip_blanks(text, position + 1)
     _expect_end(text, _skip_blanks(text, position + 1))
+    for layer in range(stop, num_layers):
+        yield layer, 1.0, 1.0
 
 
 # --- JSON: layers, and slots with scales
@@ -391,6 +394,11 @@ def _to_rys(entries: Sequence[Entry], num_layers: int) -> str:
 
 def _to_ranges(entries: Sequence[Entry], num_layers: int) -> str:
     runs = _ranges(_layers_without_scales(entries, "exllamav2 ranges"))
+    if runs[-1].stop != num_layers:
+        raise PlanError(
+            f"exllamav2 ranges run on to the last layer, {num_layers - 1}, and the plan ends with layer "
+            f"{runs[-1].stop - 1}; write it as spec"
+        )
     return "[" + ",".join(f"({run.start},{run.stop})" for run in runs) + "]"
 
 

@@ -74,13 +74,28 @@ class Range(NamedTuple):
 _MAX, _TINY = float.fromhex("0x1.fffffep127"), 2.0**-126  # of float32
 SAMPLING_RANGES: Mapping[str, Range] = {
     "temperature": Range(float, 0, _MAX, "a number >= 0 (0 = greedy)"),
-    "top_k": Range(int, 0, 2**31 - 1, "an integer >= 0 (0 = off)"),
+    "top_k": Range(int, 0, 2**31 - 1, "an integer >= 0 (0 or -1 = off)"),
     "top_p": Range(float, _TINY, 1, "a number > 0 and <= 1 (1 = off)"),
     "min_p": Range(float, 0, 1, "a number from 0 to 1 (0 = off)"),
     "repetition_penalty": Range(float, _TINY, _MAX, "a number > 0 (1 = off)"),
     "presence_penalty": Range(float, -_MAX, _MAX, "a finite number (0 = off)"),
     "frequency_penalty": Range(float, -_MAX, _MAX, "a finite number (0 = off)"),
 }
+
+
+def outside(name: str, value: Any) -> str | None:
+    """What is wrong with the value of a sampling parameter; None if nothing is."""
+    limits = SAMPLING_RANGES[name]
+    number = numbers.Integral if limits.type is int else numbers.Real
+    problem = f"{name}: got {value!r}, expected {limits.expected}"
+    if isinstance(value, bool) or not isinstance(value, number):
+        return problem
+    try:
+        inside = limits.low <= float(value) <= limits.high  # NaN is not in any range
+    except OverflowError:
+        inside = False
+    return None if inside else problem
+
 
 _length = functools.partial(Flag, group="How long")
 _sampling = functools.partial(Flag, group="Sampling")
@@ -118,7 +133,7 @@ class GenerateOptions:
     ] = 0.0
     top_k: Annotated[
         int,
-        _sampling(help="Choose among the N most probable tokens; 0 is off", example="-k 40", short="k"),
+        _sampling(help="Choose among the N most probable tokens; 0 or -1 is off", example="-k 40", short="k"),
     ] = 0
     top_p: Annotated[
         float,
@@ -197,13 +212,11 @@ class GenerateOptions:
     ] = "error"
 
     def __post_init__(self) -> None:
-        for name, limits in SAMPLING_RANGES.items():
-            value = getattr(self, name)
-            number = numbers.Integral if limits.type is int else numbers.Real
-            if isinstance(value, bool) or not isinstance(value, number):
-                raise UsageError(f"{name}: got {value!r}, expected {limits.expected}")
-            if not limits.low <= float(value) <= limits.high:  # NaN is not in any range
-                raise UsageError(f"{name}: got {value}, expected {limits.expected}")
+        if self.top_k == -1:  # as others write "off"
+            object.__setattr__(self, "top_k", 0)
+        for name in SAMPLING_RANGES:
+            if problem := outside(name, getattr(self, name)):
+                raise UsageError(problem)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

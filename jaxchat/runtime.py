@@ -91,11 +91,21 @@ class Model:
             max_slots=self.max_slots,
         )
 
-    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """A text's token ids as a prompt of its own (with BOS where the model wants one)."""
+    def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """A text's token ids as a prompt of its own (with BOS where the model wants one).
+
+        Args:
+          text: any string.
+          parse_special: special tokens spelled out in it (`<|im_start|>`, `<fim_prefix>`) are those, as in
+            transformers; otherwise they are text. Messages of a chat are always text.
+        """
         if self.tokenizer is None:
             raise UsageError("this model directory has no tokenizer; give token_ids")
-        return self.tokenizer.encode(text, parse_special=parse_special)
+        ids = self.tokenizer.encode(text, parse_special=parse_special)
+        if ids[:2] == [self.tokenizer.bos_id] * 2:
+            name = self.tokenizer.decode(ids[:1])
+            logger.warning("the text begins with %s, which the model adds itself: it is there twice", name)
+        return ids
 
     def generate(
         self,
@@ -104,6 +114,7 @@ class Model:
         token_ids: Sequence[Sequence[int]] | None = None,
         plans: Sequence[str | LayerPlan | None] | None = None,
         batch_size: int = 8,
+        parse_special: bool = True,
         options: GenerateOptions = DEFAULTS,
         **overrides: Unpack[GenerateOverrides],
     ) -> list[Result]:
@@ -114,6 +125,7 @@ class Model:
           token_ids: instead of texts; needs no tokenizer.
           plans: a layer plan a prompt, None for the model's own; prompts under the same plan run together.
           batch_size: how many sequences are decoded together.
+          parse_special: special tokens spelled out in a text are those, see `encode`.
           options: how to go on; single ones can be given by name: `max_new_tokens=20`.
 
         Returns:
@@ -122,7 +134,7 @@ class Model:
         >>> model.generate("Once upon a time", max_new_tokens=20)[0].text  # doctest: +SKIP
         """
         settings = checked_options(overrides, options)
-        ids = self._prompt_ids(prompts, token_ids)
+        ids = self._prompt_ids(prompts, token_ids, parse_special)
         chosen, slots = self._plans(plans, len(ids))
         results: dict[int, Result] = {}
         for group, session in self._groups(ids, chosen, slots, batch_size):
@@ -138,15 +150,16 @@ class Model:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
+        parse_special: bool = True,
         options: GenerateOptions = DEFAULTS,
         **overrides: Unpack[GenerateOverrides],
     ) -> TextStream:
-        """Continues one prompt, yielding text as it comes; the options are as for `generate`.
+        """Continues one prompt, yielding text as it comes; everything is as for `generate`.
 
         >>> for piece in model.stream("Once upon a time", max_new_tokens=20):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
         """
-        ids = self._prompt_ids(prompt, None if token_ids is None else [token_ids])
+        ids = self._prompt_ids(prompt, None if token_ids is None else [token_ids], parse_special)
         session = self.engine.session(self.plan, max_slots=self.max_slots)
         row = Row.of_prompt(ids[0], numbered(checked_options(overrides, options), 0))
         return TextStream(Batch(self.vocabulary, session, [row]))
@@ -232,14 +245,15 @@ class Model:
         token_ids: Sequence[Sequence[int]] | None = None,
         plans: Sequence[str | LayerPlan | None] | None = None,
         batch_size: int = 1,
+        parse_special: bool = True,
     ) -> list[Score]:
         """Log-likelihood of every token of each text, given those before it.
 
-        `plans` and `batch_size` are as in `generate`.
+        `plans`, `batch_size` and `parse_special` are as in `generate`.
 
         >>> model.score("Once upon a time")[0].total  # doctest: +SKIP
         """
-        all_ids = self._prompt_ids(texts, token_ids)
+        all_ids = self._prompt_ids(texts, token_ids, parse_special)
         chosen, slots = self._plans(plans, len(all_ids))
         scores: dict[int, Score] = {}
         for group, session in self._groups(all_ids, chosen, slots, batch_size):
@@ -264,14 +278,18 @@ class Model:
                 yield group, session
 
     def _prompt_ids(
-        self, prompts: str | Sequence[str] | None, token_ids: Sequence[Sequence[int]] | None
+        self,
+        prompts: str | Sequence[str] | None,
+        token_ids: Sequence[Sequence[int]] | None,
+        parse_special: bool,
     ) -> list[list[int]]:
         if (prompts is None) == (token_ids is None):
             raise UsageError("give either prompts or token_ids")
         if token_ids is not None:
             ids = [list(row) for row in token_ids]
         else:
-            ids = [self.encode(text) for text in ([prompts] if isinstance(prompts, str) else prompts or [])]
+            texts = [prompts] if isinstance(prompts, str) else prompts or []
+            ids = [self.encode(text, parse_special=parse_special) for text in texts]
         for number, row in enumerate(ids):
             if not row:
                 raise UsageError(f"prompt {number} is empty; give at least one token")

@@ -54,11 +54,12 @@ def test_rys_blocks_are_inserted_after_the_last_time_their_last_layer_runs(spec,
     assert layers(spec, 8) == expected
 
 
-def test_exllamav2_ranges_run_one_after_the_other():
+def test_exllamav2_ranges_run_one_after_the_other_and_the_last_on_to_the_end():
     assert layers("[(0,8),(4,12)]") == [*range(8), *range(4, 12)]
-    assert layers("[ (0, 2),\t(0, 2), ]") == [0, 1, 0, 1]
+    assert layers("[ (0, 2),\t(0, 2), ]", 4) == [0, 1, 0, 1, 2, 3]
+    assert layers("[(3,5)]", 6) == [3, 4, 5]
     venus = "[(0,20),(10,30),(20,40),(30,50),(40,60),(50,70),(60,79)]"
-    assert len(layers(venus, 80)) == 139
+    assert layers(venus, 80) == [*layers(venus, 79), 79]
 
 
 @pytest.mark.parametrize(
@@ -95,8 +96,14 @@ def test_every_plan_printed_as_spec_or_json_parses_to_itself(plan, kind):
 
 
 @given(plans(scales=st.just(1.0)))
-def test_every_plan_without_scales_printed_as_ranges_parses_to_itself(plan):
-    assert LayerPlan.parse(plan.to_notation("exllama"), plan.num_layers) == plan
+def test_every_plan_without_scales_that_ends_with_the_last_layer_printed_as_ranges_parses_to_itself(plan):
+    if plan.slots[-1].layer == plan.num_layers - 1:
+        assert LayerPlan.parse(plan.to_notation("exllama"), plan.num_layers) == plan
+    else:
+        with pytest.raises(
+            PlanError, match=r"exllamav2 ranges run on to the last layer, .*; write it as spec"
+        ):
+            plan.to_notation("exllama")
 
 
 @given(repeats())
@@ -134,7 +141,7 @@ def test_a_plan_in_a_file_is_the_plan(tmp_path_factory, plan, kind):
         ("all", "rys", "(0,0)"),
         ("0:8,4:12,8:", "rys", "blocks:4,8;8,12"),
         ("0:8,4:12,8:", "exllama", "[(0,8),(4,12),(8,16)]"),
-        ("2,1,0", "exllama", "[(2,3),(1,2),(0,1)]"),
+        ("2,1,15", "exllama", "[(2,3),(1,2),(15,16)]"),
         ("(4,8)", "spec", "0:8,4:16"),
         ("[[2, 0.5, 1], 3]", "json", "[[2, 0.5, 1.0], 3]"),
         ("0:2", "json", "[0, 1]"),

@@ -290,6 +290,39 @@ def test_chat_is_the_first_turn_of_a_session(model):
     assert model.chat("hi", **GREEDY).token_ids == reply(model.chat_session(), "hi", **GREEDY).token_ids
 
 
+def test_special_tokens_in_a_text_that_is_continued_are_those_unless_asked_otherwise(model):
+    raw, options = "<|user|>hi</s><|assistant|>", {"max_new_tokens": 5}
+    parsed, spelled = (model.tokenizer.encode(raw, parse_special=special) for special in (True, False))
+    assert (len(parsed), len(spelled)) == (5, len(raw))
+    for ids, special in ((parsed, {}), (spelled, {"parse_special": False})):
+        assert model.encode(raw, **special) == ids
+        assert model.score(raw, **special)[0].token_ids == ids
+        expected = model.generate(token_ids=[ids], **options)[0].token_ids
+        assert model.generate(raw, **special, **options)[0].token_ids == expected
+        stream = model.stream(raw, **special, **options)
+        assert "".join(stream) == stream.result.text
+        assert stream.result.token_ids == expected
+    assert model.chat(raw, max_new_tokens=1).prompt_tokens > len(raw)  # a message
+
+
+def test_a_text_that_begins_as_all_do_is_warned_about(tmp_path, caplog):
+    directory = write_tiny_chat(tmp_path)
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    model = jaxchat.load(directory)
+    assert model.encode("a")[0] == 1
+    assert caplog.messages == []
+    assert model.encode("<s>a")[:2] == [1, 1]
+    assert caplog.messages == ["the text begins with <s>, which the model adds itself: it is there twice"]
+
+
 def test_chat_takes_a_whole_conversation(model):
     chat = model.chat_session(system="be")
     first = reply(chat, "hi", stop_token_ids=[])

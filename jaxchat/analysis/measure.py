@@ -168,7 +168,8 @@ def analyze(
     pairs = repeats(len(base), questions.rys_sample, questions.seed)
     pairs = pairs if "rys" in questions.parts else []
     positions = _positions(windows, questions) if "lens" in questions.parts else []
-    groups = _groups(windows, batch or windows_at_once(engine, base, windows))
+    at_once = min(batch, len(windows.lengths)) if batch else windows_at_once(engine, base, windows)
+    groups = _groups(windows, at_once)
     tasks = _tasks(base, questions, pairs)
     lens = _Task(
         f"lens top {questions.top_k} at {positions}",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxchat import model
+from jaxchat import memory, model
 from jaxchat.engine.session import Engine
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan, PlanArrays
@@ -91,6 +91,13 @@ class Sweep:
                 "choose fewer"
             )
         engine.check_ids(windows.tokens.reshape(-1).tolist())
+        count, length = windows.tokens.shape
+        memory.require(
+            _states_bytes(engine, base, count, length),
+            engine.devices,
+            what=f"the residual stream of {count} windows of {length} tokens",
+            advice="read fewer windows at once (batch), or shorter ones",
+        )
         self.engine = engine
         self.base = base.executed()
         self.windows = windows
@@ -168,11 +175,15 @@ class Sweep:
         return np.asarray(ids), np.asarray(logprobs)
 
 
+def _states_bytes(engine: Engine, base: LayerPlan, count: int, length: int) -> int:
+    slots = len(base.executed()) + 1
+    return slots * count * length * engine.config.hidden_size * engine.dtype.itemsize
+
+
 def windows_at_once(engine: Engine, base: LayerPlan, windows: Windows, mebibytes: int = 256) -> int:
     """How many windows' hidden states, before and after every slot, fit `mebibytes`; at least one."""
     count, length = windows.tokens.shape
-    states = (len(base.executed()) + 1) * length * engine.config.hidden_size * engine.dtype.itemsize
-    most = min(max((mebibytes << 20) // states, 1), count)
+    most = min(max((mebibytes << 20) // _states_bytes(engine, base, 1, length), 1), count)
     return -(-count // -(-count // most))  # as even as can be
 
 

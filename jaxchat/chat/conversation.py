@@ -309,7 +309,7 @@ class Conversation:
         rendered = self._ledger.rendered(prompt, self.tokenizer)
         self._ledger = rendered.replied(reply.chunk)
         prompt_ids = tuple(rendered.ids)
-        kept = reply.chunk.ids[:-1] if reply.ended else reply.chunk.ids
+        kept = self._without_end(prompt_ids, reply.chunk, prompt.tail) if reply.ended else reply.chunk.ids
         after = prompt_ids[-1] if prompt_ids else None
         before = decoded(self.tokenizer, prompt_ids, kept).text
         message = join(self.tokenizer, kept, suffix, after=after)
@@ -346,8 +346,15 @@ class Conversation:
         if opening is None:
             if not self._ledger.chunks or self._ledger.ends_with_reply:
                 self.prompt_ids()
-            opened = self._prompts.opened_by(self.rendered_text())
-            opening = Opening(role=self.role, prompt=tuple(self.token_ids), opened=opened)
+            prompt = self._prompt(self._entries, self.role)
+            opening = Opening(
+                role=self.role,
+                prompt=tuple(self.token_ids),
+                opened=prompt.opened,
+                stop_ids=prompt.stop_ids,
+                stop_strings=prompt.stop_strings,
+                tail=prompt.tail,
+            )
         text = MessageText(self.tokenizer, opening, tags=self.thought_tags, end_ids=end_ids)
         text.begin()
         for token_id in ids:
@@ -366,8 +373,7 @@ class Conversation:
         """
         ids = [int(i) for i in ids]
         if text.dropped:
-            hidden = hidden_ids(self.tokenizer, self.thought_tags)
-            ids = shortened(self.tokenizer, opening.prompt, ids, text.dropped, hidden)
+            ids = shortened(self.tokenizer, opening.prompt, ids, text.dropped, text.hidden)
         chunk = decoded(self.tokenizer, opening.prompt, ids)
         reply = _Reply(
             chunk,
@@ -405,6 +411,13 @@ class Conversation:
 
     def _prompt(self, entries: Sequence[_Entry], role: str) -> Prompt:
         return self._prompts.before(_messages(entries), role)
+
+    def _without_end(self, prompt: Sequence[int], chunk: Chunk, tail: str) -> Sequence[int]:
+        """The ids of a message that had come to its end, without that and what the template puts before."""
+        kept = chunk.ids[:-1]
+        if not tail or not decoded(self.tokenizer, prompt, kept).text.endswith(tail):
+            return kept
+        return shortened(self.tokenizer, prompt, kept, len(tail), frozenset())
 
     def _added_text(self, prompt: Sequence[int], ids: Sequence[int], before: str, text: str) -> str:
         """`text` as the last of `ids` spell it: a tokenizer may compose characters."""

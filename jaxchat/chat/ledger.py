@@ -127,9 +127,14 @@ def decoded(
 def shortened(
     tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], characters: int, hidden: frozenset[int]
 ) -> list[int]:
-    """`ids` without the last `characters` of their text, a token across that place cut in two."""
-    whole = decoded(tokenizer, prompt, ids, hidden=hidden)
+    """`ids` without the last `characters` of their text, a token across that place cut in two.
+
+    The characters are those of all ids; of one that is `hidden` no part stays.
+    """
+    whole = decoded(tokenizer, prompt, ids)
     length = len(whole.text) - characters
     head = whole.head(length)
     rest = whole.text[len(head.text) : length]
+    if len(head.ids) < len(ids) and ids[len(head.ids)] in hidden:
+        rest = ""
     return join(tokenizer, head.ids, rest, after=prompt[-1] if prompt else None)

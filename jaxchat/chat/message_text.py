@@ -16,7 +16,8 @@ class MessageText:
     """Text of one message while its ids come.
 
     Detokenizes, holds back what may turn out to be no part of it (a stop string, the white space before the
-    end), and tells reasoning from content.
+    end), and tells reasoning from content. Special tokens are no part of the text, but stop strings find them
+    by their names, as if they were.
 
     Args:
         tokenizer: None is no text.
@@ -30,7 +31,8 @@ class MessageText:
         whole: all of it but special tokens (thought tags are not), stop strings and what the template writes.
         ended: the last id ended it.
         stopped: a stop string ended it.
-        dropped: how many characters the stop string has, and what was said after it.
+        dropped: how many characters the stop string has, and what was said after it, special tokens by name.
+        hidden: ids that are no text of it.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class MessageText:
         self._opening = opening
         self._tokenizer = tokenizer
         self._special = hidden_ids(tokenizer, tags)
-        self._end_ids = frozenset((*opening.stop_ids, *end_ids))
+        self.hidden = self._special.union(opening.stop_ids, end_ids)
         self._stops = tuple(dict.fromkeys((*stops, *opening.stop_strings)))
         self._tags = tags
         start = [*opening.prompt, *opening.ids[:kept]]
@@ -59,7 +61,7 @@ class MessageText:
         self.whole = opening.continued or ""
         self._before = self._splitter.push(self.whole)
         self._pieces: list[Piece] = []
-        self._held = ""
+        self._held: list[tuple[str, bool]] = []  # stretches of text, and whether they are text of the message
         self._closed = False
         self.ended = self.stopped = False
         self.dropped = 0
@@ -70,14 +72,17 @@ class MessageText:
 
     def push(self, token_id: int) -> list[Piece]:
         """Adds an id; returns the text that is now certain."""
-        self.ended = token_id in self._end_ids or token_id in self._special
-        if self._detokenizer is None or self.ended:
+        self.ended = token_id in self.hidden
+        if self._detokenizer is None or self._tokenizer is None:
             return []
-        text = self._detokenizer.push(token_id)
+        if self.ended:
+            text = self._tokenizer.decode([token_id]) if self._stops else ""
+        else:
+            text = self._detokenizer.push(token_id)
         if self.stopped:
             self.dropped += len(text)
             return []
-        return self._release(text)
+        return self._release(text, visible=not self.ended)
 
     def end(self) -> list[Piece]:
         """Ends the message; returns the rest of the text."""
@@ -129,27 +134,42 @@ class MessageText:
             return 0
         return sum(len(detokenizer.push(i)) for i in ids if i not in self._special)
 
-    def _release(self, text: str, *, last: bool = False) -> list[Piece]:
-        self._skip, text = max(self._skip - len(text), 0), text[self._skip :]
-        self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+    def _release(self, text: str, *, visible: bool = True, last: bool = False) -> list[Piece]:
+        if visible:
+            self._skip, text = max(self._skip - len(text), 0), text[self._skip :]
+        if text:
+            self._held.append((text, visible))
+        held = "".join(text for text, _ in self._held)
+        found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
         if found:
             self.stopped = True
-            self.dropped = len(self._held) - min(found)
-            out, self._held = self._held[: min(found)].removesuffix(self._opening.tail), ""
+            self.dropped = len(held) - min(found)
+            out = self._take(min(found)).removesuffix(self._opening.tail)
+            self._held = []
         elif last:
-            out, self._held = self._held, ""
+            out = self._take(len(held))
             out = out.removesuffix(self._opening.tail) if self.ended else out
+        elif not visible:
+            return []  # what is held back before it may be white space before the end
         else:
-            cut = len(self._held) - self._undecided()
-            out, self._held = self._held[:cut], self._held[cut:]
+            out = self._take(len(held) - self._undecided(held))
         return self._shown(out)
 
-    def _undecided(self) -> int:
+    def _take(self, count: int) -> str:
+        """Takes `count` characters off what is held back; returns those of them that are text."""
+        out, rest = "", []
+        for text, visible in self._held:
+            out += text[:count] if visible else ""
+            rest += [(text[count:], visible)] if count < len(text) else []
+            count = max(count - len(text), 0)
+        self._held = rest
+        return out
+
+    def _undecided(self, held: str) -> int:
         """Characters held back that may begin a stop string, or stand between the message and its end."""
-        stop = max((overlap(self._held, stop) for stop in self._stops), default=0)
+        stop = max((overlap(held, stop) for stop in self._stops), default=0)
         tail = self._opening.tail + "\0"  # all of the tail is a proper prefix of this
-        return max(stop + overlap(self._held[: len(self._held) - stop], tail), overlap(self._held, tail))
+        return max(stop + overlap(held[: len(held) - stop], tail), overlap(held, tail))
 
     def _shown(self, text: str) -> list[Piece]:
         self.whole += text

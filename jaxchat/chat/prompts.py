@@ -82,17 +82,26 @@ class Prompts:
         self._tags, self._variables = tags, variables
 
     def require_system_support(self, system: str) -> None:
-        """Raises UsageError if the template has no place for a system prompt."""
-        probe = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
+        """Raises UsageError if a system prompt makes no difference to the template.
+
+        It need not be written out as it is: some take switches such as `/no_think` out of it.
+        """
         advice = "leave the system prompt out, or put it into the first message"
         try:
-            text = self._render(probe, add_generation_prompt=True)
+            text = self._with_system(system)
         except UsageError as error:
             raise UsageError(
                 f"this model's chat template takes no system prompt ({error}): {advice}"
             ) from error
-        if system.strip() not in text:
+        if system.strip() in text:
+            return
+        other = unused_text(text, system)
+        if (without := self._with_system(other)) == text and other not in without:
             raise UsageError(f"this model's chat template ignores the system prompt: {advice}")
+
+    def _with_system(self, system: str) -> str:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
+        return self._render(messages, add_generation_prompt=True)
 
     @property
     def reads_reasoning(self) -> bool:
@@ -111,7 +120,7 @@ class Prompts:
         if role == "assistant":
             marked = self._render(broken, add_generation_prompt=True)
             text = marked.replace(breaker, "")
-            return Prompt(marked, text, breaker, opened=self.opened_by(text))
+            return Prompt(marked, text, breaker, opened=self.opened_by(text), **self._end_of_reply(broken))
         return self._before_user(broken, breaker)
 
     def opened_by(self, text: str) -> str:
@@ -162,6 +171,23 @@ class Prompts:
         prompt = Prompt(stripped, stripped.replace(breaker, ""), breaker, head[len(stripped) :])
         return dataclasses.replace(prompt, **self._end_of_message(tail.replace(breaker, "")))
 
+    def _end_of_reply(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What ends an assistant's message: what the template writes after the last one or, where that is
+        nothing, between one and the user's next."""
+        sentinel = unused_text(*_strings(messages))
+        following = unused_text(*_strings(messages), sentinel)
+        reply = [{"role": "assistant", "content": sentinel}]
+        for messages_after in ([], [{"role": "user", "content": following}]):
+            try:
+                text = self._render([*messages, *reply, *messages_after])
+            except JaxchatError:  # the model's own end tokens have to do
+                continue
+            _, found, after = text.rpartition(sentinel)
+            end = self._end_of_message(after.partition(following)[0]) if found else {}
+            if end.keys() & {"stop_ids", "stop_strings"}:
+                return end
+        return {}
+
     def _end_of_message(self, after: str) -> dict[str, Any]:
         """`stop_ids` or `stop_strings`, and `tail`, of a message that is followed by this text."""
         tokens = self._tokenizer
@@ -170,7 +196,7 @@ class Prompts:
         plain = after[: match.start()] if match else after
         body = plain.lstrip()
         if not body:
-            return {"stop_ids": (added[match[0]],) if match else (), "tail": plain}
+            return {"stop_ids": (added[match[0]],), "tail": plain} if match else {"tail": plain}
         blank = plain[: len(plain) - len(body)]
         tail = blank if not blank.strip(" ") else ""
         return {"stop_strings": ((blank[len(tail) :] + body.split("\n", 1)[0]).rstrip(" "),), "tail": tail}

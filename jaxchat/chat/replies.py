@@ -130,6 +130,8 @@ class Reply:
 
     def __init__(self, vocabulary: Vocabulary, row: Row):
         opening, options = row.opening, row.options
+        if options.ignore_eos:
+            opening = dataclasses.replace(opening, stop_ids=(), stop_strings=(), tail="")
         if options.stop_strings and vocabulary.tokenizer is None:
             raise UsageError("stop strings need a tokenizer; use stop_token_ids")
         self.row = row

@@ -7,10 +7,12 @@ no JAX: what does (the parameters) is imported when it is asked for.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from jaxchat.checkpoints.foreign import advice_on, found_in, refuse_quantized
 from jaxchat.checkpoints.manifest import MANIFEST, WEIGHT_DTYPES, Manifest, config_of, recorded_plan
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
@@ -18,12 +20,15 @@ from jaxchat.families import read_config
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.files import read_json, read_optional_json
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.options import SAMPLING_RANGES, outside
 
 if TYPE_CHECKING:
     from jaxchat.checkpoints.source import Source, Wanted
     from jaxchat.text.chat_template import ChatTemplate
     from jaxchat.text.tokenizer import Tokenizer
     from jaxchat.text.tokenizer_config import Config
+
+logger = logging.getLogger(__name__)
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 _RECOMMENDABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -51,7 +56,9 @@ class ModelDirectory:
         if not path.exists():
             raise UsageError(f"{path}: no such model directory; give the folder that holds {CONFIG}")
         if not path.is_dir():
-            raise UsageError(f"{path}: not a directory; give the folder that holds {CONFIG}")
+            foreign = advice_on(path)
+            what = foreign or f"not a directory; give the folder that holds {CONFIG}"
+            raise UsageError(f"{path}: {what}")
         return next(found for format in FORMATS if (found := format.recognized(path)) is not None)
 
     @classmethod
@@ -70,7 +77,10 @@ class ModelDirectory:
     @functools.cached_property
     def config_values(self) -> Mapping[str, Any]:
         """`config.json` as it is."""
-        return read_json(self.path / CONFIG)
+        path = self.path / CONFIG
+        if not path.exists() and (found := found_in(self.path)) is not None:
+            raise JaxchatError(f"{path}: no such file; {found}")
+        return read_json(path)
 
     @functools.cached_property
     def _generation_values(self) -> Mapping[str, Any]:
@@ -79,6 +89,7 @@ class ModelDirectory:
     @functools.cached_property
     def stated_config(self) -> ModelConfig:
         """What `config.json` says, and `generation_config.json` of the tokens that end a text."""
+        refuse_quantized(self.path / CONFIG, self.config_values)
         config = read_config(self.config_values, source=str(self.path / CONFIG))
         generation = HfConfig(self._generation_values, str(self.path / GENERATION_CONFIG))
         eos = dict.fromkeys((*config.eos_ids, *generation.ids("eos_token_id")))
@@ -142,19 +153,22 @@ class ModelDirectory:
     def recommended_sampling(self) -> Mapping[str, float]:
         """The sampling options that `generation_config.json` recommends, by name.
 
-        Nothing is recommended where the file does not say `do_sample` (transformers' GenerationConfig).
-        Ranges are checked where options are.
+        Nothing is recommended where the file does not say `do_sample` (transformers' GenerationConfig). What
+        is no value of an option is read as off where that is what people mean by it, and else left out with
+        a warning: a recommendation is no reason not to run.
         """
         values = self._generation_values
         if values.get("do_sample") is not True:
             return {}
-        found = {name: values[name] for name in _RECOMMENDABLE if values.get(name) is not None}
-        for name, value in found.items():
-            if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else int | float):
-                raise JaxchatError(
-                    f"{self.path / GENERATION_CONFIG}: {name} is {value!r}, not a number; "
-                    "download the file again"
-                )
+        found = {}
+        for name in _RECOMMENDABLE:
+            value = _meant(name, values.get(name))
+            if value is None:
+                continue
+            if problem := outside(name, value):
+                logger.warning("%s: ignored: %s", self.path / GENERATION_CONFIG, problem)
+            else:
+                found[name] = SAMPLING_RANGES[name].type(value)
         return found
 
     def source(self, wanted: "Wanted | None" = None) -> "Source":
@@ -166,6 +180,17 @@ class ModelDirectory:
         from jaxchat.checkpoints.hf import HfSource
 
         return HfSource(self.path, self.stated_config, wanted)
+
+
+def _meant(name: str, value: Any) -> Any:
+    """A recommended number as those mean it who write -1 for "all tokens", or a bound that excludes none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if name == "top_k" and float(value).is_integer():
+        return max(int(value), 0)
+    if name == "top_p" and value > 1:
+        return 1.0
+    return 0.0 if name == "min_p" and value < 0 else value
 
 
 class ConvertedDirectory(ModelDirectory):

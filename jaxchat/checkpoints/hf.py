@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxchat.checkpoints.foreign import fail_quantized, found_in, quantization_of
 from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest
 from jaxchat.checkpoints.safetensors_file import DTYPES, SafetensorsFile
-from jaxchat.checkpoints.source import Wanted, fold_layers, verify
+from jaxchat.checkpoints.source import Wanted, fold_layers, listed, verify
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import Family, count_parameters, family_of, parameter_table
@@ -32,7 +33,10 @@ class HfSource:
             message has all mismatches.
         """
         self._where, weight_map = _weight_map(directory)
+        if (method := quantization_of(weight_map)) is not None:
+            fail_quantized(self._where, method)
         family = family_of(config)
+        weight_map = {name: path for name, path in weight_map.items() if not family.ignores(name)}
         rename = _find_rename(family, config, weight_map)
         self._wanted = wanted
         if wanted is not None:
@@ -42,13 +46,13 @@ class HfSource:
             name: file
             for file in _open_files(self._where, weight_map)
             for name in file.entries
-            if wanted is None or name in weight_map
+            if (wanted is None and not family.ignores(name)) or name in weight_map
         }
         self._names: dict[str, str] = {}
         self.config, tied_head = self._settle_head(family, config, rename)
         self.table = parameter_table(self.config)
         self._names |= {p.hf: family.rename(p.hf, rename) for p in self.table if p.hf not in self._names}
-        self._verify(family, extra={family.rename(HEAD, rename)} if tied_head == "copy" else set())
+        self._verify(family.rename(HEAD, rename), tied_head)
         self.manifest = Manifest(
             format="native",
             dtypes={p.name: self.dtype(p).name for p in self.table if self._layers(p)},
@@ -84,17 +88,23 @@ class HfSource:
         )
         return dataclasses.replace(config, tied_embeddings=False), "untied"
 
-    def _verify(self, family: Family, extra: set[str]) -> None:
+    def _verify(self, head: str, tied_head: str) -> None:
         expected = {
             self._names[p.hf].format(i): p.hf_shape(self.config) for p in self.table for i in self._layers(p)
         }
-        entries = {
-            name: file.entries[name]
+        # A value or score head stands beside the model; what is inside of it, a bias say, would change it.
+        own = {name.split(".")[0] for name in (*expected, head)}
+        others = [name for name in self._files if name.split(".")[0] not in own]
+        found = {
+            name: (file.entries[name].dtype, file.entries[name].shape)
             for name, file in self._files.items()
-            if name in expected or not (name in extra or any(part in name for part in family.ignored))
+            if name not in others and not (name == head and tied_head == "copy")
         }
-        found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         verify(self._where, expected, found)
+        if others:
+            logger.warning(
+                "%s: ignored, as no part of the model: %s", self._where, listed(fold_layers(others))
+            )
 
     def _layers(self, param: Param) -> Collection[int]:
         return range(param.rows(self.config)) if self._wanted is None else self._wanted.get(param.name, ())
@@ -161,9 +171,7 @@ def _weight_map(directory: Path) -> tuple[str, dict[str, Path]]:
         return str(single), dict.fromkeys(SafetensorsFile(single).entries, single)
     if index.exists():
         return str(index), _indexed(index)
-    hint = "download the model's *.safetensors files"
-    if (directory / "pytorch_model.bin").exists() or (directory / "pytorch_model.bin.index.json").exists():
-        hint = "pytorch_model.bin is not read; convert it to safetensors with transformers' save_pretrained"
+    hint = found_in(directory) or "download the model's *.safetensors files"
     raise JaxchatError(
         f"{directory}: neither model.safetensors nor model.safetensors.index.json is there; {hint}"
     )
@@ -193,5 +201,5 @@ def _open_files(where: str, weight_map: Mapping[str, Path]) -> list[SafetensorsF
         if tensor not in files[path].entries
     ]
     if lost:
-        raise JaxchatError(f"{where}: tensors not in the shard it names: {'; '.join(fold_layers(lost))}")
+        raise JaxchatError(f"{where}: tensors not in the shard it names: {listed(fold_layers(lost))}")
     return list(files.values())

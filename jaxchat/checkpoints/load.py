@@ -4,7 +4,7 @@ Hugging Face, native and Orbax directories, onto one device or straight into a s
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxchat import memory
 from jaxchat.checkpoints.assembled import AssembledSource
 from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.directory import ModelDirectory
@@ -71,8 +72,7 @@ def load_params(
         params: dict[str, Any] = source.load(target, mesh)
         meter.add(meter.total)
         return source.config, params
-    wanted = storages(source, target, fmt)
-    return source.config, {p.name: _load_param(source, p, wanted[p.name], mesh, meter) for p in source.table}
+    return source.config, _load(source, storages(source, target, fmt), mesh, meter)
 
 
 def load_assembly(
@@ -97,8 +97,7 @@ def load_assembly(
     target = None if dtype is None else weight_dtype(dtype)
     source = AssembledSource(assembly, target)
     fmt = choose_format(assembly.models[assembly.base], source.manifest, quant)
-    wanted, meter = storages(source, target, fmt), Meter(source, progress)
-    return source.config, {p.name: _load_param(source, p, wanted[p.name], mesh, meter) for p in source.table}
+    return source.config, _load(source, storages(source, target, fmt), mesh, Meter(source, progress))
 
 
 def storages(source: Source, dtype: np.dtype | None, fmt: QuantFormat | None) -> dict[str, Storage]:
@@ -148,6 +147,39 @@ class Meter:
             self._progress(self._done, self.total)
 
 
+def _load(
+    source: Source, wanted: Mapping[str, Storage], mesh: Mesh | None, meter: Meter
+) -> dict[str, jax.Array | QuantizedTensor]:
+    devices: list[Any] = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    is_host = devices[0].platform == "cpu" and len(devices) == 1
+    sizes = {
+        p.name: stored_bytes(p.stacked_shape(source.config), wanted[p.name])
+        for p in source.table
+        if not (is_host and _mapped(source, p, wanted[p.name]) is not None)
+    }
+    int4 = (
+        storages(source, None, QuantFormat.parse("int4")) if source.manifest.quantization is None else wanted
+    )
+    smaller = sum(stored_bytes(p.stacked_shape(source.config), int4[p.name]) for p in source.table)
+    memory.require(
+        sum(sizes.values()),
+        devices,
+        what=f"the model's weights ({len(sizes)} parameters)",
+        advice=f"quantize them (int4 needs {smaller / 1e9:,.1f} GB) or take a smaller model",
+    )
+    return {p.name: _load_param(source, p, wanted[p.name], mesh, meter) for p in source.table}
+
+
+def _mapped(source: Source, param: Param, storage: Storage) -> np.ndarray | QuantizedTensor | None:
+    """The parameter where it lies in its file, if it can be used there."""
+    stack = source.mapped(param)
+    return (
+        stack
+        if isinstance(stack, QuantizedTensor) or (stack is not None and storage == stack.dtype)
+        else None
+    )
+
+
 def layers_of(
     source: Source, param: Param, storage: Storage, meter: Meter
 ) -> Iterator[tuple[int, np.ndarray | QuantizedTensor]]:
@@ -188,8 +220,8 @@ def _load_param(
         sharding = param_sharding(param, source.config, mesh, group=group)
     if device.platform != "cpu" or (mesh is not None and mesh.size > 1):
         return _fill_device(source, param, storage, sharding, meter)
-    stack = source.mapped(param)
-    if stack is not None and (isinstance(stack, QuantizedTensor) or storage == stack.dtype):
+    stack = _mapped(source, param, storage)
+    if stack is not None:
         meter.add(stack.nbytes)
     elif isinstance(storage, QuantFormat):
         stack = _quantize_host(source, param, storage, meter)

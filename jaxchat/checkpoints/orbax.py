@@ -4,6 +4,9 @@ They hold the same flat tree as the native file, name -> [L, ...] or [...], in t
 takes half a second, so nothing imports this module before it meets such a checkpoint.
 """
 
+import functools
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from jaxchat.checkpoints.source import verify
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table
+from jaxchat.misplaced import refuse_misplaced
 from jaxchat.pallas.storage import stored, stored_dtype
 from jaxchat.sharding import param_sharding
 
@@ -43,6 +47,7 @@ class OrbaxSource:
         self._stacks: dict[str, np.ndarray] = {}
         if not self._path.is_dir():
             raise JaxchatError(f"{self._path}: no such directory; convert the model again")
+        _hear_errors_once()
         try:
             metadata = self._checkpointer.metadata(self._path).item_metadata
             found = {name: (np.dtype(m.dtype), tuple(m.shape)) for name, m in dict(metadata.tree).items()}
@@ -98,8 +103,33 @@ class OrbaxSource:
             raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> JaxchatError:
+        for file in sorted(self._path.rglob("*")):
+            refuse_misplaced(file)
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         return JaxchatError(f"{self._path}: Orbax cannot read it ({reason}); convert the model again")
+
+
+@functools.cache
+def _hear_errors_once() -> None:
+    """Keeps threads of Orbax from printing tracebacks about an error that it has raised already.
+
+    At the first error it closes its event loop, and every read that is still going on then fails by itself.
+    """
+
+    def is_echo(error: BaseException | None) -> bool:
+        return str(error).startswith(("Event loop is closed", "Encountered error while reading array index"))
+
+    unraisable, uncaught = sys.unraisablehook, sys.excepthook
+
+    def quiet_unraisable(what: Any) -> None:
+        if not is_echo(what.exc_value):
+            unraisable(what)
+
+    def quiet_uncaught(kind: Any, error: BaseException, trace: Any) -> None:
+        if threading.current_thread() is threading.main_thread() or not is_echo(error):
+            uncaught(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = quiet_unraisable, quiet_uncaught
 
 
 def replace_native_file(directory: Path, config: ModelConfig, manifest: Manifest) -> None:

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxchat.errors import JaxchatError
+from jaxchat.misplaced import refuse_misplaced
 
 ALIGNMENT = 64
 """Bytes. XLA on CPU takes over a host buffer without a copy only if it starts at a multiple of this."""
@@ -119,6 +120,7 @@ def _read_header(file: Any, size: int, path: Path, advice: str) -> tuple[dict[st
         raise JaxchatError(f"{path}: truncated: expected at least 8 bytes, found {size}; {advice}")
     length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER:
+        refuse_misplaced(path)
         raise JaxchatError(
             f"{path}: not a safetensors file: its header would have {length} bytes, the file has {size}"
         )

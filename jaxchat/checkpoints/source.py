@@ -5,7 +5,7 @@ Turning sources into arrays is in `load.py`, writing them in `write.py`.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,9 @@ from jaxchat.quant import QuantizedTensor
 
 _READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CHUNK = 1 << 22  # elements converted at a time, so that a conversion needs no second copy of a big tensor
+
+
+_MANY, _LONG = 20, 120  # names, and characters of one, in a message
 
 
 class Source(Protocol):
@@ -86,7 +89,7 @@ def verify(
         if name in exact and dtype != exact[name]
     ]
     problems = [
-        f"{title} {'; '.join(fold_layers(names))}"
+        f"{title} {listed(fold_layers(names))}"
         for title, names in (
             ("missing tensors:", missing),
             ("unexpected tensors:", unexpected),
@@ -123,6 +126,13 @@ def row_blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     step = max(1, _CHUNK // max(1, arrays[0][0].size)) if count else 1
     for start in range(0, count, step):
         yield tuple(array[start : start + step] for array in arrays)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of a message; of very many, or very long ones, the beginning."""
+    shown = [name if len(name) <= _LONG else f"{name[:_LONG]}..." for name in names[:_MANY]]
+    more = [f"and {len(names) - _MANY} more"] if len(names) > _MANY else []
+    return "; ".join([*shown, *more])
 
 
 def fold_layers(names: Iterable[str]) -> list[str]:

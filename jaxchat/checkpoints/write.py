@@ -48,7 +48,7 @@ from jaxchat.files import locked
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantizedTensor
 from jaxchat.quant import dequantize as dequantize_tensor
-from jaxchat.text.tokenizer_files import TOKENIZER_FILES
+from jaxchat.text.tokenizer_files import text_files
 
 FORMATS = ("native", "orbax")
 KEEP = ("record", "bake")
@@ -339,9 +339,12 @@ def _write_files(model: _Model, dst: Path, values: dict[str, Any] | None, dtype:
     contents, a conversion's dtype is noted, and a tokenizer of another model brings its own special ids.
     """
     shutil.copyfile(model.base.path / CONFIG, dst / CONFIG)
-    for name in (GENERATION_CONFIG, *TOKENIZER_FILES):
-        if (model.words.path / name).is_file():
-            shutil.copyfile(model.words.path / name, dst / name)
+    words = model.words.path
+    for path in (words / GENERATION_CONFIG, *text_files(words)):
+        if path.is_file():
+            copy = dst / path.relative_to(words)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     before = model.base.config_values
     config = before if values is None else values
     if dtype is not None:

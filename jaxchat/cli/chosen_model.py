@@ -90,6 +90,14 @@ class ChosenModel:
         """Refuses a context longer than the model has positions for."""
         show.check_max_length(self.config, max_length)
 
+    def has_template(self) -> bool:
+        """Whether it has a chat template; raises what is wrong with one before weights are read for it."""
+        words = self.source if self.assembly is None else self.assembly.models[self.assembly.tokenizer]
+        assert isinstance(words, ModelDirectory)
+        if words.template is not None:
+            words.template.check()
+        return words.template is not None
+
     def report(self, *, max_length: int | None = None, quant: str | None = None) -> show.Report:
         """What `--show` tells about it."""
         if self.assembly is not None:

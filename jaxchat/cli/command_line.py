@@ -4,6 +4,7 @@ A command is a dataclass whose fields are flags (`flags.py`) and a function that
 Exit codes: 0, 1 failure, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more. Needs no JAX.
 """
 
+import contextlib
 import dataclasses
 import io
 import logging
@@ -12,18 +13,19 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NoReturn, TypeVar
 
 from jaxchat import __version__
 from jaxchat.cli.flags import FlagField, Given, flag_fields, help_text, parse, read
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import UnreadableError, text_of
+from jaxchat.files import UnreadableError, limited, text_of
 from jaxchat.options import Flag
 from jaxchat.visible import message
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
+MAX_TEXT_BYTES = 1 << 26
+"""Of a text that a flag names: more than any context holds."""
 BROKEN_PIPE = 141
 """The exit code when standard output is closed (`| head -1`), as of a program ended by SIGPIPE."""
 
@@ -162,9 +164,10 @@ def guarded(body: Callable[[], int], *, debug: Callable[[], bool] = lambda: Fals
         complain(f"error: {error.filename or 'input or output'}: {error.strerror or error}")
         return 1
     except MemoryError as error:
-        complain(f"error: {error or 'out of memory'}")
-        return 1
+        return _out_of_memory(error)
     except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # as JAX says it
+            return _out_of_memory(error)
         return _internal_error(error, debug=debug())
 
 
@@ -187,17 +190,17 @@ def catch_interrupts() -> None:
 
 
 def read_text(name: str, flag: str) -> str:
-    """The UTF-8 text of the file a flag names; - is standard input."""
+    """The UTF-8 text of the file or pipe that a flag names, - is standard input; CRLF is one line break."""
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+            data = limited(file, MAX_TEXT_BYTES)
+        return text_of(data).replace("\r\n", "\n")
     except OSError as error:
         raise UsageError(
             f"--{flag} {name}: {error.strerror}; give a text file, or - for standard input"
         ) from None
-    try:
-        return text_of(data)
     except UnreadableError as error:
-        raise UsageError(f"--{flag} {name}: {error}; convert the file to UTF-8") from None
+        raise UsageError(f"--{flag} {name}: {error}; give a text file in UTF-8") from None
 
 
 # --- streams, logging and errors
@@ -230,6 +233,9 @@ def _set_log_level(level: str) -> None:
     handler.setFormatter(_Visible("jaxchat: %(levelname)s: %(message)s"))
     logger.handlers = [handler]
     logger.propagate = False
+    if level != "debug":  # of Orbax, about what becomes an error of ours
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _end_line() -> None:
@@ -246,6 +252,12 @@ def _drop_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _out_of_memory(error: BaseException) -> int:
+    reason = " ".join(str(error).split())[:200] or "no reason was given"
+    complain(f"error: out of memory ({reason}); take a shorter context, fewer slots, a smaller batch or int4")
+    return 1
 
 
 def _internal_error(error: Exception, *, debug: bool) -> int:

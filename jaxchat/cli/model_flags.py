@@ -31,7 +31,8 @@ MODEL = _flag(
 LAYER_SPEC = _flag(
     help="The layers to run, in this order: numbers and Python slices, as 0:8,4:12,8: to repeat layers, "
     "0:10,10:20:2,20: to leave some out, ::-1 to reverse; or a JSON list with scales, as '[0, [1, 0.5, "
-    "1.0], 2]'; or RYS '(4,8)' (layers 0 to 7, then from 4 on), exllamav2's '[(0,8),(4,12)]', or @FILE, "
+    "1.0], 2]'; or RYS '(4,8)' (layers 0 to 7, then from 4 on), exllamav2's '[(0,8),(4,12)]', whose "
+    "last range runs on to the end of the model, or @FILE, "
     "which holds any of these",
     example="--layer_spec 0:8,4:12,8:",
     elsewhere=("layers",),

@@ -75,6 +75,15 @@ class Request(LoadFlags):
             value="HOW",
         ),
     ] = None
+    special_tokens: Annotated[
+        bool,
+        _what(
+            help="Special tokens spelled out in a text that is continued as it is (--format completion) are "
+            "those: a template written by hand, or fill-in-the-middle; with --nospecial_tokens they are "
+            "text, as in the messages of a chat",
+            example="--format completion --nospecial_tokens -p '<s> is a tag'",
+        ),
+    ] = True
     system: Annotated[
         str | None,
         _chat(

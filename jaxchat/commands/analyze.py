@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from jaxchat.analysis.questions import Questions
-from jaxchat.cli.command_line import Command, Conflict, catch_interrupts, complain, read_text
+from jaxchat.cli.command_line import Command, Conflict, Need, catch_interrupts, complain, read_text
 from jaxchat.cli.model_flags import RECIPE_NEEDS, LoadFlags
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import try_to_replace, write_atomically
@@ -66,6 +66,13 @@ class AnalyzeRequest(LoadFlags):
             value="FILE",
         ),
     ] = None
+    special_tokens: Annotated[
+        bool,
+        _text(
+            help="Special tokens spelled out in the text are those; with --nospecial_tokens they are text",
+            example="--text chats.txt --nospecial_tokens",
+        ),
+    ] = True
     window: Annotated[
         int | None,
         _text(
@@ -197,6 +204,8 @@ def _refuse(request: AnalyzeRequest) -> None:
         raise UsageError(f"no model: give its directory with -m, {example}")
     if request.text is None and request.token_ids is None:
         raise UsageError(f"no text: give a file with --text, {example}")
+    if request.text is None and not request.special_tokens:
+        raise UsageError("--nospecial_tokens needs --text: token ids are what they are")
     if request.out is None:
         raise UsageError(f"no --out: give the directory for the results, {example}")
     if request.plots and importlib.util.find_spec("matplotlib") is None:
@@ -227,7 +236,12 @@ def _token_ids(name: str) -> list[int]:
 def _windows(model: "Model", request: AnalyzeRequest, text: str | None, given: list[int] | None) -> "Windows":
     from jaxchat.analysis import cut_windows
 
-    ids = _first_ids(model, text, request.max_tokens) if text is not None else given or []
+    special = request.special_tokens
+    ids = (
+        _first_ids(model, text, request.max_tokens, parse_special=special)
+        if text is not None
+        else given or []
+    )
     length = request.window or min(_WINDOW, model.engine.max_length)
     if length > model.engine.max_length:
         raise UsageError(
@@ -239,11 +253,11 @@ def _windows(model: "Model", request: AnalyzeRequest, text: str | None, given: l
     return cut_windows(ids[bos is not None : request.max_tokens], length, bos=bos)
 
 
-def _first_ids(model: "Model", text: str, count: int) -> list[int]:
+def _first_ids(model: "Model", text: str, count: int, *, parse_special: bool) -> list[int]:
     """The first `count` or more token ids of a text, of which a tokenizer need not read gigabytes."""
     length = 8 * count
     while True:
-        ids = model.encode(text[:length])
+        ids = model.encode(text[:length], parse_special=parse_special)
         # Where the text was cut, the last few tokens may be others than in the whole.
         if length >= len(text) or len(ids) >= count + 64:
             return ids
@@ -281,5 +295,5 @@ COMMAND = Command(
         Conflict("model", "recipe", "a recipe names its own models"),
         Conflict("text", "token_ids", "give one"),
     ),
-    needs=RECIPE_NEEDS,
+    needs=(*RECIPE_NEEDS, Need("special_tokens", ("text",), "token ids are what they are")),
 )

@@ -74,6 +74,9 @@ def answer(request: Request, given: frozenset[str]) -> int:
         logging.getLogger("jaxchat").setLevel(logging.ERROR)
     chosen = request.chosen()
     chosen.check_max_length(request.max_length)
+    chat = request.format != "completion" and chosen.has_template()
+    if chat and ("special_tokens" in given or not request.special_tokens):
+        raise UsageError("--special_tokens is for --format completion; in messages of a chat they are text")
     _try_sessions(request)
     options = advised(request.options, chosen.advice, given)
     options = of_this_run(options, given, interactive=request.interactive)

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import pallas
+from jaxchat import memory, pallas
 from jaxchat.config import FINAL_NORM, ModelConfig
 from jaxchat.engine import steps
 from jaxchat.engine.rows import Contexts
 from jaxchat.errors import AdvisedError, UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanArrays
-from jaxchat.layers.cache import KVCache, cache_sharding, empty_cache
+from jaxchat.layers.cache import KVCache, cache_bytes, cache_sharding, empty_cache
 from jaxchat.layers.step import Params, Step
 from jaxchat.lengths import next_power_of_two
 from jaxchat.options import KV_DTYPES
@@ -106,6 +106,11 @@ class Engine:
         return Session(
             self, plan or LayerPlan.identity(self.config.num_layers), batch=batch, max_slots=max_slots
         )
+
+    @property
+    def devices(self) -> set[jax.Device]:
+        """What the parameters live on."""
+        return {device for leaf in jax.tree.leaves(self.params) for device in leaf.devices()}
 
     def cache_sharding(self, batch: int) -> jax.sharding.Sharding | None:
         """Where the caches of a session of `batch` sequences live."""
@@ -461,17 +466,24 @@ class Session:
         if length <= rows and self._slots <= slots:
             return
         capacity = max(min(max(next_power_of_two(length), MIN_CAPACITY), self.engine.max_length), rows)
+        sizes: dict[str, Any] = {
+            "slots": self._slots,
+            "batch": self.padded_batch,
+            "capacity": capacity,
+            "dtype": self.engine.stored_kv_dtype,
+        }
+        memory.require(
+            cache_bytes(self.engine.config, **sizes),
+            self.engine.devices,
+            what=f"the KV cache of {self._slots} slots, {self.batch} x {capacity} tokens",
+            advice="choose a shorter context, fewer slots or the KV dtype int8",
+        )
         if self._cache is not None:
             self._cache = steps.grow(self._cache, self._slots, capacity)
             return
         self.drop_cache()
         self._cache = steps.allocate(
-            self.engine.config,
-            slots=self._slots,
-            batch=self.padded_batch,
-            capacity=capacity,
-            dtype=self.engine.stored_kv_dtype,
-            sharding=self.engine.cache_sharding(self.padded_batch),
+            self.engine.config, **sizes, sharding=self.engine.cache_sharding(self.padded_batch)
         )
 
     def drop_cache(self) -> None:

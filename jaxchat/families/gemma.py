@@ -7,7 +7,7 @@ from jaxchat.config import POST_NORMS, PRE_NORMS, Block, ModelConfig
 from jaxchat.families.decoder import head_dim_of, llama_config, llama_params, windows_of
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.families.rope import read_rope
-from jaxchat.families.tables import Family, relayer_types
+from jaxchat.families.tables import BARE, Family, relayer_types
 
 
 def gemma1_config(hf: HfConfig) -> ModelConfig:
@@ -145,8 +145,14 @@ def _cap(hf: HfConfig, key: str, default: float) -> float:
 
 
 # Multimodal checkpoints keep the text model below these names; their vision towers are not read.
-_RENAMES = (("", ""), ("", "language_model."), ("model.", "model.language_model."))
-_OTHER_TOWERS = ("rotary_emb.inv_freq", "vision_tower.", "multi_modal_projector.")
+_RENAMES = (
+    ("", ""),
+    BARE,
+    ("", "language_model."),
+    ("model.", "model.language_model."),
+    ("model.", "language_model."),
+)
+_OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.")
 
 FAMILIES = (
     Family("gemma", ("gemma",), gemma1_config, llama_params),

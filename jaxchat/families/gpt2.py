@@ -86,7 +86,7 @@ def _norm(name: str, hf: str, config: ModelConfig, half: Half | None) -> list[Pa
     return [weight, bias]
 
 
-# The original `gpt2` checkpoint has no prefix; attn.bias and attn.masked_bias are causal-mask buffers.
+# The original `gpt2` checkpoint has no prefix.
 FAMILIES = (
     Family(
         "gpt2",
@@ -94,7 +94,6 @@ FAMILIES = (
         config,
         params,
         (("", ""), ("transformer.", "")),
-        (".attn.bias", ".attn.masked_bias"),
-        lambda values, config: {**values, "n_layer": config.num_layers},
+        relayer=lambda values, config: {**values, "n_layer": config.num_layers},
     ),
 )

@@ -1,6 +1,7 @@
 """What a family is, and the Llama-shaped parameter table that most of them share."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +32,16 @@ def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in keys}
 
 
+BARE = ("model.", "")
+"""How a checkpoint spells the names that was saved from the model without its head (`LlamaModel`)."""
+
+_BUFFER = re.compile(
+    r"(^|\.)(rotary_emb\.\w+|inv_freq|\w*(cos|sin)_cached|(attn|attention)\.(bias|masked_bias)"
+    r"|(causal_|attention_)mask|position_ids)$"
+)
+"""What versions of transformers have saved beside the parameters: tables of positions, and masks."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """An architecture family: how its configuration and its checkpoint are read.
@@ -41,7 +52,7 @@ class Family:
       config: Hugging Face configuration -> `ModelConfig`.
       params: `ModelConfig` -> parameter table.
       renames: (start, replacement) pairs, tried in order: how a checkpoint may spell the table's names.
-      ignored: name parts of checkpoint tensors that are not parameters (buffers, other towers).
+      ignored: name parts of checkpoint tensors that are not parameters (other towers, buffers of its own).
       relayer: the inverse of `config` for what a layer plan changes: `config.json` of a model of this family,
         and the `ModelConfig` whose layers it is to describe -> its `config.json`.
     """
@@ -50,9 +61,13 @@ class Family:
     model_types: tuple[str, ...]
     config: Callable[[HfConfig], ModelConfig]
     params: Callable[[ModelConfig], tuple[Param, ...]]
-    renames: tuple[tuple[str, str], ...] = (("", ""),)
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    renames: tuple[tuple[str, str], ...] = (("", ""), BARE)
+    ignored: tuple[str, ...] = ()
     relayer: Callable[[Mapping[str, Any], ModelConfig], dict[str, Any]] = relayer_plain
+
+    def ignores(self, name: str) -> bool:
+        """Whether a checkpoint's tensor is a buffer or another tower's, which nobody needs to hear of."""
+        return _BUFFER.search(name) is not None or any(part in name for part in self.ignored)
 
     @staticmethod
     def rename(name: str, rename: tuple[str, str]) -> str:

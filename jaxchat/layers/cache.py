@@ -112,6 +112,13 @@ def empty_cache(config: ModelConfig, *, slots: int, batch: int, capacity: int, d
     return KVCache(zeros(), zeros())
 
 
+def cache_bytes(config: ModelConfig, *, slots: int, batch: int, capacity: int, dtype: DTypeLike) -> int:
+    """The size of `empty_cache`."""
+    rows = 2 * slots * batch * config.num_kv_heads * capacity
+    scale = 4 if dtype == jnp.int8 else 0
+    return rows * (config.head_dim * jnp.dtype(dtype).itemsize + scale)
+
+
 def cache_sharding(config: ModelConfig, mesh: Mesh, batch: int) -> NamedSharding:
     """How a cache is split over a mesh: sequences over `data`, key/value heads over `model`.
 

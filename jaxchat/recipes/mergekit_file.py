@@ -1,7 +1,8 @@
 """mergekit's YAML as it is written: keys, types and positions. What it means is in `recipe.py`.
 
-Grammar of mergekit 0.1.5 (mergekit/config.py), as much of it as `merge_method: passthrough` uses. Everything
-else is refused by name. Every error says file, line, column and the path of the key.
+Grammar of mergekit 0.1.5 (mergekit/config.py), as much of it as `merge_method: passthrough` uses. What else
+does something in mergekit is refused by name, what does nothing there is remarked on. Every error says file,
+line, column and the path of the key.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ ADVICE = "run mergekit and load the model it writes"
 DTYPES = ("float32", "bfloat16", "float16")
 
 _KEYS = ("merge_method", "slices", "base_model", "dtype", "out_dtype", "tokenizer_source", "parameters")
+_OTHER_KEYS = ("models", "modules", "tokenizer")
+"""Keys that do something in mergekit and are not read here; every other one does nothing there."""
 _SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 _WITHOUT_EFFECT = ("base_model", "residual_weight")
 """Keys of a slice that mergekit reads and passthrough does not use."""
@@ -260,7 +263,16 @@ def _recipe(root: _Node, notes: list[str]) -> Recipe:
             f"merge method {method.text('')!r} computes new weights, which no layer plan can; {ADVICE}. "
             "A recipe is read for passthrough"
         )
-    keys = root.known(_KEYS, "the keys of a mergekit recipe")
+    keys = {key: child for key, child in keys.items() if not child.is_null}
+    for key, child in keys.items():
+        if key in _OTHER_KEYS:
+            child.fail(
+                f"{key!r} is not supported; known here: {', '.join(_KEYS)}. For everything else {ADVICE}"
+            )
+        elif key == "chat_template":
+            child.note("chat_template is not applied: the chat template is the tokenizer's own")
+        elif key not in _KEYS:
+            child.note("has no effect, in mergekit as here")
     if "slices" not in keys:
         root.fail("the key 'slices' is missing; expected a list of slices")
     slices = tuple(_slice(item) for item in keys["slices"].items("a list of slices"))
@@ -341,9 +353,11 @@ def _scale(parameters: _Node | None) -> tuple[Rule, ...]:
     """The rules of the one parameter that passthrough has."""
     if parameters is None:
         return ()
-    expected = "scale: a number, a list of numbers, or a list of value and filter"
-    keys = parameters.known(("scale",), expected)
-    return tuple(_rules(keys["scale"])) if "scale" in keys else ()
+    keys = parameters.mapping("scale: a number, a list of numbers, or a list of value and filter")
+    for key, child in keys.items():
+        if key != "scale":
+            child.note("has no effect in a passthrough merge, in mergekit as here")
+    return () if "scale" not in keys or keys["scale"].is_null else tuple(_rules(keys["scale"]))
 
 
 def _rules(node: _Node) -> Iterator[Rule]:

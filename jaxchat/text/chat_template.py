@@ -20,8 +20,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import read_optional_json
+from jaxchat.misplaced import refuse_misplaced
 from jaxchat.text.tokenizer import Tokenizer
 from jaxchat.text.tokenizer_config import Config, read_config, token_text
+from jaxchat.visible import shown
+
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
+"""The folder of templates that are files of their own, `NAME.jinja`."""
 
 
 class _Refused(jinja2.TemplateError):
@@ -98,16 +103,16 @@ def _one_line(error: Exception) -> str:
 class ChatTemplate:
     """A model's chat template, rendered as transformers' `apply_chat_template(tokenize=False)` renders it.
 
+    A template is compiled when it is first needed, so that a broken one is in nobody's way who needs none.
+
     Args:
         source: the Jinja text, or several by name: "default", and "tool_use" for where tools are given.
         path: the file it came from, for error messages.
         variables: what the template may refer to beside the messages (`bos_token`, ...).
+        problem: why no template could be read there; whoever needs one is told.
 
     Attributes:
-        source: the text of the default template.
-
-    Raises:
-        JaxchatError: the template is not valid Jinja.
+        source: the text of the default template, or of another where there is none.
     """
 
     def __init__(
@@ -116,26 +121,22 @@ class ChatTemplate:
         *,
         path: Path | str = "chat template",
         variables: Mapping[str, Any] | None = None,
+        problem: JaxchatError | None = None,
     ) -> None:
         self.path = path
         self.variables = dict(variables or {})
-        sources = {"default": source} if isinstance(source, str) else dict(source)
-        if "default" not in sources:
-            names = ", ".join(sorted(sources)) or "none"
-            raise JaxchatError(f'{path}: no chat template named "default" (found: {names})')
-        self.source = sources["default"]
-        environment = _environment()
-        try:
-            self._templates = {name: environment.from_string(text) for name, text in sources.items()}
-        except jinja2.TemplateSyntaxError as error:
-            raise JaxchatError(
-                f"{path}: broken chat template, line {error.lineno} ({_one_line(error)}): "
-                "download the file again"
-            ) from error
+        self._sources = {"default": source} if isinstance(source, str) else dict(source)
+        self.source = self._sources.get("default") or next(iter(self._sources.values()), "")
+        self._problem = problem
+        self._compiled: dict[str, jinja2.Template] = {}
 
     @classmethod
     def load(cls, directory: Path, tokenizer: Tokenizer, config: Config | None = None) -> ChatTemplate | None:
-        """The chat template in `directory`: chat_template.jinja, chat_template.json or tokenizer_config.json.
+        """The chat template in `directory`, and others by name.
+
+        The default is in chat_template.jinja, else chat_template.json, else tokenizer_config.json; the last
+        two may hold several, as a list of `name` and `template` or a mapping, and
+        additional_chat_templates/NAME.jinja is one more.
 
         Args:
             directory: a model's folder.
@@ -143,18 +144,44 @@ class ChatTemplate:
             config: what `read_config` read there, if it has been.
 
         Returns:
-            None if there is no template.
-
-        Raises:
-            JaxchatError: the template, or the file it is in, is broken.
+            None if there is no template. What is wrong with one is told by `check` and `render`.
         """
         directory = Path(directory)
         config = config or read_config(directory)
-        found = _find_source(directory, config)
-        if found is None:
-            return None
-        path, source = found
-        return cls(source, path=path, variables=_variables(config, tokenizer))
+        variables = _variables(config, tokenizer)
+        try:
+            found = _find_sources(directory, config)
+        except JaxchatError as error:
+            return cls({}, path=directory, variables=variables, problem=error)
+        return None if found is None else cls(found[1], path=found[0], variables=variables)
+
+    def check(self) -> None:
+        """Finds out what `render` would meet in the template itself.
+
+        Raises:
+            JaxchatError: the file is broken, there is no default template, or it is not valid Jinja.
+        """
+        self._template("default")
+
+    def _template(self, name: str) -> jinja2.Template:
+        if self._problem is not None:
+            raise self._problem
+        if name not in self._sources:
+            names = ", ".join(sorted(self._sources)) or "none"
+            raise JaxchatError(
+                f"{self.path}: no chat template named {name!r} (found: {names}); texts can be continued with "
+                "--format completion"
+            )
+        if name not in self._compiled:
+            try:
+                self._compiled[name] = _environment().from_string(self._sources[name])
+            except Exception as error:  # beside syntax errors of jinja2 those of the Python that it makes
+                line = f", line {error.lineno}" if hasattr(error, "lineno") else ""
+                raise JaxchatError(
+                    f"{self.path}: broken chat template{line} ({_one_line(error)}): download the file again; "
+                    "texts can be continued with --format completion"
+                ) from error
+        return self._compiled[name]
 
     def render(
         self,
@@ -176,11 +203,11 @@ class ChatTemplate:
             UsageError: the template refuses these messages (its `raise_exception`).
             JaxchatError: the template itself fails.
         """
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        template = self._template("tool_use" if tools and "tool_use" in self._sources else "default")
         context = {**self.variables, "documents": None, **kwargs}
         context |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._templates[name].render(context)
+            return template.render(context)
         except _Refused as error:
             raise UsageError(f"the chat template refuses this conversation: {_one_line(error)}") from error
         except Exception as error:  # a template is a program: it can raise anything
@@ -191,13 +218,21 @@ class ChatTemplate:
             ) from error
 
 
-def _find_source(directory: Path, config: Config) -> tuple[Path, str | Mapping[str, str]] | None:
+def _find_sources(directory: Path, config: Config) -> tuple[Path, dict[str, str]] | None:
+    """The file of the default template, or of another where there is none; and templates by name."""
+    found = _default_sources(directory, config)
+    folder = directory / ADDITIONAL_TEMPLATES
+    more = {path.stem: path for path in sorted(folder.glob("*.jinja")) if path.is_file()}
+    if found is None and not more:
+        return None
+    path, sources = found or (folder, {})
+    return path, sources | {name: _read_jinja(path) for name, path in more.items()}
+
+
+def _default_sources(directory: Path, config: Config) -> tuple[Path, dict[str, str]] | None:
     jinja = directory / "chat_template.jinja"
     if jinja.is_file():
-        try:
-            return jinja, jinja.read_text(encoding="utf-8")
-        except ValueError as error:
-            raise JaxchatError(f"{jinja}: not UTF-8 text ({error}): download the file again") from error
+        return jinja, {"default": _read_jinja(jinja)}
     for path, holder in (
         (directory / "chat_template.json", read_optional_json(directory / "chat_template.json")),
         (directory / "tokenizer_config.json", config.raw),
@@ -205,13 +240,36 @@ def _find_source(directory: Path, config: Config) -> tuple[Path, str | Mapping[s
         template = holder.get("chat_template")
         if template is None:
             continue
-        if isinstance(template, str):
-            return path, template
-        named = template if isinstance(template, list) else []
-        if named and all(isinstance(t, dict) and {"name", "template"} <= t.keys() for t in named):
-            return path, {str(t["name"]): str(t["template"]) for t in named}
-        raise JaxchatError(f"{path}: chat_template must be a string or a list of named templates")
+        named = _named(template)
+        if named is None:
+            raise JaxchatError(
+                f"{path}: key 'chat_template' is {shown(template)}; expected a text, or templates by name: "
+                "download the file again"
+            )
+        return path, named
     return None
+
+
+def _named(template: Any) -> dict[str, str] | None:
+    """Templates by name; None where `chat_template` is nothing of the kind."""
+    if isinstance(template, str):
+        return {"default": template}
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        template = {entry.get("name"): entry.get("template") for entry in template}
+    if not isinstance(template, dict) or not template:
+        return None
+    texts = all(isinstance(part, str) for entry in template.items() for part in entry)
+    return template if texts else None
+
+
+def _read_jinja(path: Path) -> str:
+    refuse_misplaced(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise JaxchatError(f"{path}: not UTF-8 text ({error}): download the file again") from error
+    except OSError as error:
+        raise JaxchatError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _variables(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -70,6 +70,15 @@ class Added:
         return self.special or re.fullmatch(r"<[|｜].*[|｜]>", self.content) is not None
 
 
+def looks_special(text: str) -> bool:
+    """Whether a token is spelled as those are that no text contains: `<s>`, `[PAD]`.
+
+    Of special tokens that are pieces of the vocabulary too, these were made for the purpose. Others a file
+    may have borrowed, such as `!` for padding: they stay text.
+    """
+    return re.fullmatch(r"▁?<.+>|\[\w+\]", text) is not None
+
+
 class TextTokenizer(abc.ABC):
     """What the backends share: special tokens, and decoding as a concatenation of per-token bytes.
 
@@ -145,10 +154,14 @@ class TextTokenizer(abc.ABC):
         """Special and other added tokens by their text."""
         return {token.content: token.id for token in self._added.values()}
 
+    @abc.abstractmethod
+    def _ids(self) -> Iterable[int]:
+        """The ids that there are: in a broken file far fewer than the largest of them says."""
+
     @cached_property
     def _by_bytes(self) -> tuple[list[bytes], list[int]]:
         """The bytes of everything but control tokens, sorted, with their ids."""
-        spelled = ((self.token_bytes(i), i) for i in range(self.vocab_size) if i not in self._control_ids)
+        spelled = ((self.token_bytes(i), i) for i in self._ids() if i not in self._control_ids)
         pairs = sorted(pair for pair in spelled if pair[0])
         return [text for text, _ in pairs], [token_id for _, token_id in pairs]
 

@@ -5,13 +5,16 @@ format) and `vocab.json` + `merges.txt`.
 
 A tokenizer's files are taken at their word. transformers 5 rebuilds a Llama `tokenizer.json` from its class
 instead of using the normalizer in the file, and then loses a leading space; the file, SentencePiece and
-llama.cpp agree with each other, so the file wins here.
+llama.cpp agree with each other, so the file wins here. One key of tokenizer_config.json wins over the
+tokenizer's own file, as in transformers: `add_prefix_space`, whether a text begins with a space of the
+tokenizer's own; where it is not there, the file decides.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,22 +25,31 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import read_optional_json
-from jaxchat.text.tokenizer import TextTokenizer
-from jaxchat.text.tokenizer_config import NAMED_TOKENS, Config, read_config
-from jaxchat.text.tokenizer_json import JsonTokenizer, byte_level_table
+from jaxchat.misplaced import refuse_misplaced
+from jaxchat.text.chat_template import ADDITIONAL_TEMPLATES
+from jaxchat.text.tokenizer import Added, TextTokenizer
+from jaxchat.text.tokenizer_config import (
+    ADDED_TOKENS,
+    CONFIG,
+    NAMED_TOKENS,
+    SPECIAL_TOKENS,
+    Config,
+    read_config,
+)
+from jaxchat.text.tokenizer_json import JsonTokenizer, byte_level_table, is_text, no_panic
+from jaxchat.text.tokenizer_spec import quiet_panics, read_spec, with_prefix_space
 
-TOKENIZER_FILES: tuple[str, ...] = (
+_FILES = (
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    CONFIG,
+    SPECIAL_TOKENS,
+    ADDED_TOKENS,
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Every file name of a tokenizer or chat template that a conversion copies beside the weights."""
 
 # The pre-tokenizer regexes as published with the models (Llama-3 tokenizer.py; Qwen2 differs in `\p{N}`).
 _LLAMA3_REGEX = (
@@ -47,6 +59,15 @@ _LLAMA3_REGEX = (
 _QWEN2_REGEX = _LLAMA3_REGEX.replace(r"\p{N}{1,3}", r"\p{N}")
 _LLAMA3_RANKS = 128_000
 _LLAMA3_STOP = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
+
+def text_files(directory: Path) -> list[Path]:
+    """Every file of the tokenizer and the chat templates in `directory`: what belongs beside the weights."""
+    found = [directory / name for name in _FILES]
+    if (tokenizer := _tokenizer_file(directory)) is not None:
+        found.append(tokenizer)  # it may have a name of its own
+    found += sorted((directory / ADDITIONAL_TEMPLATES).glob("*.jinja"))
+    return [path for path in dict.fromkeys(found) if path.is_file()]
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -87,31 +108,44 @@ def load_tokenizer(directory: Path, config: Config | None = None) -> TextTokeniz
             "merges.txt: copy them from the original model"
         )
     config = config or read_config(directory)
-    try:
+    refuse_misplaced(path)
+    with no_panic(path), quiet_panics():
         if path.name == "tokenizer.json":
             return _from_json(path, config)
         if path.name == "vocab.json":
             return _from_vocab_and_merges(path, config, read_optional_json(directory / "config.json"))
         return _from_model_file(path, config)
-    except JaxchatError:
-        raise
-    except Exception as error:  # the tokenizer libraries raise bare Exception, RuntimeError, ValueError, ...
-        reason = " ".join(str(error).split())
-        raise JaxchatError(f"{path}: not a readable tokenizer ({reason}): download the file again") from error
 
 
 def _from_json(path: Path, config: Config) -> JsonTokenizer:
-    backend = tokenizers.Tokenizer.from_file(str(path))
-    return _with_config(backend, config)
+    spec = read_spec(path)
+    changed = spec if config.prefix_space is None else with_prefix_space(spec, config.prefix_space)
+    if changed == spec:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    else:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(changed))
+    added = backend.get_added_tokens_decoder().values()
+    if borrowed := {token.content for token in added if token.special and is_text(backend, token.content)}:
+        rest = [token for token in changed["added_tokens"] if token["content"] not in borrowed]
+        backend = tokenizers.Tokenizer.from_str(json.dumps({**changed, "added_tokens": rest}))
+    return _with_config(path, backend, config)
 
 
 def _with_config(
-    backend: tokenizers.Tokenizer, config: Config, *, bos: str | None = None, eos: Sequence[str] = ()
+    path: Path,
+    backend: tokenizers.Tokenizer,
+    config: Config,
+    *,
+    bos: str | None = None,
+    eos: Sequence[str] = (),
 ) -> JsonTokenizer:
-    """Add the tokens only the configuration names, as transformers does, and wrap."""
+    """Add the tokens only the configuration names, as transformers does, and wrap.
+
+    Not the ones that are text in the vocabulary: as added tokens they would be cut out of it.
+    """
     present = {t.content for t in backend.get_added_tokens_decoder().values()}
-    missing = [t for t in config.added if t.content not in present]
-    named = {t for t in map(config.named, NAMED_TOKENS) if t is not None}
+    missing = [t for t in config.added if t.content not in present and not _is_borrowed(backend, t)]
+    named = {t for t in map(config.named, NAMED_TOKENS) if t is not None and not is_text(backend, t)}
     known = present | {t.content for t in missing}
     backend.add_tokens(
         [
@@ -127,12 +161,18 @@ def _with_config(
         backend,
         bos=config.named("bos_token") or bos,
         eos=[configured] if configured is not None else list(eos),
+        path=path,
     )
+
+
+def _is_borrowed(backend: tokenizers.Tokenizer, token: Added) -> bool:
+    return token.special and is_text(backend, token.content)
 
 
 def _from_vocab_and_merges(path: Path, config: Config, model_config: Mapping[str, Any]) -> JsonTokenizer:
     """Byte-level BPE in GPT-2's file layout; Qwen2 and Qwen3 differ in the pre-tokenizer."""
     merges = path.with_name("merges.txt")
+    refuse_misplaced(merges)
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(merges)))
     family = f"{config.raw.get('tokenizer_class', '')} {model_config.get('model_type', '')}".lower()
     if "qwen" in family:
@@ -141,12 +181,11 @@ def _from_vocab_and_merges(path: Path, config: Config, model_config: Mapping[str
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     else:
-        prefix_space = bool(config.raw.get("add_prefix_space", False))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.prefix_space))
     backend.decoder = decoders.ByteLevel()
     if backend.token_to_id("<|endoftext|>") is not None:
         backend.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
-    return _with_config(backend, config, eos=["<|endoftext|>"])
+    return _with_config(path, backend, config, eos=["<|endoftext|>"])
 
 
 def _from_model_file(path: Path, config: Config) -> TextTokenizer:
@@ -192,7 +231,7 @@ def _from_ranks(path: Path, data: bytes, config: Config) -> JsonTokenizer:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{specials[0]} $A", special_tokens=[(specials[0], _LLAMA3_RANKS)]
         )
-    return _with_config(backend, config, bos=specials[0], eos=_LLAMA3_STOP)
+    return _with_config(path, backend, config, bos=specials[0], eos=_LLAMA3_STOP)
 
 
 def _splits(token: bytes, ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from jaxchat.errors import JaxchatError
-from jaxchat.text.tokenizer import Added, TextTokenizer, unused_marks
+from jaxchat.text.tokenizer import Added, TextTokenizer, looks_special, unused_marks
 
 
 class JsonTokenizer(TextTokenizer):
@@ -22,10 +24,17 @@ class JsonTokenizer(TextTokenizer):
     another name. It is plain text there, tokenized in its context like any other text, with no cut around it.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, bos: str | None, eos: Sequence[str]) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos: str | None,
+        eos: Sequence[str],
+        path: Path | str = "tokenizer",
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
+        self._backend, self._path = backend, path
         added = backend.get_added_tokens_decoder()
         super().__init__(
             Added(content=t.content, id=i, special=t.special, lstrip=t.lstrip, rstrip=t.rstrip)
@@ -51,7 +60,8 @@ class JsonTokenizer(TextTokenizer):
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """See `Tokenizer.decode`."""
         if self._piece is None:
-            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            with no_panic(self._path):
+                return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return super().decode(ids, skip_special_tokens=skip_special_tokens)
 
     @property
@@ -64,7 +74,13 @@ class JsonTokenizer(TextTokenizer):
         backend = self._backend
         if not parse_special and (self._always_literal or self.control_regex.search(text)):
             backend = self._literal_backend(unused_marks(text)[0])
-        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encoded(backend, text, add_special_tokens)
+
+    def _encoded(
+        self, backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool = False
+    ) -> list[int]:
+        with no_panic(self._path):
+            return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_after(self, text: str, *, after: int | None = None, breaker: str | None = None) -> list[int]:
         """See `TextTokenizer.encode_after`."""
@@ -74,7 +90,7 @@ class JsonTokenizer(TextTokenizer):
             backend = self._literal_backend(mark)
             text = self.control_regex.sub(lambda m: f"{mark}{m[0]}{mark}", text).replace(breaker, "")
         if after is None or not text:
-            return backend.encode(text, add_special_tokens=False).ids
+            return self._encoded(backend, text)
         return self._after_anchor(backend, text, after, mark)
 
     def _after_anchor(self, backend: tokenizers.Tokenizer, text: str, after: int, mark: str) -> list[int]:
@@ -87,11 +103,11 @@ class JsonTokenizer(TextTokenizer):
         else:
             anchors = []
         for anchor in anchors:
-            head = backend.encode(anchor, add_special_tokens=False).ids
-            ids = backend.encode(anchor + text, add_special_tokens=False).ids
+            head = self._encoded(backend, anchor)
+            ids = self._encoded(backend, anchor + text)
             if ids[: len(head)] == head:
                 return ids[len(head) :]
-        return backend.encode(text, add_special_tokens=False).ids
+        return self._encoded(backend, text)
 
     @cached_property
     def _needs_anchor(self) -> bool:
@@ -104,8 +120,40 @@ class JsonTokenizer(TextTokenizer):
 
     def _literal_backend(self, mark: str) -> tokenizers.Tokenizer:
         if mark not in self._literal:
-            self._literal[mark] = _rename_control_tokens(self._backend, self.control_tokens, mark)
+            with no_panic(self._path):
+                self._literal[mark] = _rename_control_tokens(self._backend, self.control_tokens, mark)
         return self._literal[mark]
+
+    def _ids(self) -> Iterable[int]:
+        return sorted(set(self._backend.get_vocab(with_added_tokens=True).values()))
+
+
+@contextlib.contextmanager
+def no_panic(path: Path | str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into one line that names the tokenizer's file.
+
+    It raises bare `Exception`s and, where its Rust code panics, a `BaseException` of its own.
+    """
+    try:
+        yield
+    except JaxchatError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise JaxchatError(f"{path}: not a readable tokenizer ({reason}): download the file again") from error
+
+
+def is_text(backend: tokenizers.Tokenizer, name: str) -> bool:
+    """Whether a token that a file calls special is a piece of text in the vocabulary, see `looks_special`."""
+    model = backend.model
+    if looks_special(name) or model.token_to_id(name) is None:
+        return False
+    if isinstance(model, tokenizers.models.BPE) and not model.ignore_merges:
+        return [token.value for token in model.tokenize(name)] == [name]
+    # Nothing tells here how a piece came into the vocabulary but what it looks like: a character or a word.
+    return len(name) == 1 or (not name.isupper() and re.fullmatch(r"(##|[▁ĠĊ]*)[^\W\d_]*", name) is not None)
 
 
 def _settings(backend: tokenizers.Tokenizer) -> dict[str, Any]:
@@ -194,16 +242,17 @@ def _renamed_copy(backend: tokenizers.Tokenizer, names: Mapping[str, str]) -> to
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
         in_vocab = names.keys() & model["vocab"].keys()
-        for name in in_vocab - (_merge_products(model) if in_vocab else set()):
+        for name in in_vocab - (_merged(model) if in_vocab else set()):
             model["vocab"][names[name]] = model["vocab"].pop(name)
     if model.get("unk_token") in names and names[model["unk_token"]] in model["vocab"]:
         model["unk_token"] = names[model["unk_token"]]
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
-def _merge_products(model: Mapping[str, Any]) -> set[str]:
-    """What a BPE model's merges make, which has to stay in its vocabulary."""
-    return {"".join(m) if isinstance(m, list) else m.replace(" ", "") for m in model.get("merges", ())}
+def _merged(model: Mapping[str, Any]) -> set[str]:
+    """What a BPE model's merges take and make, which has to stay in its vocabulary."""
+    pairs = [m if isinstance(m, list) else m.split(" ") for m in model.get("merges", ())]
+    return {piece for pair in pairs for piece in (*pair, "".join(pair))}
 
 
 @dataclass(frozen=True)

@@ -578,6 +578,10 @@ def test_token_ids_need_no_tokenizer(tiny_directory, tmp_path, capsys):
         (["-m", "nowhere", "--text", "STORY", "--out", "OUT"], "nowhere: no such model directory"),
         (["-m", "MODEL", "--text", "nowhere", "--out", "OUT"], "--text nowhere: No such file"),
         (["-m", "MODEL", "--token_ids", "STORY", "--out", "OUT"], "entry 0 is 'Once'; expected a token id"),
+        (
+            ["-m", "MODEL", "--token_ids", "STORY", "--out", "OUT", "--nospecial_tokens"],
+            "--nospecial_tokens needs --text",
+        ),
         (["-m", "MODEL", "--text", "STORY", "--out", "STORY"], "File exists; give a directory to write to"),
         (["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--parts", "rys,x"], "unknown part 'x'"),
         (

@@ -125,10 +125,13 @@ def test_a_refusal_is_a_usage_error_with_the_template_s_words():
 )
 def test_a_broken_template_names_its_file(source, tmp_path):
     (tmp_path / "chat_template.jinja").write_text(source)
-    with pytest.raises(JaxchatError) as excinfo:
-        ChatTemplate.load(tmp_path, Letters())
-    assert "chat_template.jinja" in str(excinfo.value)
-    assert "\n" not in str(excinfo.value)
+    template = ChatTemplate.load(tmp_path, Letters())  # in nobody's way who needs none
+    for needed in (template.check, lambda: template.render([])):
+        with pytest.raises(
+            JaxchatError, match=r"chat_template\.jinja: broken .*--format completion"
+        ) as excinfo:
+            needed()
+        assert "\n" not in str(excinfo.value)
 
 
 @pytest.mark.parametrize(
@@ -187,24 +190,42 @@ def test_a_template_file_wins_over_the_configuration(tmp_path):
 
 
 def test_of_named_templates_default_is_used_and_tool_use_with_tools(tmp_path):
-    named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
-    write(tmp_path, tokenizer_config__json={"chat_template": named})
+    listed = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    for named in (listed, {"default": "d", "tool_use": "t"}):
+        write(tmp_path, tokenizer_config__json={"chat_template": named})
+        template = ChatTemplate.load(tmp_path, Letters())
+        assert template.render([]) == "d"
+        assert template.render([], tools=[{"name": "f"}]) == "t"
+
+
+def test_templates_may_be_files_of_their_own(tmp_path):
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    write(folder, tool_use__jinja="t")
+    for default in ({"tokenizer_config__json": {"chat_template": "d"}}, {"chat_template__jinja": "d"}):
+        write(tmp_path, **default)
+        template = ChatTemplate.load(tmp_path, Letters())
+        assert (template.render([]), template.render([], tools=[{"name": "f"}])) == ("d", "t")
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
     template = ChatTemplate.load(tmp_path, Letters())
-    assert template.render([]) == "d"
     assert template.render([], tools=[{"name": "f"}]) == "t"
+    with pytest.raises(JaxchatError, match=r"no chat template named 'default' \(found: tool_use\)"):
+        template.render([])
+    write(folder, default__jinja="d")
+    assert ChatTemplate.load(tmp_path, Letters()).render([]) == "d"
 
 
-@pytest.mark.parametrize("value", [3, [], [{"name": "x"}], {"default": "d"}])
+@pytest.mark.parametrize(
+    "value", [3, [], {}, [{"name": "x"}], [{"name": "default", "template": None}], {"default": 5}, ["d"]]
+)
 def test_a_malformed_template_entry_names_its_file(tmp_path, value):
     write(tmp_path, tokenizer_config__json={"chat_template": value})
-    with pytest.raises(JaxchatError, match=r"tokenizer_config\.json"):
-        ChatTemplate.load(tmp_path, Letters())
-
-
-def test_named_templates_without_a_default_are_an_error(tmp_path):
-    write(tmp_path, tokenizer_config__json={"chat_template": [{"name": "rag", "template": "d"}]})
-    with pytest.raises(JaxchatError, match="rag"):
-        ChatTemplate.load(tmp_path, Letters())
+    template = ChatTemplate.load(tmp_path, Letters())
+    with pytest.raises(
+        JaxchatError, match=r"tokenizer_config\.json: key 'chat_template' is .*; expected a text"
+    ):
+        template.render([])
 
 
 def test_no_template_is_none(tmp_path):
@@ -417,6 +438,38 @@ def test_a_system_prompt_without_a_place_is_a_usage_error(name, model):
         Conversation(template, tokenizer, system="You are a pirate.")
     assert "system prompt" in str(excinfo.value)
     assert "\n" not in str(excinfo.value)
+
+
+SWITCH = (
+    "{% set s = messages[0].content if messages[0].role == 'system' else '/think' %}"
+    "{% if PLACE %}[{{ s.replace('/quiet', '').replace('/think', '') | trim | upper }}]{% endif %}"
+    "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    "{{ '' if '/quiet' in s else '<think>' }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("place", "system", "taken"),
+    [
+        ("true", "/quiet", True),
+        ("true", "/think", True),  # says what holds anyway
+        ("true", "Rhyme. /quiet", True),
+        ("true", " Rhyme &\n\n/think now ", True),
+        ("false", "/quiet", True),  # no place for text, but a switch
+        ("false", "Rhyme.", False),
+        ("messages[0].role == 'user'", "Rhyme.", False),  # writes one of its own where there is none
+    ],
+)
+def test_a_system_prompt_may_be_a_switch(place, system, taken):
+    template = ChatTemplate(SWITCH.replace("PLACE", place))
+    if not taken:
+        with pytest.raises(UsageError, match="ignores the system prompt"):
+            Conversation(template, Letters(), system=system)
+        return
+    conversation = Conversation(template, Letters(), system=system)
+    conversation.add_typed("hi")
+    conversation.prompt_ids()
+    assert conversation.rendered_text().endswith("hi" if "/quiet" in system else "hi<think>")
 
 
 @needs_data

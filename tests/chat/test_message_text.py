@@ -1,5 +1,7 @@
 """The text of a message is derived once: while its ids come, or afterwards, cut anywhere, it is the same."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +61,32 @@ def test_what_is_streamed_is_what_the_history_holds(tiny, words):
     assert conversation.messages[-1]["content"] == "".join(piece.text for piece in pieces)
     spelled = tiny.tokenizer.decode(conversation.token_ids)
     assert spelled.endswith(f"<|assistant|>{text.whole}")
+
+
+stops = ["st", "</s>", "<|user|>", "a<|user|>", "<|user|>st", "</s><|user|>a", "user"]
+
+
+@given(
+    st.lists(st.sampled_from(["a", "st", "é", "</s>", "<|user|>", "<pad>"]), max_size=8),
+    st.lists(st.sampled_from(stops), max_size=3),
+)
+def test_stop_strings_find_special_tokens_by_their_names(tiny, words, stops):
+    conversation = Conversation(tiny.template, tiny.tokenizer)
+    conversation.add_typed("Hi")
+    opening = conversation.open()
+    ids = tiny.tokenizer.encode("".join(words), parse_special=True)
+    text = MessageText(tiny.tokenizer, opening, stops=stops)
+    said(text, ids)
+    whole = "".join(words)
+    cut = min((at for at in map(whole.find, stops) if at >= 0), default=len(whole))
+    kept = tiny.tokenizer.encode(whole[:cut], parse_special=True)
+    assert text.stopped == (cut < len(whole))
+    inside = re.search(r"<[^>]*$", whole[:cut])  # a stop string may begin inside of a name
+    shown = re.sub(r"<[^>]*>", "", whole[: inside.start()] if inside else whole[:cut])
+    assert text.whole == shown
+    conversation.add_message(ids, opening, text)
+    if not inside:
+        assert conversation.token_ids == [*opening.prompt, *kept]
 
 
 @pytest.mark.parametrize(

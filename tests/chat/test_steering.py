@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import jaxchat
 from jaxchat.chat.conversation import Conversation, ConversationState
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.options import GenerateOptions
 from jaxchat.runtime import Model
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.healing import Healing, byte_length, join, settle
@@ -30,7 +31,7 @@ from jaxchat.text.tokenizer import Detokenizer
 from jaxchat.text.tokenizer_json import JsonTokenizer
 from tests.support import real_chats
 from tests.support.real_chats import DATA, TEMPLATES, needs_data
-from tests.support.tiny_chat import write_tiny_chat
+from tests.support.tiny_chat import write_parrot, write_tiny_chat
 
 EXAMPLES = 4  # of step sequences a model
 PLANS = ("all", "2,0,1", "0,2", "0:2,1:")
@@ -564,6 +565,31 @@ def test_the_end_of_the_users_turn_stops_it_be_it_text(tiny):
     chat.conversation.add_typed("Yes")
     chat.conversation.open()
     assert chat.conversation.rendered_text().endswith("\n\nUser: So?\n\nBot: Yes\n\nUser:")
+
+
+@pytest.mark.parametrize(
+    ("said", "end", "reply"),
+    [
+        ("abc<|system|>def", "<|system|>", "abc"),  # a special token that no file calls an end
+        ("abc\n<|user|>def", "\n", "abc"),  # no end but the next role's token
+        ("ab c\n#def", "\n#", "ab c"),
+        ("abc\n#def", "{{ '' if loop.last else '\n#' }}", "abc"),  # between two messages only
+        ("abc<|system|>def", "{{ eos_token if loop.last else '<|system|>' }}", "abcdef"),  # the last one's
+    ],
+)
+def test_a_reply_ends_where_the_template_ends_it(said, end, reply, tmp_path):
+    turns = f"{{% for m in messages %}}<|{{{{ m.role }}}}|>{{{{ m.content }}}}{end}{{% endfor %}}"
+    template = turns + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    model = jaxchat.load(write_parrot(tmp_path, said + "</s>", template=template))
+    batch = model.chat_batch([model.conversation(), model.conversation()])
+    assert [message.text for message in batch.send(["x", "y"], GenerateOptions())] == [reply] * 2
+    chat = model.chat_session()
+    assert run(chat.send("x")).text == reply
+    assert run(chat.continue_("z")).text == "z" + reply
+    assert run(chat.send("y", prefix="z")).text == "z" + reply
+    assert [m["content"] for m in chat.messages] == ["x", reply + "z" + reply, "y", "z" + reply]
+    assert_in_step(chat)
+    assert len(run(chat.send("y", ignore_eos=True, max_new_tokens=9)).token_ids) == 9
 
 
 def test_the_role_may_change_in_mid_chat(tiny):

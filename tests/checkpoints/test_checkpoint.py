@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -13,13 +14,15 @@ from jax.sharding import AxisType, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from jaxchat.checkpoints.directory import ModelDirectory
-from jaxchat.checkpoints.load import load_params
+from jaxchat.checkpoints.load import load_assembly, load_params
 from jaxchat.checkpoints.safetensors_file import PAD_PREFIX, SafetensorsFile, SafetensorsWriter
 from jaxchat.checkpoints.source import fold_layers
-from jaxchat.checkpoints.write import convert
+from jaxchat.checkpoints.write import convert, to_hf
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
+from jaxchat.recipes.recipe import read_recipe
 from jaxchat.sharding import param_sharding, shard_params
+from tests.support.commands import Commands
 from tests.support.memory import added, is_mapped, needs_counters, needs_mappings
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
 
@@ -151,10 +154,218 @@ def test_other_prefixes_are_recognised(tmp_path: Path, model_type: str, start: s
     assert ModelDirectory.at(tmp_path).source().manifest.rename == (start, replacement)
 
 
-def test_buffers_of_any_dtype_are_ignored(tmp_path: Path) -> None:
-    write_tiny_hf(tmp_path, "gpt2")
-    edit_tensors(tmp_path, lambda t: t.update({"transformer.h.0.attn.bias": np.ones((1, 1, 4, 4), np.bool_)}))
+@pytest.mark.parametrize("model_type", TINY_CONFIGS)
+def test_a_checkpoint_of_the_bare_model_is_read_and_written_back(model_type: str, tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    write_tiny_hf(src, model_type)
+    expected = load_params(src)[1]
+
+    def bare(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            tensors[re.sub(r"^(model|transformer)\.", "", name)] = tensors.pop(name)
+
+    edit_tensors(src, bare)
+    assert_equal(load_params(src)[1], expected)
+    convert(src, tmp_path / "native")
+    assert_equal(load_params(tmp_path / "native")[1], expected)
+    to_hf(tmp_path / "native", tmp_path / "back")
+    stored, back = (load_file(path / "model.safetensors") for path in (src, tmp_path / "back"))
+    assert stored.keys() == back.keys()
+    convert(src, tmp_path / "part", layer_spec="1,0")
+    recipe = tmp_path / "recipe.yaml"
+    sources = (
+        "[{sources: [{model: src, layer_range: [0, 1]}]}, {sources: [{model: src, layer_range: [0, 2]}]}]"
+    )
+    recipe.write_text(f"merge_method: passthrough\nslices: {sources}\n")
+    loaded = load_assembly(read_recipe(recipe))[1]
+    np.testing.assert_array_equal(loaded["embed.weight"], expected["embed.weight"])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt2", "transformer.h.1.attn.masked_bias"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("llama", "model.rotary_emb.original_inv_freq"),
+        ("qwen2", "model.layers.2.self_attn.rotary_emb.cos_cached"),
+        ("gemma2", "model.layers.1.self_attn.rotary_emb.sin_cached"),
+        ("phi3", "model.causal_mask"),
+        ("mistral", "model.embed_positions.position_ids"),
+        ("gemma3_text", "model.rotary_emb_local.inv_freq"),
+    ],
+)
+def test_buffers_are_ignored(
+    model_type: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tiny_hf(tmp_path, model_type)
+    edit_tensors(tmp_path, lambda t: t.update({name: np.ones((1, 1, 4, 4), np.bool_)}))
     load_params(tmp_path)
+    weight_map = shard(tmp_path)
+    load_params(tmp_path)
+    # An index may name what no shard has, if nobody needs it.
+    write_index(tmp_path, weight_map | {"model.rotary_emb.inv_freq": "model-00001-of-00003.safetensors"})
+    load_params(tmp_path)
+    assert not caplog.messages
+    write_index(tmp_path, weight_map | {"model.layers.0.lost": "model-00001-of-00003.safetensors"})
+    assert "tensors not in the shard it names: model.layers.0.lost" in error_of(tmp_path)
+
+
+HEADS = ["score.weight", "v_head.summary.weight", "v_head.summary.bias", "classifier.dense.weight"]
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_heads_beside_the_model_are_ignored_with_a_word(
+    bare: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    expected = load_params(tmp_path)[1]
+
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors) if bare else ():
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+        tensors.update({name: np.ones(3, np.float32) for name in HEADS})
+
+    edit_tensors(tmp_path, edit)
+    assert_equal(load_params(tmp_path)[1], expected)
+    [warning] = caplog.messages
+    assert warning.startswith(f"{tmp_path}/model.safetensors: ignored, as no part of the model: ")
+    assert all(name in warning for name in HEADS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.bias",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.mlp.down_proj.bias",
+        "model.layers.3.input_layernorm.weight",
+        "model.norm.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+    ],
+)
+def test_what_is_inside_of_the_model_and_unexpected_is_an_error(name: str, tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    edit_tensors(tmp_path, lambda t: t.update({name: np.ones(24, np.float32)}))
+    assert f"unexpected tensors: {name}" in error_of(tmp_path)
+
+
+def test_a_message_of_very_many_names_has_some_of_them(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    names = {f"model.extra{'x' * n}.weight": np.ones(2, np.float32) for n in range(300)}
+    edit_tensors(tmp_path, lambda t: t.update(names))
+    message = error_of(tmp_path)
+    assert message.endswith("; and 280 more")
+    assert len(message) < 4000
+
+
+@pytest.mark.parametrize(
+    ("entry", "method"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "fp8"),
+        ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization_config": {"x": 1}}, "an unnamed method"),
+    ],
+)
+def test_a_checkpoint_quantized_elsewhere_names_the_method(
+    entry: dict[str, Any], method: str, tmp_path: Path, commands: Commands
+) -> None:
+    config = write_tiny_hf(tmp_path, "llama")
+    (tmp_path / "config.json").write_text(json.dumps({**config, **entry}))
+    says = f"{tmp_path}/config.json: quantized with {method} (key '{next(iter(entry))}'), which is not read; "
+    for command in (
+        ("show", "-m"),
+        ("plan", "-m"),
+        ("generate", "-p", "x", "-m"),
+        ("generate", "--show", "-m"),
+    ):
+        assert commands.error(*command, tmp_path, code=1).startswith(says)
+    convert_to = ("convert", "--dst", tmp_path / "out", "--src")
+    assert commands.error(*convert_to, tmp_path, code=1).startswith(says)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    load_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("gptq", ["qweight", "qzeros", "scales", "g_idx"]),
+        ("awq", ["qweight", "qzeros", "scales"]),
+        (
+            "bitsandbytes",
+            ["weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"],
+        ),
+        ("bitsandbytes", ["weight", "SCB"]),
+        ("compressed-tensors", ["weight_packed", "weight_scale", "weight_shape"]),
+        ("fp8", ["weight", "weight_scale_inv"]),
+        ("fp8", ["weight", "weight_scale", "input_scale"]),
+        ("mxfp4", ["weight_blocks", "weight_scales"]),
+        ("MLX", ["weight", "scales", "biases"]),
+    ],
+)
+def test_the_names_of_tensors_tell_the_method_too(method: str, names: list[str], tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    projection = "model.layers.0.self_attn.k_proj."
+
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        value = tensors.pop(f"{projection}weight")
+        tensors.update({projection + name: value for name in names})
+
+    edit_tensors(tmp_path, edit)
+    assert f"model.safetensors: quantized with {method}, which is not read; take the original" in error_of(
+        tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("model-Q4_K_M.gguf", "of the format GGUF, not yet read; take the model's original"),
+        ("ggml-model.ggml", "of the format GGML, not read"),
+        ("decoder.onnx", "of the format ONNX, not read"),
+        ("pytorch_model.bin", "a file of PyTorch's, not read; convert it to safetensors with"),
+        ("consolidated.00.pth", "a file of PyTorch's, not read; convert it to safetensors with"),
+        ("weights.pt", "a file of PyTorch's, not read; convert it to safetensors with"),
+    ],
+)
+@pytest.mark.parametrize("configured", [True, False])
+def test_a_file_of_another_format_says_so(name: str, says: str, configured: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF")
+    assert f"{tmp_path / name}: {says}" in error_of(tmp_path / name)
+    if configured:
+        write_tiny_hf(tmp_path, "llama")
+        (tmp_path / "model.safetensors").unlink()
+    assert f"{name} is there, {says}" in error_of(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9f\nsize 9\n"
+
+
+@pytest.mark.parametrize("content", [POINTER, b"\n<html><body>404</body></html>"])
+@pytest.mark.parametrize("format", ["hf", "sharded", "native", "orbax", "config"])
+def test_what_was_not_downloaded_is_told(format: str, content: bytes, tmp_path: Path) -> None:
+    src, dst = tmp_path / "src", tmp_path / "dst"
+    write_tiny_hf(src, "llama")
+    if format in ("native", "orbax"):
+        convert(src, dst, format=format)
+        src = dst
+    elif format == "sharded":
+        shard(src)
+    names = {
+        "hf": "model.safetensors",
+        "sharded": "model-00002-of-00003.safetensors",
+        "native": "model.safetensors",
+        "orbax": "orbax/manifest.ocdbt",
+        "config": "config.json",
+    }
+    path = src / names[format]
+    path.write_bytes(content)
+    says = "a Git LFS pointer, .*run `git lfs pull` in" if content == POINTER else "a web page, not"
+    assert re.match(rf"{path}: {says}", error_of(src))
 
 
 def test_progress_reaches_the_total(tmp_path: Path) -> None:
@@ -319,12 +530,6 @@ def test_index_that_leaves_the_directory(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     write_index(tmp_path, {"a": "../secret.safetensors"})
     assert "'../secret.safetensors' is not a plain file name" in error_of(tmp_path)
-
-
-def test_pytorch_file_says_to_convert(tmp_path: Path) -> None:
-    write_tiny_hf(tmp_path, "llama")
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    assert "convert it to safetensors" in error_of(tmp_path)
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Layer plans and recipes written down: as Hugging Face models, and baked into or recorded in native ones."""
 
 import functools
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -52,6 +54,42 @@ def planned(directory: Path, spec: str | None = None) -> np.ndarray:
 @pytest.fixture
 def source(tiny_directory):
     return lambda model_type: tiny_directory(model_type, **FOUR[model_type])
+
+
+@pytest.mark.parametrize("write", [convert, to_hf, functools.partial(convert, format="orbax")])
+def test_all_files_of_the_words_go_along(write, tmp_path):
+    words = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "additional_chat_templates/tool_use.jinja",
+        "vocab.json",
+    )
+    src = write_tiny_chat(tmp_path / "src")
+    (src / "additional_chat_templates").mkdir()
+    for name in words[2:]:
+        (src / name).write_text(name)
+    write(src, tmp_path / "dst")
+    for name in words:
+        assert (tmp_path / "dst" / name).read_bytes() == (src / name).read_bytes()
+
+
+@pytest.mark.parametrize("write", [convert, to_hf])
+def test_a_tokenizer_of_any_name_goes_along(write, tmp_path):
+    src, model = tmp_path / "src", io.BytesIO()
+    write_tiny_hf(src, "llama", vocab_size=64)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a tale of two cities"] * 9), model_writer=model, vocab_size=16, minloglevel=2
+    )
+    (src / "cities.model.v2").write_bytes(model.getvalue())
+    write(src, tmp_path / "dst")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "merge_method: passthrough\nslices:\n- sources:\n  - {model: src, layer_range: [0, 2]}\n"
+    )
+    write(read_recipe(recipe), tmp_path / "merged")
+    for directory in ("dst", "merged"):
+        tokenizer = ModelDirectory.at(tmp_path / directory).tokenizer
+        assert tokenizer.decode(tokenizer.encode("two tales", add_special_tokens=False)) == "two tales"
 
 
 # A Hugging Face model.

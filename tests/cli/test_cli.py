@@ -21,7 +21,7 @@ from jaxchat.cli.command_line import Command, Conflict
 from jaxchat.cli.flags import flag_fields, parse, read
 from jaxchat.commands import COMMANDS
 from jaxchat.commands.generate import COMMAND, GenerateRequest, advised
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import UsageError
 from jaxchat.options import Flag, GenerateOptions, unescape
 from tests.support.commands import environment, run_process
 from tests.support.tiny_chat import write_tiny_chat
@@ -205,9 +205,40 @@ def test_sampling_that_is_not_asked_for_is_what_the_model_recommends(tmp_path):
     assert options("-t", "0").temperature == 0
     config.write_text('{"temperature": 0.5, "top_k": 40}')
     assert options() == GenerateOptions()
-    config.write_text('{"do_sample": true, "temperature": "hot"}')
-    with pytest.raises(JaxchatError, match="temperature is 'hot', not a number"):
-        options()
+    assert options("-k", "-1") == options()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("top_k", -1, 0),
+        ("top_k", -7, 0),
+        ("top_k", 40.0, 40),
+        ("top_p", 1.5, 1.0),
+        ("min_p", -0.1, 0.0),
+        ("temperature", 0, 0.0),
+        ("temperature", "hot", None),
+        ("temperature", -0.5, None),
+        ("temperature", 10**400, None),
+        ("top_k", 0.5, None),
+        ("top_k", True, None),
+        ("top_k", 2**40, None),
+        ("top_p", 0, None),
+        ("top_p", [0.9], None),
+        ("min_p", float("nan"), None),
+        ("repetition_penalty", 0, None),
+        ("repetition_penalty", float("inf"), None),
+    ],
+)
+def test_a_recommendation_that_is_none_is_no_reason_not_to_run(name, value, meant, tmp_path, caplog):
+    advice = {"do_sample": True, "temperature": 0.7, name: value}
+    (tmp_path / "generation_config.json").write_text(json.dumps(advice))
+    found = ModelDirectory.at(tmp_path).recommended_sampling
+    assert found.get(name) == meant
+    assert found.get("temperature") == (meant if name == "temperature" else 0.7)
+    GenerateOptions(**found)
+    says = rf"{tmp_path}/generation_config\.json: ignored: {name}: got .*, expected an? "
+    assert [bool(re.match(says, message)) for message in caplog.messages] == [True] * (meant is None)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +362,35 @@ def test_a_model_without_a_template_continues_the_prompt_and_says_so(tmp_path, c
     assert err.splitlines() == [
         "jaxchat: this model has no chat template: the prompt is continued as text (--format completion)"
     ]
+
+
+def test_special_tokens_of_a_prompt_are_parsed_in_completions(chat_model, continue_text, commands):
+    raw = ("-p", "<|user|>hi</s><|assistant|>", "--max_new_tokens", "3")
+    completion = ("--format", "completion")
+    assert continue_text(*raw, *completion)["prompt_tokens"] == 5
+    assert continue_text(*raw, *completion, "--nospecial_tokens")["prompt_tokens"] == len(raw[1])
+    for flag in ("--special_tokens", "--nospecial_tokens"):
+        message = commands.error("generate", "-m", chat_model, *raw, flag, code=2)
+        assert message.startswith("--special_tokens is for --format completion")
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"chat_template.jinja": "{% if %}"}, r"chat_template\.jinja: broken chat template, line 1"),
+        ({"additional_chat_templates/rag.jinja": ""}, r"no chat template named 'default' \(found: rag\)"),
+        ({"chat_template.json": "[]"}, r"chat_template\.json: expected a JSON object"),
+    ],
+)
+def test_a_broken_template_is_in_the_way_of_chats_only(files, says, tmp_path, commands):
+    write_tiny_chat(tmp_path, template=None)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    asked = ("generate", "-m", tmp_path, "-p", "hi", "--max_new_tokens", "2")
+    assert re.search(says, commands.error(*asked, code=1))
+    commands.output(*asked, "--format", "completion")
+    commands.output("show", "-m", tmp_path)
 
 
 def test_a_full_context_is_never_silent(chat_model, commands):

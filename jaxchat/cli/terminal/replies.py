@@ -88,8 +88,9 @@ class CompletionReplies:
 
     format = "completion"
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, *, parse_special: bool = True):
         self.model = model
+        self._parse_special = parse_special
         self._stream: TextStream | None = None
 
     @property
@@ -116,7 +117,7 @@ class CompletionReplies:
         """See `Replies`; the text itself is the place for a prefix."""
         if prefix:
             raise UsageError("a prefix needs a chat; put it at the end of the text")
-        self._stream = self.model.stream(text, options=options)
+        self._stream = self.model.stream(text, parse_special=self._parse_special, options=options)
         return self._stream
 
     def set_plan(self, spec: str) -> None:
@@ -150,4 +151,4 @@ def open_replies(model: Model, request: Request) -> Replies:
     if request.format is None and not request.quiet:
         what = "every line is" if request.interactive else "the prompt is"
         say(f"jaxchat: this model has no chat template: {what} continued as text (--format completion)")
-    return CompletionReplies(model)
+    return CompletionReplies(model, parse_special=request.special_tokens)
