@@ -9,16 +9,15 @@ from typing import Annotated, Any, TypeVar
 
 from jaxchat import demo
 from jaxchat.cli.command_line import Command, exit_process, run
+from jaxchat.cli.terminal.commands import explained_word
 from jaxchat.errors import UsageError
-from jaxchat.files import write_atomically
+from jaxchat.files import try_to_replace, write_atomically
 from jaxchat.options import Flag, GenerateOptions, with_setting
 from jaxchat.runtime import Model
 from jaxchat.talk import ModelLoader
 
 BOX = "box"
 """Stands for the model in the box where a directory is expected."""
-
-R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,13 +68,24 @@ class Common:
         text = json.dumps(transcript, ensure_ascii=False, indent=2) + "\n"
         if self.json == "-":
             print(text, end="")
-        elif self.json:
-            try:
-                write_atomically(Path(self.json), text.encode())
-            except OSError as error:
-                raise UsageError(
-                    f"--json {self.json}: {error.strerror}; name a file that can be written"
-                ) from None
+        elif self.json is not None:
+            self._at_file(lambda path: write_atomically(path, text.encode()))
+
+    def try_to_save(self) -> None:
+        """Refuses a --json that could not be written in the end."""
+        if self.json not in (None, "-"):
+            self._at_file(try_to_replace)
+
+    def _at_file(self, act: Callable[[Path], None]) -> None:
+        try:
+            act(Path(self.json or ""))
+        except OSError as error:
+            raise UsageError(
+                f"--json {self.json}: {error.strerror}; name a file that can be written"
+            ) from None
+
+
+R = TypeVar("R", bound=Common)
 
 
 class _Loader(ModelLoader):
@@ -100,25 +110,43 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def typed(greeting: str) -> Iterator[str]:
-    """Questions from standard input, until its end or /quit."""
+def typed(restart: Callable[[], None] | None = None) -> Iterator[str]:
+    """Questions from standard input, until its end or /quit; /help explains, and no model gets to see it.
+
+    Args:
+      restart: what /restart does, where there is something to forget.
+    """
     prompts = sys.stdin.isatty()
+    known = "/quit or Ctrl-D leaves" + (", /restart forgets" if restart else "")
     if prompts:
-        say(greeting)
+        say(f"Ask something; {known}.")
+    explained = ""
     while True:
         if prompts:
             print("You  > ", end="", flush=True)
         line = sys.stdin.readline()
-        if not line or line.strip() == "/quit":
+        text = line.strip()
+        if not line or text in ("/quit", "/exit", "/bye"):
             return
-        if line.strip():
-            yield line.strip()
+        if text in ("/restart", "/clear") and restart:
+            restart()
+            say("forgot what was said")
+        elif text.startswith("/") and not text.startswith("//"):
+            unknown = "" if text in ("/help", "/?") else f"no command {text}; "
+            say(f"{unknown}{known}; a question that begins with a slash is typed with two")
+        elif prompts and text != explained and (advice := explained_word(text)):
+            say(advice)
+            explained = text
+        elif text:
+            yield text.removeprefix("/")
+            explained = ""
 
 
 def program(name: str, doc: str | None, request: type[R], body: Callable[[R], None]) -> Callable[..., int]:
     """The `main` of an example: its help is the module's docstring and the flags of `request`."""
 
     def do(filled: R, given: frozenset[str]) -> int:
+        filled.try_to_save()
         body(filled)
         return 0
 

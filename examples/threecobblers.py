@@ -68,10 +68,7 @@ def ask(request: Request) -> None:
     answer_one = answer_of_all if request.ask_all else answer
     asked: list[dict[str, Any]] = []
     with contextlib.suppress(KeyboardInterrupt):
-        for question in request.questions or typed(_GREETING):
-            if question == "/restart":
-                panel.restart()
-                continue
+        for question in request.questions or typed(panel.restart):
             asked.append(answer_one(panel, question, request))
             if len(asked) == request.turns:
                 break
@@ -104,7 +101,6 @@ def answer_of_all(panel: Panel, question: str, request: Request) -> dict[str, An
     return {"question": question, "answers": answers}
 
 
-_GREETING = "Ask something; /restart forgets, Ctrl-D leaves."
 main = program("threecobblers", __doc__, Request, ask)
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def think(request: Request) -> None:
     )
     asked: list[dict[str, Any]] = []
     with contextlib.suppress(KeyboardInterrupt):
-        for question in request.questions or typed("Ask something; Ctrl-D leaves."):
+        for question in request.questions or typed():
             asked.append(answer(thinker, question, request))
             if len(asked) == request.turns:
                 break

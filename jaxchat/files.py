@@ -1,6 +1,7 @@
 """Files: small ones that somebody else wrote, read whole; ours, written whole; and locks."""
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -134,19 +135,67 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 def replaced(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Gives a new file to write, which replaces `path` if the block ends well, and is removed otherwise.
 
-    Whoever reads `path` sees the old file or the new one, whole.
+    Whoever reads `path` sees the old file or the new one, whole. Of a link what it leads to is replaced.
 
     Args:
       path: the file that is to be.
       mode: who may read and write it, as `os.open` takes it.
+
+    Raises:
+      OSError: it cannot be written, or is no file but a directory or a device: see `try_to_replace`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+    target = _target(path)
+    temporary = _made_beside(target, mode)
     try:
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def try_to_replace(path: Path) -> None:
+    """Raises the OSError in which `replaced` would end, before there is anything to lose. Leaves no trace."""
+    _made_beside(_target(path), 0o600).unlink()
+
+
+def _target(path: Path) -> Path:
+    """What writing to `path` replaces: behind its links, and a file, if there is anything yet.
+
+    A device is refused rather than written to: a block device would lose a whole disk.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return Path(os.path.realpath(path))  # a link to a file that is to be
+    except ValueError as error:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    what = ""
+    if not stat.S_ISREG(found.st_mode):
+        what = f"{_kind_of(found.st_mode)}, not a file"
+    elif any(_leads_to(stream, found) for stream in (1, 2)):
+        what = "where the output goes already"
+    if what:
+        raise OSError(errno.EINVAL, f"this is {what}; name another file", str(path))
+    return Path(os.path.realpath(path))
+
+
+def _leads_to(stream: int, found: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream), found)
+    except OSError:  # closed
+        return False
+
+
+def _made_beside(target: Path, mode: int) -> Path:
+    """A new, empty file in the folder of another."""
+    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            errno.ENOENT, f"there is no folder {target.parent}; make it first, or name another", str(target)
+        ) from None
+    return temporary
 
 
 def write_atomically(path: Path, data: bytes) -> None:

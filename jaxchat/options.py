@@ -37,6 +37,7 @@ class Flag:
       read: from the text (of `many` the texts) to the field's value; a `UsageError` says what is wrong.
       shown: how the default is written, where that is not as Python prints it.
       positional: it has no name on the command line, only its place.
+      elsewhere: what other programs call it, for those who type that.
     """
 
     help: str
@@ -52,6 +53,7 @@ class Flag:
     read: Callable[[Any], Any] | None = None
     shown: str | None = None
     positional: bool = False
+    elsewhere: tuple[str, ...] = ()
 
 
 class Range(NamedTuple):
@@ -116,6 +118,7 @@ class GenerateOptions:
             help="At most so many new tokens; if not given, until the model ends or the context is full",
             example="--max_new_tokens 200",
             low=1,
+            elsewhere=("n", "n_predict", "num_predict", "predict", "max_tokens"),
         ),
     ] = None
     temperature: Annotated[
@@ -125,6 +128,7 @@ class GenerateOptions:
             "four are not given, they are as the model's generation_config.json recommends, if it does",
             example="-t 0.7",
             short="t",
+            elsewhere=("temp",),
         ),
     ] = 0.0
     top_k: Annotated[
@@ -151,6 +155,7 @@ class GenerateOptions:
         _sampling(
             help="Weaken every token of prompt and output (CTRL); 1 is off",
             example="--repetition_penalty 1.1",
+            elsewhere=("repeat_penalty",),
         ),
     ] = 1.0
     presence_penalty: Annotated[
@@ -169,7 +174,8 @@ class GenerateOptions:
     seed: Annotated[
         int,
         _sampling(
-            help="The same seed gives the same text on the same kind of machine",
+            help="The same seed gives the same text on the same kind of machine. A command that is not given "
+            "one draws its own, which --verbose, --json, /stats and /set tell",
             example="--seed 7",
             low=0,
             high=2**32 - 1,
@@ -181,6 +187,7 @@ class GenerateOptions:
             help="End before this text; may be given more than once; \\n, \\t and \\\\ are a line break, a "
             "tab and a backslash",
             example="--stop '\\n\\n' --stop END",
+            elsewhere=("r", "reverse_prompt", "stop_sequence", "stop_sequences"),
             value="TEXT",
             many=True,
             read=lambda texts: tuple(unescape(text, "--stop") for text in texts),
@@ -197,8 +204,9 @@ class GenerateOptions:
         Overflow,
         _length(
             help="When the context is full: error ends the reply and refuses a longer prompt, "
-            "truncate_oldest forgets the oldest",
+            "truncate_oldest forgets the oldest, as a chat does if this is not given",
             example="--overflow truncate_oldest",
+            elsewhere=("context_shift", "no_context_shift"),
             value="HOW",
         ),
     ] = "error"

@@ -79,8 +79,10 @@ def test_threecobblers_chooses_for_each_question_and_reports_the_probabilities(r
         5,
         "--json",
         "-",
-        stdin="why?\n/restart\nhow?\n/quit\nno\n",
+        stdin="why?\n/help\n/restart\nhow?\n/frob\n/bye\nno\n",
     )
+    assert "\n/quit or Ctrl-D leaves, /restart forgets" in done.err
+    assert "\nno command /frob; /quit or Ctrl-D leaves" in done.err
     turns = json.loads(done.out)["turns"]
     assert [turn["question"] for turn in turns] == ["why?", "how?"]
     for turn in turns:
@@ -108,6 +110,16 @@ def test_ya_o1_thinks_with_prefix_and_nudges_then_answers(run, model, tmp_path):
         ("crosstask", ["MODEL", "MODEL", "hi", "--b", "heat=1"], "no option 'heat'"),
         ("crosstask", ["MODEL", "MODEL", "hi", "--a_layer_spec", "9"], "layer 9 is out of range"),
         ("threecobblers", ["nowhere.yaml"], "nowhere.yaml: No such file"),
+        (
+            "ya_o1",
+            ["MODEL", "MODEL", "-q", "x", "--json", "no/such/t.json"],
+            "--json no/such/t.json: there is no",
+        ),
+        (
+            "crosstask",
+            ["MODEL", "MODEL", "hi", "--json", "/dev/null"],
+            "--json /dev/null: this is a device, ",
+        ),
         ("ya_o1", ["MODEL"], "SUMMARIZER must be given; --help shows examples"),
     ],
 )

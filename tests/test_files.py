@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from jaxchat.files import (
     read_optional_json,
     read_small_text,
     replaced,
+    try_to_replace,
     write_atomically,
 )
 
@@ -77,6 +79,77 @@ def test_files_of_the_user_are_where_xdg_says(tmp_path, monkeypatch, variable, f
     assert find() == tmp_path / usual / "jaxchat" / name
     monkeypatch.setenv(variable, str(tmp_path / "there"))
     assert find() == tmp_path / "there" / "jaxchat" / name
+
+
+def test_of_a_link_the_target_is_replaced(tmp_path):
+    target, link, to_be = tmp_path / "there" / "a.json", tmp_path / "link", tmp_path / "other"
+    target.parent.mkdir()
+    target.write_bytes(b"old")
+    link.symlink_to("there/a.json")
+    to_be.symlink_to(link)
+    for path, data in ((link, b"new"), (to_be, b"newer")):
+        try_to_replace(path)
+        write_atomically(path, data)
+        assert target.read_bytes() == data
+    target.unlink()
+    write_atomically(to_be, b"made")
+    assert target.read_bytes() == b"made"
+    assert link.is_symlink()
+    assert to_be.is_symlink()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.json", "link", "other", "there"]
+
+
+def _made(kind, path):
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    elif kind == "link to a device":
+        path.symlink_to(os.devnull)
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "long name":
+        return path.with_name("x" * 300)
+    elif kind == "no folder":
+        return path / "b"
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("folder", "this is a directory, not a file; name another file"),
+        ("pipe", "this is a named pipe, not a file; "),
+        ("socket", "this is a socket, not a file; "),
+        ("link to a device", "this is a device, not a file; "),
+        ("loop", "Too many levels of symbolic links"),
+        ("long name", "File name too long"),
+        ("no folder", "there is no folder .*; make it first"),
+    ],
+)
+def test_what_is_no_file_is_never_replaced(tmp_path, monkeypatch, kind, message):
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    path = _made(kind, Path("a"))
+    before = [(p.name, p.lstat().st_mode) for p in tmp_path.iterdir()]
+    for attempt in (lambda: try_to_replace(path), lambda: write_atomically(path, b"data")):
+        with pytest.raises(OSError, match=message):
+            attempt()
+    assert [(p.name, p.lstat().st_mode) for p in tmp_path.iterdir()] == before
+
+
+def test_the_file_that_the_output_goes_to_is_not_replaced(tmp_path):
+    out = tmp_path / "out.txt"
+    code = "import pathlib, sys; from jaxchat.files import write_atomically\n"
+    code += "write_atomically(pathlib.Path(sys.argv[1]), b'data')"
+    for name in (out, "/dev/stdout"):
+        with out.open("wb") as file:
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(name)], stdout=file, stderr=subprocess.PIPE
+            )
+        assert b"this is where the output goes already" in done.stderr
+        assert out.read_bytes() == b""
 
 
 # --- files of others

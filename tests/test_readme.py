@@ -68,6 +68,7 @@ def test_the_commands_run(
     story = (shared_data / "corpora" / "tinystories_2MiB.txt").read_text(encoding="utf-8")[:3000]
     (tmp_path / "story.txt").write_text(re.sub(r"[^a-z ]", "", story.lower()))  # what the model can read
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     chatted = False
     for command in commands():
         words = shlex.split(command.replace("path/to/model", model_path))

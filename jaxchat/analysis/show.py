@@ -270,6 +270,11 @@ def short_count(count: int) -> str:
     return str(count)
 
 
+def counted(count: int) -> str:
+    """A number of parameters, exactly and for people."""
+    return f"{count:,} ({short_count(count)})"
+
+
 def short_bytes(count: int) -> str:
     """A number of bytes for people: 1610612736 -> `1.5 GiB`."""
     for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
@@ -278,8 +283,13 @@ def short_bytes(count: int) -> str:
     return f"{count} B"
 
 
-def render(report: Report) -> str:
-    """The report as text for a terminal of 80 columns (long plans may be wider)."""
+def render(report: Report, *, in_memory: str | None = None) -> str:
+    """The report as text for a terminal of 80 columns (long plans may be wider).
+
+    Args:
+      report: what to show.
+      in_memory: what a loaded model has there; None tells what its weights will take.
+    """
     shapes = ", ".join(f"{name} {_number(value)}" for name, value in report.shapes.items())
     facts = [
         ("model", report.model),
@@ -288,9 +298,10 @@ def render(report: Report) -> str:
           for label in ("shapes",)),
         ("layer plan", report.layer_spec),
         ("layers", _layers_line(report)),
-        ("parameters", f"{report.parameters:,} ({short_count(report.parameters)}) as run"),
-        ("", f"{report.stored_parameters:,} ({short_count(report.stored_parameters)}) as stored"),
+        ("parameters", f"{counted(report.parameters)} as run"),
+        ("", f"{counted(report.stored_parameters)} as stored"),
         *_weight_facts(report),
+        *(("in memory", line) for line in (in_memory or _loaded(report),) if line),
         ("KV cache", f"{_by_dtype(report.kv_bytes_per_token)} a token"),
         ("", f"{_by_dtype(report.kv_bytes)} at {report.max_length:,} tokens"),
     ]  # fmt: skip
@@ -303,6 +314,15 @@ def render(report: Report) -> str:
     return "\n".join([*lines, "", *slot_table(report.layers)])
 
 
+def _loaded(report: Report) -> str:
+    """What the weights will take as they are stored or asked for; "" where the files do not say."""
+    if report.quantized_bytes is not None:
+        size: int | None = report.quantized_bytes["total"]
+    else:
+        size = report.weight_bytes.get(report.stored_dtype or "")
+    return "" if size is None else f"{short_bytes(size)} of weights, once loaded"
+
+
 def _weight_facts(report: Report) -> Iterator[tuple[str, str]]:
     plain = _by_dtype(report.weight_bytes, mark=report.stored_dtype)
     if report.quantized_bytes is None:
@@ -310,7 +330,10 @@ def _weight_facts(report: Report) -> Iterator[tuple[str, str]]:
         return
     sizes = dict(report.quantized_bytes)
     mark = " (as stored)" if report.stored_dtype == report.quantization else ""
-    yield "weights", f"{report.quantization} {short_bytes(sizes.pop('total'))}{mark}, scales included:"
+    yield (
+        "weights",
+        f"{report.quantization} {short_bytes(sizes.pop('total'))}{mark}, scales included:",
+    )
     groups = ", ".join(f"{name} {short_bytes(size)}" for name, size in sizes.items())
     yield from (("", line) for line in _wrap(groups, 66))
     yield "", f"not quantized {plain}"

@@ -17,10 +17,16 @@ from jaxchat.chat.session_file import SavedChat
 from jaxchat.chat.vocabulary import Vocabulary
 from jaxchat.engine.generation import FinishReason
 from jaxchat.engine.session import ContextOverflowError, Engine
-from jaxchat.errors import UsageError
+from jaxchat.errors import AdvisedError, UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import GenerateOptions
 from jaxchat.text.reasoning import Kind
+
+
+class OtherPlanError(AdvisedError):
+    """A saved chat is another layer plan's."""
+
+    between = ": "
 
 
 class Turn(Protocol):
@@ -156,6 +162,8 @@ class ChatBatch:
           ContextOverflowError: a conversation does not fit the context.
           UsageError: a template refuses a conversation, or it cannot go on so. All are as they were, then.
         """
+        for row in range(len(self.conversations)):
+            self.hold(row)
         before = [conversation.snapshot() for conversation in self.conversations]
         try:
             rows = [
@@ -169,8 +177,24 @@ class ChatBatch:
                 self.session.set_ids(conversation.token_ids, i)
             raise
 
+    def hold(self, row: int = 0) -> None:
+        """Makes ids and cache hold a conversation as it is now: what its history has forgotten goes at once.
+
+        The next turn of any does so too. Of a reply that outgrew the context they hold the end.
+        """
+        ids, held = self.conversations[row].token_ids, self.session.ids[row]
+        if len(ids) <= self._engine.max_length:
+            self.session.set_ids(ids, row)
+        elif len(held) < 2 or held[1:] != ids[1 - len(held) :]:
+            self.session.set_ids([], row)
+
     def save(self, path: str | Path, row: int = 0) -> None:
-        """Writes a conversation and its KV cache to a file, for `load`."""
+        """Writes a conversation and its KV cache to a file, for `load`; nothing of what is forgotten.
+
+        Raises:
+          UsageError: the file cannot be written, or holds something that is no session.
+        """
+        self.hold(row)
         session_file.save(path, self._saved(row))
 
     def load(self, path: str | Path, row: int = 0) -> None:
@@ -184,6 +208,8 @@ class ChatBatch:
         saved = session_file.load(path)
         try:
             self._restore(saved, row)
+        except AdvisedError as error:
+            raise error.at(path) from None
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
 
@@ -210,7 +236,7 @@ class ChatBatch:
             if options.overflow == "error":
                 advice = "start anew, raise --max_length or use --overflow truncate_oldest"
             raise ContextOverflowError(
-                f"{name} has {opening.length} tokens, too many for the context of {limit}; {advice}"
+                f"{name} has {opening.length} tokens, too many for the context of {limit}", advice
             )
         return opening
 
@@ -248,7 +274,7 @@ class ChatBatch:
             )
         plan = LayerPlan.recorded(saved.plan, self._engine.config.num_layers)
         if plan != self.plan:
-            raise UsageError(f"made under the layer plan {plan}, this is {self.plan}: {self._advice(plan)}")
+            raise OtherPlanError(f"made under the layer plan {plan}, this is {self.plan}", self._advice(plan))
         own = self.conversations[row]
         conversation = Conversation.from_state(own.template, own.tokenizer, saved.conversation)
         self.session.restore(saved.ids, saved.rows, row)

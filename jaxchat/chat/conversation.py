@@ -69,6 +69,7 @@ class Snapshot:
 
     entries: tuple[_Entry, ...]
     ledger: Ledger
+    dropped: int
 
 
 class Conversation:
@@ -89,6 +90,7 @@ class Conversation:
 
     Attributes:
         template, tokenizer, thought_tags, reversed_role: as above; the last may be changed between turns.
+        dropped: how many messages `drop_oldest` has forgotten.
 
     Raises:
         UsageError: a system prompt is given and the template has no place for one.
@@ -107,6 +109,7 @@ class Conversation:
     ) -> None:
         self.template, self.tokenizer = template, tokenizer
         self.reversed_role = reversed_role
+        self.dropped = 0
         self.thought_tags = thought_tags or thought_tags_of(template.source)
         self._kwargs = dict(template_kwargs or {})
         self._prompts = Prompts(template, tokenizer, self.thought_tags, self._kwargs)
@@ -156,13 +159,16 @@ class Conversation:
             del self._entries[0]
         if text is not None:
             self._entries.insert(0, _Entry({"role": "system", "content": text}))
+        self._forget()
 
     def restart(self) -> None:
         """Forgets everything but the system prompt and the opening line."""
+        self.dropped = 0
         system = self.system
         self._entries = [] if system is None else [self._entries[0]]
         if self._opening is not None:
             self._entries.append(_Entry({"role": "user", "content": self._opening}))
+        self._forget()
 
     def extend(self, messages: Iterable[Mapping[str, Any]]) -> None:
         """Append messages as they are."""
@@ -175,15 +181,18 @@ class Conversation:
 
     def take_back(self) -> dict[str, Any]:
         """Removes the last message and returns it."""
-        return self._entries.pop().message
+        message = self._entries.pop().message
+        self._forget()
+        return message
 
     def snapshot(self) -> Snapshot:
         """The history as it is, for `restore`."""
-        return Snapshot(tuple(self._entries), self._ledger)
+        return Snapshot(tuple(self._entries), self._ledger, self.dropped)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Takes back everything since the snapshot."""
         self._entries, self._ledger = list(snapshot.entries), snapshot.ledger
+        self.dropped = snapshot.dropped
 
     def undo(self) -> str | None:
         """Forgets the last exchange.
@@ -196,9 +205,13 @@ class Conversation:
         replied = self._entries[-1].reply is not None
         if replied:
             self._entries.pop()
+        typed = ""
         if self._entries and self._entries[-1].typed:
-            return str(self._entries.pop().message["content"])
-        return "" if replied else None
+            typed = str(self._entries.pop().message["content"])
+        elif not replied:
+            return None
+        self._forget()
+        return typed
 
     def drop_oldest(self) -> bool:
         """Forgets the oldest exchange, but not the system prompt or the last one; false if that is all."""
@@ -206,8 +219,21 @@ class Conversation:
         last = 2 if self._entries and self._entries[-1].reply else 1
         if len(self._entries) <= first + last:
             return False
+        before = len(self._entries)
         del self._entries[first : first + 2]
+        self.dropped += before - len(self._entries)
         return True
+
+    def _forget(self) -> None:
+        """Takes out of the ledger what the history no longer holds: ids and text, not only messages."""
+        if not self._ledger.chunks:
+            return
+        try:
+            prompt = self._prompt(self._entries, self.role)
+        except UsageError:  # the template does not render such a beginning, and there is little to keep
+            self._ledger = Ledger()
+        else:
+            self._ledger = self._ledger.rendered(prompt, self.tokenizer)
 
     # --- the model's messages
 
@@ -236,7 +262,7 @@ class Conversation:
         Raises:
             UsageError: the last message is not the model's.
         """
-        reply = self._require_reply("retry")
+        reply = self.require_reply("retry")
         role = self._entries[-1].message["role"]
         opening = self._open(self._entries[:-1], role, reply.prefix, reply.prefix_in)
         self._ledger = self._ledger.replied(reply.chunk)
@@ -277,7 +303,7 @@ class Conversation:
         Raises:
             UsageError: the last message is not the model's.
         """
-        reply = self._require_reply("continue")
+        reply = self.require_reply("continue")
         role = self._entries[-1].message["role"]
         prompt = self._prompt(self._entries[:-1], role)
         rendered = self._ledger.rendered(prompt, self.tokenizer)
@@ -372,7 +398,12 @@ class Conversation:
             return {"role": "assistant", "content": text.content, "reasoning_content": text.reasoning}
         return {"role": "assistant", "content": opening.opened + text.whole}
 
-    def _require_reply(self, what: str) -> _Reply:
+    def require_reply(self, what: str) -> _Reply:
+        """The last message, if it is the model's.
+
+        Raises:
+            UsageError: it is not, so one cannot do `what` to it.
+        """
         reply = self._entries[-1].reply if self._entries else None
         if reply is None:
             raise UsageError(f"there is no reply to {what}; send a message first")

@@ -106,6 +106,8 @@ class ChatSession:
     ) -> TextStream:
         """Generates the last message anew, with the same prefix; only other options make another text.
 
+        `seed` is one: a chat in a terminal draws the n-th time with the seed plus n.
+
         Raises:
           UsageError: the last message is not the model's.
         """
@@ -117,7 +119,9 @@ class ChatSession:
         Returns:
           The message that was typed in it ("" if the model went first), None if there is none to forget.
         """
-        return self.conversation.undo()
+        typed = self.conversation.undo()
+        self._chats.hold()
+        return typed
 
     def set_plan(self, plan: str | LayerPlan) -> None:
         """Reshapes the model in mid-conversation.
@@ -129,6 +133,7 @@ class ChatSession:
     def set_system(self, text: str | None) -> None:
         """Replaces the system prompt, from the next turn on for the whole history; None takes it away."""
         self.conversation.set_system(text)
+        self._chats.hold()
 
     def set_role(self, reversed_role: bool) -> None:
         """Lets the model play the user from now on, or the assistant again."""
@@ -137,9 +142,14 @@ class ChatSession:
     def restart(self) -> None:
         """Forgets the conversation, but not the system prompt and the opening line."""
         self.conversation.restart()
+        self._chats.hold()
 
     def save(self, path: str | Path) -> None:
-        """Writes conversation and KV cache to a file; see `Model.load_session`."""
+        """Writes conversation and KV cache to a file; see `Model.load_session`.
+
+        Raises:
+          UsageError: the file cannot be written, or holds something that is no session.
+        """
         self._chats.save(path)
 
     def load(self, path: str | Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxchat.chat.conversation import ConversationState
 from jaxchat.chat.identity import Fingerprint
+from jaxchat.chat.saved import FORMAT, try_to_save
 from jaxchat.checkpoints.fingerprint import bytes_of
 from jaxchat.checkpoints.safetensors_file import SafetensorsFile, SafetensorsWriter
 from jaxchat.engine.session import KVRows
@@ -21,7 +22,6 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import UnreadableError, parse_json, replaced
 from jaxchat.typed import checked
 
-FORMAT = "jaxchat-session"
 VERSION = "2"
 _WITH_SLOT_ROWS = "1"
 """The version before, whose slots may have different numbers of rows in use: int64 [P] `slot_rows`."""
@@ -62,9 +62,10 @@ def save(path: str | Path, chat: SavedChat) -> None:
     Its size is that of the conversation: 2 * K * H numbers a token and executed slot, and some kilobytes.
 
     Raises:
-      UsageError: the file cannot be written.
+      UsageError: the file cannot be written, or holds something that is no session.
     """
     path = Path(path)
+    try_to_save(path)
     given = {name: array for name, array in chat.rows._asdict().items() if array is not None}
     arrays = {"ids": np.asarray(chat.ids, np.int32), **given}
     crc32 = {name: _crc32(array) for name, array in arrays.items()}

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NoReturn, TypeVar
 
+from jaxchat import __version__
 from jaxchat.cli.flags import FlagField, Given, flag_fields, help_text, parse, read
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import UnreadableError, limited, text_of
@@ -40,10 +41,14 @@ class CommonFlags:
         Flag(
             help="debug, info, warning or error; debug also shows where an internal error happened",
             example="--log_level debug",
+            elsewhere=("debug", "verbosity", "loglevel"),
             group="Other",
             value="LEVEL",
         ),
     ] = "warning"
+    version: Annotated[
+        bool, Flag(help="Print the version of jaxchat", example="--version", group="Other")
+    ] = False
     help: Annotated[bool, Flag(help="Show this text", example="-h", group="Other", short="h")] = False
 
 
@@ -127,6 +132,9 @@ def run(command: Command[Any], argv: Sequence[str] | None = None, *, program: st
         common = read(CommonFlags, given)
         if common.help:
             print(help_text(command.usage.replace("{program}", program), fields))
+            return 0
+        if common.version:
+            print(f"jaxchat {__version__}")
             return 0
         _set_log_level(common.log_level)
         command.refuse(given)

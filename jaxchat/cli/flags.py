@@ -103,10 +103,9 @@ def parse(fields: Sequence[FlagField], argv: Sequence[str], stray: str) -> Given
     try:
         rest = values([argv[0], *_with_underscores(values, argv[1:])])[1:]
     except flags.UnrecognizedFlagError as error:
-        known = sorted(values.flag_values_dict())
-        close = difflib.get_close_matches(error.flagname.replace("-", "_"), known, 1)
-        advice = f"did you mean --{close[0]}?" if close else "--help lists the flags"
-        raise UsageError(f"unknown flag --{error.flagname}; {advice}") from None
+        dashes = "-" if f"-{error.flagname}" in (word.partition("=")[0] for word in argv) else "--"
+        advice = _advice(error.flagname.replace("-", "_").lower(), fields)
+        raise UsageError(f"unknown flag {dashes}{error.flagname}; {advice}") from None
     except flags.Error as error:
         raise UsageError(" ".join(str(error).split()).removeprefix("flag ")) from None
     places = [field for field in fields if field.flag.positional]
@@ -115,6 +114,36 @@ def parse(fields: Sequence[FlagField], argv: Sequence[str], stray: str) -> Given
     named = {field.name: values[field.name].value for field in fields if not field.flag.positional}
     names = frozenset(name for name, value in named.items() if value is not None and value is not False)
     return Given(names, rest, values)
+
+
+def _advice(name: str, fields: Sequence[FlagField]) -> str:
+    """What to type instead of a flag that there is not."""
+    named = [field for field in fields if not field.flag.positional]
+    for field in named:
+        if name in field.flag.elsewhere:
+            return f"jaxchat calls it --{field.name}"
+    if name in _NO_FLAGS:
+        return _NO_FLAGS[name]
+    known = sorted(field.name for field in named)
+    close = [other for other in known if len(name) > 2 and other.startswith(name)]
+    close += difflib.get_close_matches(name, known, 1, cutoff=0.75)
+    return f"did you mean --{close[0]}?" if close else "--help lists the flags"
+
+
+_THREADS = "all cores are used; `taskset -c 0-3 jaxchat ...` uses four of them"
+_DEVICE = "JAX chooses the device; JAX_PLATFORMS=cpu in the environment makes it the CPU"
+_ONE_DEVICE = "all layers are on one device, a GPU or TPU where JAX finds one"
+_MAPPED = "converted models are mapped where that is possible; see `jaxchat convert`"
+_NO_FLAGS = {
+    **dict.fromkeys(("threads", "threads_batch", "tb", "num_threads", "n_threads"), _THREADS),
+    **dict.fromkeys(("device", "dev", "main_gpu", "gpu", "cpu"), _DEVICE),
+    **dict.fromkeys(("ngl", "gpu_layers", "n_gpu_layers", "num_gpu"), _ONE_DEVICE),
+    **dict.fromkeys(("mlock", "mmap", "no_mmap"), _MAPPED),
+    **dict.fromkeys(
+        ("color", "colors"), "terminals get colours; NO_COLOR=1 in the environment turns them off"
+    ),
+}
+"""Flags of other programs without a counterpart, and what to do instead."""
 
 
 def read(request: type[R], given: Given) -> R:

@@ -24,6 +24,7 @@ _flag = functools.partial(Flag, group="Model")
 MODEL = _flag(
     help="The model: a directory as on Hugging Face, or one that `jaxchat convert` wrote",
     example="-m models/llama-3-8b",
+    elsewhere=("model_dir", "checkpoint", "hf", "hf_repo"),
     value="DIR",
     short="m",
 )
@@ -34,6 +35,7 @@ LAYER_SPEC = _flag(
     "last range runs on to the end of the model, or @FILE, "
     "which holds any of these",
     example="--layer_spec 0:8,4:12,8:",
+    elsewhere=("layers",),
     value="LAYERS",
 )
 BoxedModel = Annotated[
@@ -44,6 +46,7 @@ BoxedModel = Annotated[
 DTYPE = _flag(
     help="Convert the weights to float32, bfloat16 or float16; as stored if not given",
     example="--dtype bfloat16",
+    elsewhere=("torch_dtype",),
     value="TYPE",
     choices=DTYPES,
 )
@@ -52,6 +55,7 @@ QUANT = _flag(
     "and with :affine :plain :f32, or llama.cpp's q8_0 q4_0 q4_1; as stored if not given. `jaxchat convert "
     "--quant` does it once and for all",
     example="--quant int4, --quant int8:channel",
+    elsewhere=("load_in_4bit", "load_in_8bit", "q_bits", "quantize", "quantization"),
     value="FORMAT",
 )
 KV_DTYPE = _flag(
@@ -59,6 +63,7 @@ KV_DTYPE = _flag(
     "of float32); that of the activations if not given: float32 on CPU and with float32 weights, else "
     "bfloat16",
     example="--kv_dtype int8",
+    elsewhere=("ctk", "ctv", "cache_type_k", "cache_type_v", "kv_bits", "kv_cache_dtype"),
     value="TYPE",
     choices=KV_DTYPES,
 )
@@ -66,6 +71,7 @@ MAX_LENGTH = _flag(
     help="The longest context, prompt and output together: how far the KV cache may grow; the model's own if "
     "not given",
     example="-l 4096",
+    elsewhere=("c", "ctx", "ctx_size", "n_ctx", "num_ctx", "context_length", "max_model_len", "max_kv_size"),
     short="l",
     low=1,
 )
@@ -182,7 +188,12 @@ class LoadFlags(ModelFlags):
     ] = None
 
     def load(
-        self, chosen: "ChosenModel", progress: "Progress | None" = None, *, max_length: int | None = None
+        self,
+        chosen: "ChosenModel",
+        progress: "Progress | None" = None,
+        *,
+        max_length: int | None = None,
+        max_slots: int = 0,
     ) -> "Model":
         """Loads the model that `chosen` gave."""
         from jaxchat.runtime import load  # imports JAX, which --help and usage errors need not wait for
@@ -195,6 +206,7 @@ class LoadFlags(ModelFlags):
             kv_dtype=self.kv_dtype,
             kernels=self.kernels,
             max_length=max_length,
+            max_slots=max_slots,
             compilation_cache_dir=self.compilation_cache_dir,
             progress=progress,
         )

@@ -24,10 +24,17 @@ Report = Callable[[int, int], None]
 
 
 @contextlib.contextmanager
-def loading_bar() -> Iterator[Report | None]:
-    """Bytes with rate and remaining time, once loading turns out to take more than a second."""
+def loading_bar(
+    *, hidden: bool = False, before: Callable[[], None] = lambda: None
+) -> Iterator[Report | None]:
+    """Bytes with rate and remaining time, once loading turns out to take more than a second.
+
+    Args:
+      hidden: show nothing.
+      before: called before it appears.
+    """
     bar = _bytes_bar("loading")
-    if bar.disable:
+    if bar.disable or hidden:
         yield None
         return
     started = time.perf_counter()
@@ -36,6 +43,7 @@ def loading_bar() -> Iterator[Report | None]:
     def report(done: int, total: int) -> None:
         elapsed = time.perf_counter() - started
         if not bar.live.is_started and elapsed > 0.3 and elapsed * total > done:
+            before()
             bar.start()
         bar.update(task, completed=done, total=total)
 

@@ -8,6 +8,7 @@ from jaxchat.cli.model_flags import LAYER_SPEC, MAX_LENGTH, BoxedModel, LoadFlag
 from jaxchat.options import Flag, Format, GenerateOptions, PrefixIn, unescape
 from jaxchat.text.reasoning import ThoughtTags, parse_thought_tags
 
+MAX_SLOTS = 1 << 16
 _what = functools.partial(Flag, group="What to do")
 _chat = functools.partial(Flag, group="Chat")
 _output = functools.partial(Flag, group="Output")
@@ -22,8 +23,28 @@ class Request(LoadFlags):
         str | None, dataclasses.replace(LAYER_SPEC, help=f"{LAYER_SPEC.help}. Look with `jaxchat show` first")
     ] = None
     max_length: Annotated[int | None, MAX_LENGTH] = None
+    max_slots: Annotated[
+        int | None,
+        Flag(
+            help="Room in the KV cache for so many slots: plans of up to so many compile nothing anew. Each "
+            "takes its memory whether a plan uses it or not. If not given, as many as the plan and the "
+            "model's layers need; in a chat up to twice the layers, as far as those beyond take no more than "
+            "256 MiB at the full context",
+            example="--max_slots 64",
+            group="Model",
+            value="N",
+            low=1,
+            high=MAX_SLOTS,
+        ),
+    ] = None
     prompt: Annotated[
-        str | None, _what(help="The prompt; with -i the first message", example='-p "Hello"', short="p")
+        str | None,
+        _what(
+            help="The prompt, - for standard input; with -i the first message. Without a prompt it is read "
+            "from a pipe",
+            example='-p "Hello"',
+            short="p",
+        ),
     ] = None
     prompt_file: Annotated[
         str | None,
@@ -31,6 +52,7 @@ class Request(LoadFlags):
             help="Read the prompt from a UTF-8 file, - for standard input; one line break at its end is "
             "left out",
             example="--prompt_file question.txt",
+            elsewhere=("f", "file"),
             value="FILE",
         ),
     ] = None
@@ -40,6 +62,7 @@ class Request(LoadFlags):
             help="Chat, line by line. Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands",
             example="-i",
             short="i",
+            elsewhere=("cnv", "conversation", "chat"),
         ),
     ] = False
     format: Annotated[
@@ -48,6 +71,7 @@ class Request(LoadFlags):
             help="chat puts the prompt into the model's chat template, completion continues it as it is; "
             "chat if the model has a template",
             example="--format completion",
+            elsewhere=("no_cnv", "no_conversation", "raw", "ignore_chat_template", "chat_template"),
             value="HOW",
         ),
     ] = None
@@ -62,7 +86,12 @@ class Request(LoadFlags):
     ] = True
     system: Annotated[
         str | None,
-        _chat(help="The system prompt of a chat", example='-s "Answer in verse."', short="s"),
+        _chat(
+            help="The system prompt of a chat",
+            example='-s "Answer in verse."',
+            short="s",
+            elsewhere=("system_prompt", "sys"),
+        ),
     ] = None
     reversed_role: Annotated[
         bool,
@@ -107,17 +136,18 @@ class Request(LoadFlags):
     load_session: Annotated[
         str | None,
         _chat(
-            help="Go on with a conversation that --save_session or /save has written, with the same model",
-            example="--load_session talk.session -p 'And then?'",
+            help="Go on with a conversation that --save_session or /save has kept, with the same model",
+            example="--load_session talk -p 'And then?'",
+            elsewhere=("session", "prompt_cache"),
             value="FILE",
         ),
     ] = None
     save_session: Annotated[
         str | None,
         _chat(
-            help="Write the conversation to this file at the end, to go on another time without computing it "
-            "anew",
-            example="-i --save_session talk.session",
+            help="Keep the conversation at the end, to go on another time without computing it anew: under a "
+            "name, which `jaxchat sessions` lists, or, with a dot or a slash in it, in that file",
+            example="-i --save_session talk, --save_session ./talk.session",
             value="FILE",
         ),
     ] = None
@@ -145,6 +175,22 @@ class Request(LoadFlags):
             value="FILE",
         ),
     ] = None
+    verbose: Annotated[
+        bool,
+        _output(
+            help="Say at the end what it cost: token rates, compile time, memory; and the seed",
+            example="-p Hello --verbose",
+            elsewhere=("v", "stats", "perf", "show_timings"),
+        ),
+    ] = False
+    quiet: Annotated[
+        bool,
+        _output(
+            help="Say nothing but the answer and errors: no banner, no line while it loads, no notices",
+            example="-p Hello --quiet",
+            elsewhere=("silent", "no_display_prompt", "log_disable"),
+        ),
+    ] = False
     hide_banner: Annotated[
         bool,
         _output(

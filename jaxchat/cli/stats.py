@@ -12,6 +12,7 @@ from jaxchat.analysis.show import short_bytes
 from jaxchat.chat.replies import Timings
 
 _COMPILE_EVENTS = "/jax/core/compile/"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileClock:
@@ -19,6 +20,7 @@ class CompileClock:
 
     def __init__(self) -> None:
         self._spans: list[tuple[float, float]] = []
+        self.compiling = False  # a program has been traced that is not compiled yet
         jax.monitoring.register_event_duration_secs_listener(self._note)
 
     def close(self) -> None:
@@ -29,6 +31,7 @@ class CompileClock:
         if event.startswith(_COMPILE_EVENTS):
             end = time.perf_counter()
             self._spans.append((end - duration_secs, end))
+            self.compiling = event != _COMPILED
 
     def seconds(self, start: float = 0.0, end: float = float("inf")) -> float:
         """Seconds spent compiling between two readings of `time.perf_counter`."""

@@ -17,7 +17,7 @@ from jaxchat.analysis.questions import Questions
 from jaxchat.cli.command_line import Command, Conflict, Need, catch_interrupts, complain, read_text
 from jaxchat.cli.model_flags import RECIPE_NEEDS, LoadFlags
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import write_atomically
+from jaxchat.files import try_to_replace, write_atomically
 from jaxchat.options import Flag
 
 if TYPE_CHECKING:
@@ -219,6 +219,7 @@ def _output_directory(name: str) -> Path:
     out = Path(name)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        try_to_replace(out / JOURNAL)
     except OSError as error:
         raise UsageError(f"--out {name}: {error.strerror}; give a directory to write to") from None
     return out

@@ -4,6 +4,9 @@ What can be asked for is in `cli/request.py`, what then happens in `cli/terminal
 """
 
 import dataclasses
+import logging
+import os
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -67,17 +70,41 @@ def answer(request: Request, given: frozenset[str]) -> int:
     """
     _refuse(request, given)
     request = dataclasses.replace(request.or_boxed(), prompt=_prompt(request))
+    if request.quiet:
+        logging.getLogger("jaxchat").setLevel(logging.ERROR)
     chosen = request.chosen()
     chosen.check_max_length(request.max_length)
     chat = request.format != "completion" and chosen.has_template()
     if chat and ("special_tokens" in given or not request.special_tokens):
         raise UsageError("--special_tokens is for --format completion; in messages of a chat they are text")
+    _try_sessions(request)
     options = advised(request.options, chosen.advice, given)
+    options = of_this_run(options, given, interactive=request.interactive)
     # Not at the top: it imports JAX, which --help, --show and usage errors need not wait for.
     from jaxchat.cli import terminal
 
     catch_interrupts()
     return terminal.run(dataclasses.replace(request, options=options), chosen)
+
+
+def _try_sessions(request: Request) -> None:
+    """Refuses a session that cannot be loaded or saved before anybody has waited or talked."""
+    from jaxchat.chat import saved  # numpy and others, which --help need not wait for
+
+    if request.load_session is not None:
+        saved.existing_place(request.load_session)
+    if request.save_session is not None:
+        saved.try_to_save(saved.place(request.save_session))
+
+
+def of_this_run(options: GenerateOptions, given: frozenset[str], *, interactive: bool) -> GenerateOptions:
+    """The options with what no flag gave: a seed of this run's own, in a chat no end at a full context."""
+    more: dict[str, Any] = {}
+    if "seed" not in given:
+        more["seed"] = int.from_bytes(os.urandom(4))
+    if interactive and "overflow" not in given:
+        more["overflow"] = "truncate_oldest"
+    return dataclasses.replace(options, **more)
 
 
 def advised(options: GenerateOptions, advice: Mapping[str, Any], given: frozenset[str]) -> GenerateOptions:
@@ -86,11 +113,17 @@ def advised(options: GenerateOptions, advice: Mapping[str, Any], given: frozense
 
 
 def _prompt(request: Request) -> str | None:
-    prompt, where = request.prompt, "--prompt"
-    if request.prompt_file is not None:
-        text = read_text(request.prompt_file, "prompt_file")
+    prompt, file, where = request.prompt, request.prompt_file, "--prompt"
+    piped = prompt is None and file is None and not request.interactive
+    if file is not None:
+        where = f"--prompt_file {file}"
+    if piped or prompt == "-":
+        file, where = "-", "--prompt -"
+    if file is not None:
+        text = read_text(file, "prompt" if file == "-" else "prompt_file")
         prompt = text.removesuffix("\n").removesuffix("\r")
-        where = f"--prompt_file {request.prompt_file}"
+    if piped and not prompt:
+        raise UsageError(f"{_NOTHING_TO_DO} (nothing came from standard input)")
     if prompt == "":
         raise UsageError(f"{where}: the prompt is empty; give at least one character")
     return prompt
@@ -99,19 +132,26 @@ def _prompt(request: Request) -> str | None:
 def _refuse(request: Request, given: frozenset[str]) -> None:
     if request.format == "completion" and (chat_only := sorted(_CHAT_ONLY & given)):
         raise UsageError(f"--{chat_only[0]} needs a chat; it cannot be combined with --format completion")
-    if not request.interactive and {"prompt", "prompt_file"}.isdisjoint(given):
-        raise UsageError(
-            "nothing to do: give a prompt with -p or --prompt_file (- is standard input), or chat with -i"
-        )
-    if request.interactive and request.prompt_file == "-":
+    if (
+        not request.interactive
+        and {"prompt", "prompt_file"}.isdisjoint(given)
+        and sys.stdin is not None
+        and sys.stdin.isatty()
+    ):
+        raise UsageError(_NOTHING_TO_DO)
+    if request.interactive and "-" in (request.prompt, request.prompt_file):
         raise UsageError("--interactive reads messages from standard input; give the first one with --prompt")
 
 
+_NOTHING_TO_DO = (
+    "nothing to do: give a prompt with -p or --prompt_file (- is standard input), in a pipe, or chat with -i"
+)
 _CHAT_ONLY = {field.name for field in flag_fields(Request) if field.flag.group == "Chat"}
 CONFLICTS = (
     Conflict("prompt", "prompt_file", "give one"),
     Conflict("interactive", "json", "--json is for one prompt"),
     Conflict("markdown", "json", "JSON holds the text as it is"),
+    Conflict("quiet", "verbose", "one says less, the other more"),
     Conflict("load_session", "system", "a session has its own; /system changes it"),
     Conflict("load_session", "reversed_role", "a session has its own roles; /role changes them"),
     Conflict("load_session", "thought_tags", "a session has its own"),

@@ -16,7 +16,7 @@ from jaxchat import memory, pallas
 from jaxchat.config import FINAL_NORM, ModelConfig
 from jaxchat.engine import steps
 from jaxchat.engine.rows import Contexts
-from jaxchat.errors import UsageError
+from jaxchat.errors import AdvisedError, UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanArrays
 from jaxchat.layers.cache import KVCache, cache_bytes, cache_sharding, empty_cache
@@ -34,7 +34,7 @@ MIN_CAPACITY = 1024
 """Rows a cache starts with; it doubles as a session grows, up to the session's `max_length`."""
 
 
-class ContextOverflowError(UsageError):
+class ContextOverflowError(AdvisedError):
     """A prompt does not fit the context."""
 
 
@@ -221,6 +221,11 @@ class Session:
         return self.contexts.padded
 
     @property
+    def slots(self) -> int:
+        """Slots that the KV cache has or is to have: plans of up to so many share their executables."""
+        return self._slots
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes the KV cache takes now."""
         return sum(part.nbytes for part in jax.tree.leaves(self._cache))
@@ -279,8 +284,8 @@ class Session:
         self._check_rows(len(ids), rows)
         if len(ids) > self.engine.max_length:
             raise ContextOverflowError(
-                f"the stored context has {len(ids)} tokens but the context holds {self.engine.max_length}; "
-                "raise --max_length"
+                f"the stored context has {len(ids)} tokens but the context holds {self.engine.max_length}",
+                "raise --max_length",
             )
         slots, length = rows.k.shape[0], rows.k.shape[2]
         self.ids[row][:] = ids
@@ -349,8 +354,8 @@ class Session:
         longest = max(len(self.ids[r]) for r in rows)
         if longest > self.engine.max_length:
             raise ContextOverflowError(
-                f"the prompt has {longest} tokens but the context holds {self.engine.max_length}; "
-                "shorten it, raise --max_length or use --overflow truncate_oldest"
+                f"the prompt has {longest} tokens but the context holds {self.engine.max_length}",
+                "shorten it, raise --max_length or use --overflow truncate_oldest",
             )
         self._reserve(longest)
         for r in rows:
@@ -425,8 +430,8 @@ class Session:
         longest = max((len(tokens) for tokens in ids.values()), default=0)
         if longest > self.engine.max_length:
             raise ContextOverflowError(
-                f"the text has {longest} tokens but the context holds {self.engine.max_length}; "
-                "score it in pieces or raise --max_length"
+                f"the text has {longest} tokens but the context holds {self.engine.max_length}",
+                "score it in pieces or raise --max_length",
             )
         for row in rows:
             self.contexts.follow_rotation(row)

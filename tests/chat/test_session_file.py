@@ -261,10 +261,28 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(model, tmp_path, mon
 
 
 def test_a_place_that_cannot_be_written_is_said(model, tmp_path):
-    with pytest.raises(UsageError, match=r"cannot be saved there \(No such file or directory\)"):
+    with pytest.raises(UsageError, match=r"there \(there is no folder .*missing; make it first"):
         model.chat_session().save(tmp_path / "missing" / "a.session")
     with pytest.raises(UsageError, match="no such session file"):
         model.load_session(tmp_path / "a.session")
+
+
+@pytest.mark.parametrize("content", [b"My thesis.\n", b"\x08" + b"\0" * 7 + b"{}      ", b"0" * 100])
+def test_a_file_that_is_no_session_is_not_replaced_by_one(model, tmp_path, content):
+    path = tmp_path / "thesis.txt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"thesis.txt: this file is no session, .*; name another"):
+        model.chat_session().save(path)
+    assert path.read_bytes() == content
+
+
+def test_a_session_or_an_empty_file_is_replaced(model, tmp_path):
+    path, chat = tmp_path / "a.session", model.chat_session()
+    path.touch()
+    chat.save(path)
+    run(chat.send("hello", **SHORT))
+    chat.save(path)
+    assert model.load_session(path).messages == chat.messages
 
 
 @pytest.fixture(scope="module")

@@ -62,13 +62,14 @@ def continue_text(commands, chat_model):
 def test_help_lists_the_commands_and_version_prints_one(commands):
     text = commands.output("--help")
     assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == list(COMMANDS)
-    assert commands.output("--version") == f"jaxchat {jaxchat.__version__}\n"
+    for arguments in (("--version",), ("chat", "--version"), ("generate", "--version", "-p", "x")):
+        assert commands.output(*arguments) == f"jaxchat {jaxchat.__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no command: give one of chat, generate, show, "),
+        ((), "no command: give one of chat, generate, sessions, "),
         (("plna",), "no command 'plna'; did you mean plan?"),
         (("frobnicate",), "no command 'frobnicate'; jaxchat --help lists them"),
         (("--layer_spec", "0"), "--layer_spec stands before a command"),
@@ -264,14 +265,27 @@ def test_c_escapes_that_are_no_text(given):
 # --- one answer
 
 
-def test_standard_output_is_the_text_and_standard_error_the_statistics(chat_model):
-    done = run_process("jaxchat.generate", "-m", chat_model, "-p", "hello", "--max_new_tokens", "8")
+def test_standard_output_is_the_text_and_standard_error_the_statistics_where_asked_for(chat_model, commands):
+    flags = ("-m", chat_model, "-p", "hello", "--max_new_tokens", "8")
+    done = run_process("jaxchat.generate", *flags, "--verbose")
     assert done.code == 0
     assert done.out.endswith("\n")
     assert "tokens/s" not in done.out
-    rates, costs = done.err.splitlines()
+    rates, costs, seed = done.err.splitlines()
     assert RATES.fullmatch(rates)
     assert COSTS.fullmatch(costs)
+    assert re.fullmatch(r"seed: \d+", seed)
+    for more in ((), ("--quiet",)):
+        assert commands("generate", *flags, *more) == (0, done.out, "")
+
+
+def test_every_run_draws_its_own_seed_tells_it_and_repeats_with_it(continue_text):
+    flags = ("-p", "hello", "--max_new_tokens", "12", "-t", "1.5")
+    one, other = continue_text(*flags), continue_text(*flags)
+    assert one["seed"] != other["seed"]
+    assert one["token_ids"] != other["token_ids"]
+    again = continue_text(*flags, "--seed", one["seed"])
+    assert (again["seed"], again["token_ids"]) == (one["seed"], one["token_ids"])
 
 
 def test_json_is_one_object_and_repeats_with_its_seed(continue_text):
@@ -336,7 +350,9 @@ def test_a_layer_plan_changes_the_output_and_the_parameter_count(continue_text):
 def test_a_prompt_from_standard_input_equals_one_on_the_command_line(continue_text):
     arguments = ("--max_new_tokens", "8", "--format", "completion")
     given = continue_text(*arguments, "-p", "höla\n")
-    assert continue_text(*arguments, "--prompt_file", "-", stdin="höla\n\n")["text"] == given["text"]
+    for flags in (("--prompt_file", "-"), ("-p", "-"), ()):
+        assert continue_text(*arguments, *flags, stdin="höla\n\n")["text"] == given["text"]
+    assert continue_text(*arguments, "-p", "höla\n", stdin="not this")["text"] == given["text"]
 
 
 def test_a_model_without_a_template_continues_the_prompt_and_says_so(tmp_path, commands):
@@ -395,6 +411,22 @@ def test_show_as_json(chat_model, commands):
     ("arguments", "message"),
     [
         ((), "nothing to do: give a prompt with -p or --prompt_file"),
+        (("-p", "-"), "--prompt -: the prompt is empty"),
+        (("-i", "-p", "-"), "--interactive reads messages from standard input"),
+        (("-p", "x", "--quiet", "--verbose"), "--quiet cannot be combined with --verbose"),
+        (("-p", "x", "--save_session", "/no/such/a.session"), "/no/such/a.session: the session cannot be "),
+        (("-p", "x", "--load_session", "never"), "no session is saved as never; "),
+        (("-p", "x", "--load_session", "a/never"), "a/never: no such session file"),
+        (("--temp", "0.5"), "unknown flag --temp; jaxchat calls it --temperature"),
+        (("--n-predict", "9"), "unknown flag --n-predict; jaxchat calls it --max_new_tokens"),
+        (("-n", "9"), "unknown flag -n; jaxchat calls it --max_new_tokens"),
+        (("-c=9",), "unknown flag -c; jaxchat calls it --max_length"),
+        (("--ctx-size", "9"), "unknown flag --ctx-size; jaxchat calls it --max_length"),
+        (("-ngl", "9"), "unknown flag -ngl; all layers are on one device"),
+        (("--threads", "4"), "unknown flag --threads; all cores are used; `taskset"),
+        (("--device", "cpu"), "unknown flag --device; JAX chooses the device; JAX_PLATFORMS=cpu"),
+        (("--max-new", "4"), "unknown flag --max-new; did you mean --max_new_tokens?"),
+        (("--quant_format", "int4"), "unknown flag --quant_format; --help lists the flags"),
         (("--layer_spce", "0:2"), "unknown flag --layer_spce; did you mean --layer_spec?"),
         (("--frobnicate",), "unknown flag --frobnicate; --help lists the flags"),
         (("-m", "nowhere", "-p", "x"), "nowhere: no such model directory"),
@@ -546,7 +578,9 @@ def test_chat_from_a_pipe_prints_replies_only_and_survives_errors(chat_model, co
     assert all(part in error for part, error in zip(expected, errors, strict=True))
     assert "layer plan 2::-1: 3 slots, " in err
     assert "You" not in out
-    assert len(RATES.findall(err)) == 2  # /stats, and at the end
+    assert len(RATES.findall(err)) == 1
+    assert "--" not in "".join(errors)  # advice for the command line
+    assert len(RATES.findall(commands("generate", "-i", *flags, "--verbose", stdin=stdin).err)) == 2
     assert commands.output("generate", "-i", *flags, stdin=stdin) == out
 
 

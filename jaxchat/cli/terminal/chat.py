@@ -2,28 +2,26 @@
 
 import contextlib
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+from jaxchat.chat.batch import OtherPlanError
 from jaxchat.chat.replies import TextStream
 from jaxchat.cli.command_line import INTERRUPTED
-from jaxchat.cli.request import Request
-from jaxchat.cli.stats import CompileClock, Stats
+from jaxchat.cli.stats import CompileClock
 from jaxchat.cli.terminal import commands
-from jaxchat.cli.terminal.answer import say_if_full
 from jaxchat.cli.terminal.commands import StartReply
-from jaxchat.cli.terminal.history import MessageFile, default_file
-from jaxchat.cli.terminal.reading import LineReader, Reader
-from jaxchat.cli.terminal.replies import Replies
+from jaxchat.cli.terminal.reading import Reader
 from jaxchat.cli.terminal.state import ChatState
 from jaxchat.cli.terminal.transcript import AI, YOU, write_label, write_last_exchange, write_message
-from jaxchat.cli.terminal.writing import is_dumb, is_terminal, reply_writer, say
+from jaxchat.cli.terminal.waiting import Waiting, reply_awaited
+from jaxchat.cli.terminal.writing import ReplyWriter, reply_writer, say
+from jaxchat.engine.session import ContextOverflowError
 from jaxchat.errors import JaxchatError
 
 _DIM = "2"
+_FULL = "/restart forgets the conversation, /set overflow=truncate_oldest its oldest messages"
 
 
 class Chat:
@@ -33,45 +31,34 @@ class Chat:
       state: its settings, which commands change.
     """
 
-    def __init__(self, replies: Replies, request: Request, stats: Stats, clock: CompileClock):
-        prompts = is_terminal(sys.stdin) and is_terminal(sys.stdout)
-        self.state = ChatState.of_request(request, replies, stats, prompts=prompts)
-        self._request = request
+    def __init__(self, state: ChatState, clock: CompileClock):
+        self.state = state
+        self._request = state.request
         self._clock = clock
         self._status_below = False  # the reader shows the status line
         self._interrupted = False  # Ctrl-C was the last thing that happened
+        self._explained = ""  # a word that was no message yet, and is one if it comes again
+        self._told_forgotten = False
         self._torn = False  # a reply was interrupted in the middle of a step
 
-    def run(self) -> int:
-        """Runs to the end of the input and returns the exit code."""
-        with self._reader() as reader:
-            self._status_below = reader.shows_status
+    def run(self, reader: Reader) -> int:
+        """Runs to the end of the input, saves what is to be saved, and returns the exit code."""
+        self._status_below = reader.shows_status
+        try:
             self._begin()
             code = self._loop(reader)
-        if self._torn:
-            return code
-        if self._request.save_session is not None:
-            self.state.replies.session.save(self._request.save_session)
-        for line in self.state.stats.lines():
-            say(line)
+        finally:
+            if self._request.save_session is not None:
+                if self._torn:  # the cache may be ahead of the text, or behind it
+                    self.state.replies.session.session.drop_cache()
+                self.state.save_session(self._request.save_session)
+        if self._request.verbose:
+            commands.obey(self.state, "/stats")
         return code
-
-    @contextlib.contextmanager
-    def _reader(self) -> Iterator[Reader]:
-        if not self.state.prompts or is_dumb():
-            yield LineReader(prompts=self.state.prompts)
-            return
-        # Not at the top: pipes need not wait for it.
-        from jaxchat.cli.terminal.prompt import KeyReader, quiet_keyboard
-
-        given = self._request.history_file
-        path = default_file() if given is None else Path(given) if given else None
-        with quiet_keyboard():
-            yield KeyReader(MessageFile(path), self.state.status, commands.completions)
 
     def _begin(self) -> None:
         if self.state.prompts:
-            say("/help lists the commands; Ctrl-C stops a reply, Ctrl-D leaves.", _DIM)
+            self.state.note("/help lists the commands; Ctrl-C stops a reply, Ctrl-D leaves.", _DIM)
         request = self._request
         if self.state.prompts and (request.load_session or (request.reversed_role and request.prompt)):
             write_last_exchange(self.state.replies.session)
@@ -89,7 +76,7 @@ class Chat:
                 if not self._take_turn(reader):
                     break
             except KeyboardInterrupt:
-                if self._interrupted or not self.state.prompts:
+                if self._interrupted or self._torn or not self.state.prompts:
                     return INTERRUPTED
                 self._interrupted = True
                 say("Ctrl-C again leaves, and so does Ctrl-D.", _DIM)
@@ -113,13 +100,28 @@ class Chat:
         except UnicodeEncodeError:
             say("jaxchat: error: the line is not UTF-8 text")
         except JaxchatError as error:
-            say(f"jaxchat: error: {error}")
-            self.state.draft = text
+            say(f"jaxchat: error: {self._in_the_chat(error)}")
+            if not text.startswith("/"):  # Up brings commands back
+                self.state.draft = text
+
+    def _in_the_chat(self, error: JaxchatError) -> str:
+        """An error with the advice that can be followed here."""
+        if isinstance(error, OtherPlanError):
+            return f"{error.found}; /plan with the layers it was made with, then load it"
+        if not isinstance(error, ContextOverflowError):
+            return str(error)
+        if self.state.options.overflow == "error":
+            return f"{error.found}; {_FULL}"
+        return f"{error.found}; shorten the message, or /restart forgets the conversation"
 
     def _take(self, text: str) -> None:
         """Obeys or answers one message."""
+        explained, self._explained = self._explained, ""
         if not text.startswith("/"):
-            if text.strip():
+            if self.state.prompts and text != explained and (advice := commands.explained_word(text)):
+                say(advice)
+                self._explained = text
+            elif text.strip():
                 self._send(text)
         elif text.startswith("//"):
             self._send(text[1:])
@@ -130,34 +132,59 @@ class Chat:
 
     def _send(self, text: str) -> None:
         state = self.state
-        self._reply(lambda: state.replies.send(text, state.prefix, state.prefix_in, state.options))
+        self._reply(lambda: state.replies.send(text, state.prefix, state.prefix_in, state.first_draw()))
         if not state.prefix_every_turn:
             state.prefix = ""
 
     def _reply(self, start: StartReply) -> None:
         """Writes the reply that `start` begins. The first Ctrl-C stops it, and what there is of it counts."""
         begun = time.perf_counter()
-        with _stoppable() as stop:
+        with _stoppable() as stop, reply_awaited(self._clock, hidden=self._request.quiet) as waiting:
             stream = start()
             stop.set_stream(stream)
-            if self.state.prompts:
-                write_label(AI)
-            writer = reply_writer(markdown=self.state.markdown)
-            try:
-                for piece in stream.parts():
-                    writer.write(piece)
-            except KeyboardInterrupt:
-                self._torn = True
-                raise
-            finally:
-                writer.end()
-                self._interrupted = stop.noted
+            self._write_reply(stream, waiting)
         self._add_stats(stream, begun)
-        say_if_full(stream.result, self.state.replies.model, "/restart, or /set overflow=truncate_oldest")
+        self._tell_forgotten()
+        if stream.result.finish_reason == "context":
+            limit = self.state.replies.model.engine.max_length
+            self.state.note(f"jaxchat: the context of {limit} tokens is full; {_FULL}")
         if self.state.prompts and not self._status_below:
             say(f"[{self.state.status()}]")
         if stop.noted and self.state.prompts:
-            say("Stopped. /continue goes on, Ctrl-C again leaves.", _DIM)
+            say("Stopped. /continue goes on.", _DIM)
+
+    def _write_reply(self, stream: TextStream, waiting: Waiting) -> None:
+        """Writes a reply behind its label as it comes."""
+        writer: ReplyWriter | None = None
+        try:
+            for piece in stream.parts():
+                writer = writer or self._begun_reply(waiting)
+                writer.write(piece)
+        except KeyboardInterrupt:
+            self._torn = True
+            raise
+        finally:
+            (writer or self._begun_reply(waiting)).end()
+
+    def _begun_reply(self, waiting: Waiting) -> ReplyWriter:
+        waiting.stop()
+        self._tell_forgotten()
+        if not self.state.prompts:
+            return reply_writer(markdown=self.state.markdown)
+        write_label(AI)
+        return reply_writer(markdown=self.state.markdown, column=len(AI))
+
+    def _tell_forgotten(self) -> None:
+        """Says once that the context was too small, and for what."""
+        if self._told_forgotten or not (what := self.state.replies.forgotten):
+            return
+        self._told_forgotten = True
+        limit = self.state.replies.model.engine.max_length
+        self.state.note(
+            f"The context of {limit} tokens is full: forgot {what}, and so it goes on; /restart begins anew, "
+            "/set overflow=error refuses instead.",
+            _DIM,
+        )
 
     def _add_stats(self, stream: TextStream, begun: float) -> None:
         tokens, seconds = self.state.stats.decode_tokens, self.state.stats.decode_seconds

@@ -7,10 +7,12 @@ import os
 import shlex
 import textwrap
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import jax
+
 from jaxchat.analysis import show
+from jaxchat.chat import saved
 from jaxchat.chat.replies import TextStream
 from jaxchat.cli.terminal.reading import Candidate
 from jaxchat.cli.terminal.state import ChatState
@@ -47,8 +49,9 @@ def obey(chat: ChatState, text: str) -> StartReply | None:
       UsageError: there is no such command.
     """
     name, _, rest = text[1:].partition(" ")
+    name = ALIASES.get(name, name)
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, 1)
+        close = difflib.get_close_matches(name, [*COMMANDS, *ALIASES], 1)
         advice = f"did you mean /{close[0]}" if close else "/help lists them"
         raise UsageError(f"no command /{name}; {advice}, or is it a message? //{name} sends it")
     return COMMANDS[name].run(chat, rest)
@@ -59,13 +62,20 @@ def completions(text: str) -> Iterable[Candidate]:
     if not text.startswith("/") or "\n" in text:
         return ()
     name, space, rest = text[1:].partition(" ")
+    name = ALIASES.get(name, name) if space else name
     if space:
         return COMMANDS[name].complete(rest) if name in COMMANDS else ()
     return [
         Candidate(f"/{known}" + (" " if command.arguments else ""), len(text), command.help)
-        for known, command in COMMANDS.items()
+        for known, command in (*COMMANDS.items(), *((a, COMMANDS[n]) for a, n in ALIASES.items()))
         if known.startswith(name)
     ]
+
+
+def explained_word(text: str) -> str | None:
+    """What to type instead of a word that other programs obey without a slash; None for a message."""
+    command = _BARE_WORDS.get(text.strip().lower())
+    return command and f"{command}; the word alone is sent as a message if you type it again"
 
 
 # --- the commands
@@ -73,6 +83,7 @@ def completions(text: str) -> Iterable[Candidate]:
 
 def _help(chat: ChatState, name: str) -> None:
     name = name.strip().removeprefix("/")
+    name = ALIASES.get(name, name)
     if name and name not in COMMANDS:
         raise UsageError(f"no command /{name}; /help lists them")
     shown = {name: COMMANDS[name]} if name else COMMANDS
@@ -85,6 +96,7 @@ def _help(chat: ChatState, name: str) -> None:
 
 
 _KEYS = """\
+/exit and /bye are /quit, /clear is /restart, /? is /help.
 A message that begins with a slash is typed with two. A line that ends in a
 backslash goes on in the next; Alt-Enter or Ctrl-J begin a new line too, and a
 pasted text stays one message. A reply that Ctrl-C has stopped counts."""
@@ -103,13 +115,21 @@ def _plan(chat: ChatState, spec: str) -> None:
         chat.replies.set_plan(spec.strip())
     model = chat.replies.model
     count = count_parameters(model.config, len(model.plan))
-    say(f"layer plan {model.plan}: {len(model.plan)} slots, {count} ({show.short_count(count)}) parameters")
+    say(f"layer plan {model.plan}: {len(model.plan)} slots, {show.counted(count)} parameters")
 
 
 def _show(chat: ChatState, _: str) -> None:
-    model = chat.replies.model
-    report = show.describe(model.config, model.plan, name=chat.model_name, max_length=model.engine.max_length)
-    say(show.render(report))
+    """As `--show` does, with what is in memory now."""
+    model, request = chat.replies.model, chat.request
+    chosen = dataclasses.replace(chat.chosen, plan=model.plan)
+    report = chosen.report(max_length=model.engine.max_length, quant=request.quant)
+    report = dataclasses.replace(report, kv_dtype=model.engine.kv_dtype.name)
+    weights = sum(part.nbytes for part in jax.tree.leaves(model.engine.params))
+    now = f"{show.short_bytes(weights)} of weights"
+    if chat.replies.format == "chat":
+        held = chat.replies.session.session
+        now += f", {show.short_bytes(held.cache_bytes)} of KV cache, for plans of up to {held.slots} slots"
+    say(show.render(report, in_memory=now))
 
 
 def _prefix(chat: ChatState, text: str) -> None:
@@ -127,12 +147,16 @@ def _prefix(chat: ChatState, text: str) -> None:
 
 def _continue(chat: ChatState, text: str) -> StartReply:
     session, suffix = chat.replies.session, unescape(text, "/continue")
-    return lambda: session.continue_(suffix, options=chat.options)
+    return lambda: session.continue_(suffix, options=chat.first_draw())
 
 
 def _retry(chat: ChatState, _: str) -> StartReply:
     session = chat.replies.session
-    return lambda: session.retry(options=chat.options)
+    session.conversation.require_reply("retry")
+    if chat.options.temperature == 0:
+        chat.note("at temperature 0 the same prompt has one reply; /set temperature=0.8 draws others")
+    options = chat.next_draw()
+    return lambda: session.retry(options=options)
 
 
 def _undo(chat: ChatState, _: str) -> None:
@@ -152,27 +176,38 @@ def _role(chat: ChatState, role: str) -> None:
     say(f"the model plays the {'user, you the assistant' if session.reversed_role else 'assistant'}")
 
 
-def _save(chat: ChatState, path: str) -> None:
-    name = _path(chat, path, "save")
-    chat.replies.session.save(name)
-    chat.session_file = name
+def _save(chat: ChatState, text: str) -> None:
+    name = _session_name(chat, text, "save")
+    chat.save_session(name)
     say(f"saved {name}: {chat.replies.context_used} tokens")
 
 
-def _load(chat: ChatState, path: str) -> None:
+def _load(chat: ChatState, text: str) -> None:
     _ = chat.replies.session  # there is none where texts are continued
-    name = _path(chat, path, "load")
+    name = _session_name(chat, text, "load")
     chat.use_session(name)
     say(f"loaded {name}: {chat.replies.context_used} tokens")
     if chat.prompts:
         write_last_exchange(chat.replies.session)
 
 
-def _path(chat: ChatState, path: str, name: str) -> str:
-    path = path.strip() or chat.session_file or ""
-    if not path:
-        raise UsageError(f"/{name} needs a file, e.g. /{name} talk.session")
-    return str(Path(path).expanduser())
+def _session_name(chat: ChatState, text: str, command: str) -> str:
+    """A name or a file, without the quotes that may be around it."""
+    name = text.strip()
+    if name[:1] in ("'", '"'):
+        if len(name) < 2 or name[-1] != name[0]:
+            raise UsageError(f"/{command} {name}: a quote is not closed")
+        name = name[1:-1]
+    name = name or (chat.session if not text.strip() else "") or ""
+    if not name:
+        raise UsageError(
+            f"/{command} needs a name, e.g. /{command} talk, or a file, e.g. /{command} ./talk.session"
+        )
+    return name
+
+
+def _sessions(chat: ChatState, _: str) -> None:
+    say(saved.table(saved.listed()))
 
 
 def _set(chat: ChatState, text: str) -> None:
@@ -231,7 +266,7 @@ def _split(text: str) -> list[str]:
 
 
 def _stats(chat: ChatState, _: str) -> None:
-    for line in (chat.status(), *chat.stats.lines()):
+    for line in (chat.status(), *chat.stats.lines(), f"seed: {chat.options.seed}"):
         say(line)
 
 
@@ -265,9 +300,13 @@ def _words(text: str, words: Iterable[str]) -> Iterable[Candidate]:
     return [Candidate(word, len(last)) for word in words if word.startswith(last)]
 
 
-def _files(text: str) -> Iterable[Candidate]:
+def _saved_sessions(text: str) -> Iterable[Candidate]:
+    """Names in the list, then files."""
+    names = [Candidate(name, len(text), "saved") for name in saved.names() if name.startswith(text)]
     found = sorted(glob.glob(glob.escape(os.path.expanduser(text)) + "*"))
-    return [Candidate(path + ("/" if os.path.isdir(path) else ""), len(text)) for path in found]
+    # A file whose name could be one in the list is given by its path.
+    paths = [f"./{path}" if saved.is_name(path) else path for path in found]
+    return [*names, *(Candidate(p + ("/" if os.path.isdir(p) else ""), len(text)) for p in paths)]
 
 
 COMMANDS: dict[str, Command] = {
@@ -279,14 +318,25 @@ COMMANDS: dict[str, Command] = {
         _prefix, "[TEXT]", "begin the next reply with this text, \\n a new line; alone: do not"
     ),
     "continue": Command(_continue, "[TEXT]", "go on with the last reply, after this text if any"),
-    "retry": Command(_retry, "", "generate the last reply anew, e.g. after /set seed=2 temperature=0.8"),
+    "retry": Command(_retry, "", "draw the last reply anew: the n-th time with the seed plus n"),
     "undo": Command(_undo, "", "forget the last exchange; its message can be edited and sent again"),
     "role": Command(_role, "[ROLE]", "the part that the model plays from now on: user or assistant", _roles),
-    "save": Command(_save, "[FILE]", "write the conversation to a file", _files),
-    "load": Command(_load, "[FILE]", "go on with a conversation that was saved", _files),
+    "save": Command(
+        _save,
+        "[NAME]",
+        "keep the conversation under a name; with a dot or slash in it, in that file",
+        _saved_sessions,
+    ),
+    "load": Command(_load, "[NAME]", "go on with a conversation that was saved", _saved_sessions),
+    "sessions": Command(_sessions, "", "list the conversations that were saved under a name"),
     "set": Command(_set, "[NAME=VALUE]", "change settings, e.g. temperature=0.2 stop=END", _setting_names),
-    "stats": Command(_stats, "", "speed, compile time and memory so far"),
+    "stats": Command(_stats, "", "speed, compile time, memory and the seed"),
     "restart": Command(_restart, "", "forget the conversation, but not the system prompt"),
     "quit": Command(_quit, "", "leave (also Ctrl-D)"),
 }
 """By name; a message that starts with a slash is typed with two."""
+
+ALIASES = {"?": "help", "clear": "restart", "exit": "quit", "bye": "quit"}
+"""What some are called elsewhere."""
+
+_BARE_WORDS = dict.fromkeys(("exit", "quit", "bye", "q"), "to leave: /quit") | {"help": "for help: /help"}

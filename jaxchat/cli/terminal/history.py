@@ -14,9 +14,15 @@ _KEPT = 1000
 """How many messages a file is cut down to once it has twice as many."""
 
 
-def default_file() -> Path:
-    """`history` in the state directory: `$XDG_STATE_HOME/jaxchat`, on Linux `~/.local/state/jaxchat`."""
-    return platformdirs.user_state_path("jaxchat", appauthor=False) / "history"
+def default_file() -> Path | None:
+    """`history` in the state directory: `$XDG_STATE_HOME/jaxchat`, on Linux `~/.local/state/jaxchat`.
+
+    None where the user has no home directory.
+    """
+    try:
+        return platformdirs.user_state_path("jaxchat", appauthor=False) / "history"
+    except RuntimeError:
+        return None
 
 
 class MessageFile:
@@ -32,7 +38,7 @@ class MessageFile:
     def load(self) -> list[str]:
         """The messages, the newest last; lines that are none are left out."""
         lines: list[str] = []
-        if self._path is not None:
+        if self._path is not None and self._path.is_file():
             with contextlib.suppress(OSError):
                 lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         messages = [message for line in lines if (message := _message(line)) is not None]
@@ -43,8 +49,8 @@ class MessageFile:
 
     def add(self, message: str) -> None:
         """Keeps one more message."""
-        if self._path is None:
-            return
+        if self._path is None or (self._path.exists() and not self._path.is_file()):
+            return  # a device or a pipe keeps nothing, and may wait for ever
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "a", encoding="utf-8", opener=_private) as file:

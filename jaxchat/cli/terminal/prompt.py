@@ -3,11 +3,8 @@
 The only module that imports prompt_toolkit; pipes and dumb terminals are read by `reading.py`.
 """
 
-import contextlib
 import os
-import sys
-import termios
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
@@ -18,7 +15,9 @@ from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
 from jaxchat.cli.terminal.history import MessageFile
+from jaxchat.cli.terminal.keyboard import mark_pastes
 from jaxchat.cli.terminal.reading import Candidate
+from jaxchat.cli.terminal.transcript import write_message
 
 
 class KeyReader:
@@ -31,6 +30,7 @@ class KeyReader:
       history: where messages are kept.
       status: gives the line below the message.
       complete: ways to go on with the text before the cursor, for the tab key.
+      typed_ahead: what was typed before there was a prompt: whole lines are messages, the rest begins one.
     """
 
     shows_status = True
@@ -40,7 +40,9 @@ class KeyReader:
         history: MessageFile,
         status: Callable[[], str],
         complete: Callable[[str], Iterable[Candidate]],
+        typed_ahead: str = "",
     ):
+        *self._lines, self._begun = typed_ahead.replace("\r", "\n").split("\n")
         self._prompt: PromptSession[str] = PromptSession(
             multiline=True,
             history=_FileHistory(history),
@@ -58,29 +60,19 @@ class KeyReader:
 
     def read(self, label: str, draft: str = "") -> str | None:
         """See `reading.Reader`."""
+        if self._lines:
+            line = self._lines.pop(0)
+            self._prompt.history.append_string(line)
+            write_message(label, line)
+            return line
+        begun, self._begun = self._begun, ""
         try:
-            text = self._prompt.prompt([("class:label", label)], default=draft)
+            text = self._prompt.prompt([("class:label", label)], default=draft or begun)
             return text.strip("\n")  # which a paste may bring along
         except EOFError:
             return None
-
-
-@contextlib.contextmanager
-def quiet_keyboard() -> Iterator[None]:
-    """Within, keys typed between two prompts are not echoed into a reply, and wait for the next prompt.
-
-    Ctrl-C still interrupts. Line breaks are left as the keys send them: the prompt tells Enter from Ctrl-J.
-    """
-    keyboard = sys.stdin.fileno()
-    before = termios.tcgetattr(keyboard)
-    quiet = list(before)
-    quiet[0] &= ~termios.ICRNL
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(keyboard, termios.TCSADRAIN, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        finally:
+            mark_pastes()
 
 
 class _FileHistory(History):

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from jaxchat.chat import saved
 from jaxchat.chat.replies import TextStream
 from jaxchat.chat.session import ChatSession
 from jaxchat.cli.request import Request
@@ -32,6 +33,10 @@ class Replies(Protocol):
     def context_used(self) -> int:
         """Tokens of the context that are taken."""
 
+    @property
+    def forgotten(self) -> str:
+        """What the context had no room for; "" if it held all."""
+
     def send(self, text: str, prefix: str, prefix_in: PrefixIn, options: GenerateOptions) -> TextStream:
         """Streams the answer to a text."""
 
@@ -54,7 +59,14 @@ class ChatReplies:
     @property
     def context_used(self) -> int:
         """See `Replies`."""
-        return len(self.session.token_ids)
+        return len(self.session.session.ids[0])
+
+    @property
+    def forgotten(self) -> str:
+        """See `Replies`."""
+        if dropped := self.session.conversation.dropped:
+            return f"the oldest {dropped} messages" if dropped > 1 else "the oldest message"
+        return "the oldest part" if self.context_used < len(self.session.token_ids) else ""
 
     def send(self, text: str, prefix: str, prefix_in: PrefixIn, options: GenerateOptions) -> TextStream:
         """See `Replies`."""
@@ -91,7 +103,15 @@ class CompletionReplies:
         """See `Replies`."""
         if self._stream is None:
             return 0
-        return self._stream.result.prompt_tokens + len(self._stream.result.token_ids)
+        used = self._stream.result.prompt_tokens + len(self._stream.result.token_ids)
+        return min(used, self.model.engine.max_length)
+
+    @property
+    def forgotten(self) -> str:
+        """See `Replies`."""
+        result = None if self._stream is None else self._stream.result
+        limit = self.model.engine.max_length
+        return "the oldest part" if result and result.prompt_tokens + len(result.token_ids) > limit else ""
 
     def send(self, text: str, prefix: str, prefix_in: PrefixIn, options: GenerateOptions) -> TextStream:
         """See `Replies`; the text itself is the place for a prefix."""
@@ -112,7 +132,7 @@ class CompletionReplies:
 def open_replies(model: Model, request: Request) -> Replies:
     """A chat where asked for or where the model has a template; says so if it has none."""
     if request.load_session is not None:
-        return ChatReplies(model, model.load_session(request.load_session))
+        return ChatReplies(model, model.load_session(saved.existing_place(request.load_session)))
     if request.format == "chat" or (request.format is None and model.template is not None):
         # In a chat with reversed roles the prompt is what the model has said already.
         opening = request.prompt if request.reversed_role else None
@@ -128,7 +148,7 @@ def open_replies(model: Model, request: Request) -> Replies:
     for flag in ("system", "ai_prefix", "reversed_role", "thought_tags", "save_session"):
         if getattr(request, flag):
             raise UsageError(f"--{flag} needs a chat template, and this model has none")
-    if request.format is None:
+    if request.format is None and not request.quiet:
         what = "every line is" if request.interactive else "the prompt is"
         say(f"jaxchat: this model has no chat template: {what} continued as text (--format completion)")
     return CompletionReplies(model, parse_special=request.special_tokens)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from jaxchat.cli.terminal.markdown import MarkdownSink
+from jaxchat.cli.terminal.wrapping import Screen, Wrapping
 from jaxchat.text.reasoning import Kind, Piece
 from jaxchat.visible import visible
 
@@ -71,42 +72,47 @@ class PipeSink:
 
 
 class TerminalSink:
-    """Text for people: control characters are visible, and line breaks at its ends are left out.
+    """Text for people: wrapped at words, control characters visible, line breaks at its ends left out.
 
     Every write is whole: neither a character nor a colour and its end is torn apart by what comes between.
 
     Args:
-      stream: a terminal.
+      screen: of a terminal.
       paint: what is done to each stretch of text.
-      opening: what stands before the text, `ending` what after it.
+      margin: what every line begins with.
+      ending: what stands after the text.
     """
 
     def __init__(
-        self, stream: Any, paint: Callable[[str], str] = str, *, opening: str = "", ending: str = "\n"
+        self, screen: Screen, paint: Callable[[str], str] = str, *, margin: str = "", ending: str = "\n"
     ):
-        self._stream = stream
-        self._paint = paint
-        self._opening, self._ending = opening, ending
+        self._screen, self._paint = screen, paint
+        self._margin, self._ending = margin, ending
+        self._wrapping = Wrapping(screen, margin)
         self._breaks: str | None = None  # line breaks held back; None until there is text
 
     def write(self, text: str) -> None:
         """See `Sink`."""
-        before = self._opening if self._breaks is None else self._breaks
-        text = text.lstrip("\n") if self._breaks is None else text
+        opening, before = "", self._breaks or ""
+        if self._breaks is None:
+            opening, text = self._margin, text.lstrip("\n")
         shown = text.rstrip("\n")
         if shown:
-            self._put(self._paint(before + visible(shown)))
+            self._screen.column += len(opening)
+            self._put(opening + self._wrapping.add(before + visible(shown)))
             self._breaks = text[len(shown) :]
         elif self._breaks is not None:
             self._breaks += text
 
     def end(self) -> None:
         """See `Sink`."""
-        self._put(self._ending)
+        self._put(self._wrapping.end())
+        self._screen.write(self._ending)
+        self._screen.column = 0
 
     def _put(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        if text:
+            self._screen.write(self._paint(text))
 
 
 class ReplyWriter:
@@ -128,22 +134,30 @@ class ReplyWriter:
         self._sinks[self._kind or "content"].end()
 
 
-def reply_writer(*, markdown: bool) -> ReplyWriter:
+def reply_writer(*, markdown: bool, column: int = 0) -> ReplyWriter:
     """What writes one reply to standard output.
 
     On a terminal reasoning is dim (where colours may not be used, behind a bar), and a blank line ends it.
     Elsewhere standard output has the content alone, and standard error the reasoning.
+
+    Args:
+      markdown: renders the content.
+      column: where the cursor is.
     """
     to_people = is_terminal(sys.stdout)
-    content: Sink = TerminalSink(sys.stdout) if to_people else PipeSink(sys.stdout)
+    screen = Screen(sys.stdout, column)
+    content: Sink = TerminalSink(screen) if to_people else PipeSink(sys.stdout)
     if markdown:
         content = MarkdownSink(sys.stdout)
-    return ReplyWriter(content, _reasoning_sink(sys.stdout if to_people else sys.stderr))
+    if to_people:
+        return ReplyWriter(content, _thought_sink(sys.stdout, screen))
+    if is_terminal(sys.stderr):
+        return ReplyWriter(content, _thought_sink(sys.stderr, Screen(sys.stderr)))
+    return ReplyWriter(content, PipeSink(sys.stderr))
 
 
-def _reasoning_sink(stream: Any) -> Sink:
-    if not is_terminal(stream):
-        return PipeSink(stream)
+def _thought_sink(stream: Any, screen: Screen) -> Sink:
+    """Reasoning on a terminal."""
     if has_color(stream):
-        return TerminalSink(stream, lambda text: f"{_DIM}{text}{_RESET}", ending="\n\n")
-    return TerminalSink(stream, lambda text: text.replace("\n", "\n| "), opening="| ", ending="\n\n")
+        return TerminalSink(screen, lambda text: f"{_DIM}{text}{_RESET}", ending="\n\n")
+    return TerminalSink(screen, margin="| ", ending="\n\n")
