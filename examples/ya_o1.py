@@ -12,9 +12,9 @@ import contextlib
 import dataclasses
 from typing import Annotated, Any
 
-from common import Common, Questions, exit_process, program, typed
+from common import Common, Questions, Turns, exit_process, program, typed
 
-from jaxchat.options import Flag, unescape
+from jaxchat.options import LENGTHS, Flag, unescape
 from jaxchat.talk import Nudge, Thinker
 from jaxchat.talk.thinking import NUDGES, PREFIX, PROMPT, SYSTEM
 
@@ -29,6 +29,7 @@ class Request(Common):
             help="The directory of the model that thinks; box is the model in the box",
             example="box",
             group="Arguments",
+            value="DIR",
             positional=True,
         ),
     ]
@@ -38,11 +39,12 @@ class Request(Common):
             help="The directory of the model that answers; may be the same",
             example="models/llama-3-8b",
             group="Arguments",
+            value="DIR",
             positional=True,
         ),
     ]
     questions: Questions = ()
-    turns: Annotated[int, Flag(help="End after so many questions", example="--turns 3")] = 100
+    turns: Turns = 100
     thinker_layer_spec: Annotated[
         str | None,
         Flag(help="The thinker's layer plan", example="--thinker_layer_spec 0:20,10:", value="LAYERS"),
@@ -70,7 +72,9 @@ class Request(Common):
             read=lambda texts: tuple(unescape(text, "--nudge") for text in texts),
         ),
     ] = NUDGES
-    budget: Annotated[int | None, Flag(help="Of tokens for the whole thought", example="--budget 500")] = None
+    budget: Annotated[
+        int | None, Flag(help="Of tokens for the whole thought", example="--budget 500", limits=LENGTHS)
+    ] = None
     system: Annotated[
         str, Flag(help="The summarizer's system prompt, '' for none", example="--system 'Be brief.'")
     ] = SYSTEM

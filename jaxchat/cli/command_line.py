@@ -137,8 +137,9 @@ def run(command: Command[Any], argv: Sequence[str] | None = None, *, program: st
             print(f"jaxchat {__version__}")
             return 0
         _set_log_level(common.log_level)
+        request = read(command.request, given)
         command.refuse(given)
-        return command.run(read(command.request, given), given.names)
+        return command.run(request, given.names)
 
     return guarded(body, debug=lambda: common.log_level == "debug")
 

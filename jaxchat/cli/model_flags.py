@@ -52,8 +52,8 @@ DTYPE = _flag(
 )
 QUANT = _flag(
     help="Quantize the weights while loading: int8 or int4, optionally with a group :32 :64 :128 :channel "
-    "and with :affine :plain :f32, or llama.cpp's q8_0 q4_0 q4_1; as stored if not given. `jaxchat convert "
-    "--quant` does it once and for all",
+    "and with :affine (offsets, too), :plain (scales without a search) and :f32 (wider scales), or "
+    "llama.cpp's q8_0 q4_0 q4_1; as stored if not given. `jaxchat convert --quant` does it once and for all",
     example="--quant int4, --quant int8:channel",
     elsewhere=("load_in_4bit", "load_in_8bit", "q_bits", "quantize", "quantization"),
     value="FORMAT",
@@ -184,6 +184,7 @@ class LoadFlags(ModelFlags):
             "none",
             example="--compilation_cache_dir /tmp/xla",
             value="DIR",
+            or_none=True,
         ),
     ] = None
 

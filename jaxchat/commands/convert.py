@@ -78,8 +78,8 @@ class ConvertRequest:
         str | None,
         Flag(
             help="Quantize the weights: int8 or int4, optionally with a group :32 :64 :128 :channel and "
-            "with :affine :plain :f32, or llama.cpp's q8_0 q4_0 q4_1; norms stay as they are, and at 4 bits "
-            "embedding and head get 8",
+            "with :affine (offsets, too), :plain (scales without a search) and :f32 (wider scales), or "
+            "llama.cpp's q8_0 q4_0 q4_1; norms stay as they are, and at 4 bits embedding and head get 8",
             example="--quant int4, --quant int8:channel",
             value="FORMAT",
         ),

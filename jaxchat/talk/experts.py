@@ -225,7 +225,8 @@ def _expert(
     for key, value in own.items():
         if isinstance(value, list):
             value = tuple(value)
-        options = with_setting(options, str(key), value if isinstance(value, str) else setting_text(value))
+        text = value if isinstance(value, str) else setting_text(value)
+        options = with_setting(options, str(key), text, where=f"{where}.options: ")
     return Expert(
         name=name,
         description=_text(values, "description", where) or "",

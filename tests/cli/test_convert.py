@@ -332,12 +332,12 @@ def test_importing_the_command_defines_no_global_flag() -> None:
         ([], 2, "--src and --dst must be given"),
         (["--src", "{tmp}/hf"], 2, "--dst must be given"),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--fromat", "native"], 2, "did you mean --format?"),
-        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--format", "zip"], 2, "one of <native|orbax>"),
-        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--dtype", "int8"], 2, "one of <float32|"),
+        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--format", "zip"], 2, "expected native or orbax"),
+        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--dtype", "int8"], 2, "'int8'; expected float32, "),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "more"], 2, "unexpected argument 'more'"),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--to_hf", "--dtype", "float16"], 2, "--dtype cannot be"),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--max_shard_bytes", "9"], 2, "needs --to_hf"),
-        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--to_hf", "--max_shard_bytes", "0"], 2, "positive"),
+        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--to_hf", "--max_shard_bytes", "0"], 2, "1 or more"),
     ],
 )  # fmt: skip
 def test_wrong_usage(
