@@ -13,6 +13,7 @@ from jaxchat.cli.terminal.commands import explained_word
 from jaxchat.errors import UsageError
 from jaxchat.files import try_to_replace, write_atomically
 from jaxchat.options import LENGTHS, SAMPLING_RANGES, SEEDS, Flag, GenerateOptions, with_setting
+from jaxchat.pallas.backends import use_32_bits
 from jaxchat.runtime import Model
 from jaxchat.talk import ModelLoader
 
@@ -64,6 +65,7 @@ class Common:
 
     def loader(self) -> ModelLoader:
         """Loads directories, each once; `box` is the model in the box."""
+        use_32_bits()
         return _Loader(quant=self.quant, max_length=self.max_length, said=lambda text: say(f"{text} ..."))
 
     def write(self, text: str) -> None:

@@ -23,15 +23,20 @@ class UnreadableError(ValueError):
     """Why a file cannot be read, in words that follow its name."""
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
+def read_bytes(path: Path, limit: int, *, pipe: bool = False) -> bytes:
     """A regular file of at most `limit` bytes. Anything else is refused unread, a pipe and a device unopened.
+
+    Args:
+      path: the file.
+      limit: more is refused.
+      pipe: whether it may be a pipe, such as `<(...)` of a shell: not where nobody has named it.
 
     Raises:
       UnreadableError: there is no such file, it is no file, or it is too large.
     """
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
+        if not (stat.S_ISREG(mode) or (pipe and stat.S_ISFIFO(mode))):
             raise UnreadableError(f"{_kind_of(mode)}, not a file")
         with path.open("rb") as file:
             return limited(file, limit)
@@ -64,12 +69,12 @@ def _kind_of(mode: int) -> str:
 
 
 def read_small_text(path: Path) -> str:
-    """The UTF-8 text of a file of at most `MAX_SMALL_BYTES`, without a byte order mark.
+    """The UTF-8 text of a file or pipe of at most `MAX_SMALL_BYTES`, without a byte order mark.
 
     Raises:
       UnreadableError: there is no such file, it is too large, or no text.
     """
-    return text_of(read_bytes(path, MAX_SMALL_BYTES))
+    return text_of(read_bytes(path, MAX_SMALL_BYTES, pipe=True))
 
 
 def text_of(data: bytes) -> str:

@@ -22,6 +22,7 @@ from jaxchat.checkpoints.quantized import Quant, Storage, choose_format, stored_
 from jaxchat.checkpoints.safetensors_file import ALIGNMENT
 from jaxchat.checkpoints.source import Source, convert_into
 from jaxchat.config import ModelConfig, Param
+from jaxchat.pallas import backends
 from jaxchat.pallas.storage import as_bits
 from jaxchat.quant import QuantFormat, QuantizedTensor, empty, format_for, layer_slice, quantize
 from jaxchat.sharding import param_sharding
@@ -150,7 +151,7 @@ class Meter:
 def _load(
     source: Source, wanted: Mapping[str, Storage], mesh: Mesh | None, meter: Meter
 ) -> dict[str, jax.Array | QuantizedTensor]:
-    devices: list[Any] = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    devices: list[Any] = list(backends.devices()[:1]) if mesh is None else list(mesh.devices.flat)
     is_host = devices[0].platform == "cpu" and len(devices) == 1
     sizes = {
         p.name: stored_bytes(p.stacked_shape(source.config), wanted[p.name])
@@ -212,7 +213,7 @@ def _label(param: Param, index: int) -> str:
 def _load_param(
     source: Source, param: Param, storage: Storage, mesh: Mesh | None, meter: Meter
 ) -> jax.Array | QuantizedTensor:
-    device: Any = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device: Any = backends.devices()[0] if mesh is None else mesh.devices.flat[0]
     sharding: Sharding = SingleDeviceSharding(device)
     if mesh is not None:
         columns = param.layer_shape(source.config)[-1]

@@ -24,6 +24,7 @@ from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table
 from jaxchat.misplaced import refuse_misplaced
+from jaxchat.pallas import backends
 from jaxchat.pallas.storage import stored, stored_dtype
 from jaxchat.sharding import param_sharding
 
@@ -85,7 +86,7 @@ class OrbaxSource:
         item, arguments = {}, {}
         for param in self.table:
             sharding = (
-                SingleDeviceSharding(jax.devices()[0])
+                SingleDeviceSharding(backends.devices()[0])
                 if mesh is None
                 else param_sharding(param, self.config, mesh)
             )

@@ -197,8 +197,11 @@ class LoadFlags(ModelFlags):
         max_slots: int = 0,
     ) -> "Model":
         """Loads the model that `chosen` gave."""
-        from jaxchat.runtime import load  # imports JAX, which --help and usage errors need not wait for
+        # Imports JAX, which --help and usage errors need not wait for.
+        from jaxchat.pallas.backends import use_32_bits
+        from jaxchat.runtime import load
 
+        use_32_bits()
         return load(
             **chosen.location(),
             plan=chosen.plan,
