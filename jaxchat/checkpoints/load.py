@@ -184,12 +184,11 @@ def _mapped(source: Source, param: Param, storage: Storage) -> np.ndarray | Quan
 def layers_of(
     source: Source, param: Param, storage: Storage, meter: Meter
 ) -> Iterator[tuple[int, np.ndarray | QuantizedTensor]]:
-    """Each (index, layer as `storage` says, in C order) of a parameter, released after its turn."""
+    """Each (index, layer as `storage` says, in C order) of a parameter."""
     for index in range(param.rows(source.config)):
         values = source.layer(param, index)
         yield index, _stored_as(values, storage, _label(param, index))
         meter.add(values.nbytes)
-        source.release(param, index)
 
 
 def _stored_as(
@@ -238,7 +237,6 @@ def _fill_host(source: Source, param: Param, dtype: np.dtype, meter: Meter) -> n
         assert isinstance(values, np.ndarray)  # quantized parameters stay quantized
         convert_into(stack[index] if param.per_layer else stack, values, _label(param, index))
         meter.add(values.nbytes)
-        source.release(param, index)
     return stack
 
 
@@ -252,7 +250,6 @@ def _quantize_host(source: Source, param: Param, fmt: QuantFormat, meter: Meter)
         else:
             quantize(values, fmt, name=_label(param, index), out=out)
         meter.add(values.nbytes)
-        source.release(param, index)
     return stack
 
 

@@ -69,17 +69,13 @@ class OrbaxSource:
         """See `Source`."""
         if param.name not in self._stacks:
             arguments = {param.name: ocp.RestoreArgs(restore_type=np.ndarray)}
+            self._stacks = {}  # one at a time is enough
             self._stacks = self._restore({param.name: 0}, arguments)
         stack = self._stacks[param.name]
         return stack[index] if param.per_layer else stack
 
     def mapped(self, param: Param) -> None:
         """See `Source`: nothing is mapped."""
-
-    def release(self, param: Param, index: int) -> None:
-        """See `Source`."""
-        if index == param.rows(self.config) - 1:
-            self._stacks.clear()
 
     def load(self, target: np.dtype | None, mesh: Mesh | None) -> dict[str, jax.Array]:
         """Restores every parameter straight into its place, as `load_params` describes."""

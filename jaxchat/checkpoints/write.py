@@ -314,8 +314,6 @@ def _write_hf_file(source: Source, path: Path, tensors: list[_HfTensor], meter: 
             values = [_plain(value, tensor) for value in stored]
             fused = np.concatenate(values) if len(values) > 1 else values[0]
             writer.write(tensor.name, fused.T if tensor.parts[0].transposed else fused)
-            for param in tensor.parts:
-                source.release(param, tensor.layer)
             meter.add(sum(value.nbytes for value in stored))
 
 
