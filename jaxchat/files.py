@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -192,8 +193,10 @@ def _leads_to(stream: int, found: os.stat_result) -> bool:
 
 
 def _made_beside(target: Path, mode: int) -> Path:
-    """A new, empty file in the folder of another."""
-    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{os.urandom(4).hex()}")
+    """A new, empty file in the folder of another, in place of those that killed processes have left there."""
+    name = f".{target.name[:100]}."
+    _remove_leftovers(target.parent, name)
+    temporary = target.with_name(f"{name}{os.getpid()}-{os.urandom(4).hex()}")
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     except FileNotFoundError:
@@ -201,6 +204,27 @@ def _made_beside(target: Path, mode: int) -> Path:
             errno.ENOENT, f"there is no folder {target.parent}; make it first, or name another", str(target)
         ) from None
     return temporary
+
+
+def _remove_leftovers(folder: Path, start: str) -> None:
+    pattern = re.compile(re.escape(start) + r"(\d+)-[0-9a-f]{8}")
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if (match := pattern.fullmatch(entry.name)) and not _is_running(match[1]):
+                os.unlink(entry)
+
+
+def _is_running(number: str) -> bool:
+    """Whether a process of this number runs here; True where that cannot be told."""
+    if os.name == "nt" or not number.isascii() or not number.isdigit():  # there `kill` asks nothing, it kills
+        return True
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
@@ -138,7 +139,7 @@ class ModelFlags:
         """What people call the model."""
         if self.recipe is not None:
             return Path(self.recipe).stem
-        return "" if self.model is None else Path(self.model).resolve().name
+        return "" if self.model is None else os.path.basename(os.path.realpath(self.model))
 
     def or_boxed(self) -> Self:
         """The same, with the model in the box if it names none."""

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxchat.cli.command_line import Command, catch_interrupts, complain
+from jaxchat.cli.command_line import Command, Ended, catch_interrupts, complain
 from jaxchat.cli.model_flags import DTYPES, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
 from jaxchat.errors import UsageError
 from jaxchat.options import Flag
@@ -125,7 +125,7 @@ def _run(request: ConvertRequest, given: frozenset[str]) -> int:
     started = time.monotonic()
     try:
         manifest = _written(request)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended):
         complain(f"interrupted; nothing was left in {request.dst}; run the same command again to start over")
         raise
     size = sum(path.stat().st_size for path in Path(str(request.dst)).rglob("*") if path.is_file())
