@@ -16,6 +16,7 @@ from jaxchat.options import LENGTHS, SAMPLING_RANGES, SEEDS, Flag, GenerateOptio
 from jaxchat.pallas.backends import use_32_bits
 from jaxchat.runtime import Model
 from jaxchat.talk import ModelLoader
+from jaxchat.visible import visible
 
 BOX = "box"
 """Stands for the model in the box where a directory is expected."""
@@ -70,7 +71,8 @@ class Common:
 
     def write(self, text: str) -> None:
         """Writes text of the conversation; to standard error if the transcript has standard output."""
-        print(text, end="", flush=True, file=sys.stderr if self.json == "-" else sys.stdout)
+        stream = sys.stderr if self.json == "-" else sys.stdout
+        print(visible(text) if stream.isatty() else text, end="", flush=True, file=stream)
 
     def save(self, transcript: dict[str, Any]) -> None:
         """Writes the transcript where --json says."""
@@ -117,7 +119,7 @@ Questions = Annotated[
 
 def say(text: str) -> None:
     """Writes a line beside the conversation."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def typed(restart: Callable[[], None] | None = None) -> Iterator[str]:

@@ -36,6 +36,7 @@ def read_bytes(path: Path, limit: int, *, pipe: bool = False) -> bytes:
       UnreadableError: there is no such file, it is no file, or it is too large.
     """
     try:
+        path = _as_named(path)
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or (pipe and stat.S_ISFIFO(mode))):
             raise UnreadableError(f"{_kind_of(mode)}, not a file")
@@ -45,6 +46,15 @@ def read_bytes(path: Path, limit: int, *, pipe: bool = False) -> bytes:
         if isinstance(error, UnreadableError):
             raise
         raise UnreadableError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def _as_named(path: Path) -> Path:
+    """The same file where the locale's encoding is not UTF-8, but the name is."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return Path(os.fsdecode(str(path).encode(errors="surrogateescape")))
+    return path
 
 
 def limited(file: BinaryIO, limit: int) -> bytes:
@@ -200,6 +210,8 @@ def _made_beside(target: Path, mode: int) -> Path:
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     except FileNotFoundError:
+        if target.parent.is_dir():  # one that takes no files: /proc
+            raise
         raise FileNotFoundError(
             errno.ENOENT, f"there is no folder {target.parent}; make it first, or name another", str(target)
         ) from None

@@ -46,7 +46,7 @@ from jaxchat.checkpoints.source import Source, convert_into
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import Family, family_of, relayered_config
-from jaxchat.files import locked
+from jaxchat.files import locked, try_to_replace
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantizedTensor
 from jaxchat.quant import dequantize as dequantize_tensor
@@ -371,6 +371,7 @@ def _new_directory(sources: tuple[ModelDirectory, ...], dst: Path, overwrite: bo
     with contextlib.ExitStack() as held:
         try:
             dst.parent.mkdir(parents=True, exist_ok=True)
+            try_to_replace(dst.with_name(f".{dst.name}{_LOCK}"))  # a lock waits where it cannot be made
             _remove_leftovers(dst)
             partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
             held.enter_context(_locked(partial))

@@ -237,13 +237,16 @@ def complain(text: str) -> None:
 
 
 def _use_utf8() -> None:
-    """UTF-8 whatever the locale; what cannot be written is replaced, what cannot be read is kept apart."""
+    """UTF-8 whatever the locale; what cannot be written is replaced, what cannot be read is kept apart.
+
+    A byte order mark that begins the input is left out.
+    """
     for name, errors in (("stdin", "surrogateescape"), ("stdout", "replace"), ("stderr", "replace")):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell: `>&-`
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors=errors)
+            stream.reconfigure(encoding="utf-8-sig" if name == "stdin" else "utf-8", errors=errors)
 
 
 class _Visible(logging.Formatter):

@@ -221,7 +221,8 @@ def _check_path(field: FlagField, text: str) -> None:
         raise UsageError(f"{field.spelled} is empty; give the name of a {what}")
     if len(text) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in text.split("/")):
         raise UsageError(
-            f"{field.spelled} is {shown(text)}, {len(text):,} characters; no {what} can have so long a name"
+            f"{field.spelled} is {shown(text)}, {len(text):,} characters; give the name of a {what}, which "
+            "cannot be so long"
         )
 
 

@@ -139,7 +139,9 @@ class ModelFlags:
         """What people call the model."""
         if self.recipe is not None:
             return Path(self.recipe).stem
-        return "" if self.model is None else os.path.basename(os.path.realpath(self.model))
+        if self.model is None:
+            return ""
+        return os.fsencode(os.path.basename(os.path.realpath(self.model))).decode(errors="replace")
 
     def or_boxed(self) -> Self:
         """The same, with the model in the box if it names none."""
