@@ -184,8 +184,8 @@ def test_a_directory_without_a_tokenizer_works_on_token_ids(tmp_path):
 
 
 def test_the_tokenizers_configuration_is_read_once_for_tokenizer_and_template(directory, monkeypatch):
-    opened, read = [], Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, **how: opened.append(path.name) or read(path, **how))
+    opened, open_ = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **b: opened.append(path.name) or open_(path, *a, **b))
     assert jaxchat.load(directory).template is not None
     assert opened.count("tokenizer_config.json") == 1
 
