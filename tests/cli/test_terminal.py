@@ -455,6 +455,11 @@ def test_every_retry_is_another_draw_and_all_repeat_with_the_seed(talk):
     assert "at temperature 0 the same prompt has one reply" in talk("hello", "/retry")[1]
 
 
+def test_nothing_is_called_forgotten_while_there_is_room(talk):
+    lines = ("hello there", "/plan 0,1,1", "more", "/retry", "/undo", "/retry", "/continue x")
+    assert "is full" not in talk(*lines, flags=["--max_length", "200"])[1]
+
+
 def test_a_full_context_forgets_the_oldest_and_says_so_once(talk):
     said = talk(*["hello there"] * 9, flags=["--max_length", "60"])[1]
     assert said.count("The context of 60 tokens is full: forgot the oldest") == 1

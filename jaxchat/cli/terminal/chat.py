@@ -144,7 +144,7 @@ class Chat:
             stop.set_stream(stream)
             self._write_reply(stream, waiting)
         self._add_stats(stream, begun)
-        self._tell_forgotten()
+        self._tell_forgotten(self.state.replies.forgotten)
         if stream.result.finish_reason == "context":
             limit = self.state.replies.model.engine.max_length
             self.state.note(f"jaxchat: the context of {limit} tokens is full; {_FULL}")
@@ -168,15 +168,15 @@ class Chat:
 
     def _begun_reply(self, waiting: Waiting) -> ReplyWriter:
         waiting.stop()
-        self._tell_forgotten()
+        self._tell_forgotten(self.state.replies.forgotten_messages)
         if not self.state.prompts:
             return reply_writer(markdown=self.state.markdown)
         write_label(AI)
         return reply_writer(markdown=self.state.markdown, column=len(AI))
 
-    def _tell_forgotten(self) -> None:
+    def _tell_forgotten(self, what: str) -> None:
         """Says once that the context was too small, and for what."""
-        if self._told_forgotten or not (what := self.state.replies.forgotten):
+        if self._told_forgotten or not what:
             return
         self._told_forgotten = True
         limit = self.state.replies.model.engine.max_length
