@@ -31,7 +31,7 @@ class Vocabulary:
         if (unknown := self.unknown(ids)) is not None:
             raise JaxchatError(
                 f"{unknown}: tokenizer and weights are not of one model, or tokens were added and the model "
-                "was not resized; use the matching tokenizer, or texts without that token (--format completion)"
+                "was not resized; use the matching tokenizer, or texts without that token"
             )
 
     def unknown(self, ids: Iterable[int]) -> str | None:

@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +80,8 @@ class SafetensorsFile:
     def __init__(self, path: str | Path, *, advice: str = "download the file again"):
         self.path = Path(path)
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):  # a pipe would be waited for
+                raise JaxchatError(f"{self.path}: not a file; {advice}")
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 header, data_start = _read_header(file, size, self.path, advice)
@@ -122,7 +125,8 @@ def _read_header(file: Any, size: int, path: Path, advice: str) -> tuple[dict[st
     if length > _MAX_HEADER:
         refuse_misplaced(path)
         raise JaxchatError(
-            f"{path}: not a safetensors file: its header would have {length} bytes, the file has {size}"
+            f"{path}: not a safetensors file: its header would have {length} bytes, the file has {size}; "
+            f"{advice}"
         )
     if 8 + length > size:
         raise JaxchatError(
@@ -131,12 +135,14 @@ def _read_header(file: Any, size: int, path: Path, advice: str) -> tuple[dict[st
         )
     try:
         header = json.loads(file.read(length).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also of numbers of thousands of digits
         raise JaxchatError(
-            f"{path}: corrupt header: the {length} bytes at byte 8 are no JSON ({error})"
+            f"{path}: corrupt header: the {length} bytes at byte 8 are no JSON ({error}); {advice}"
         ) from None
     if not isinstance(header, dict):
-        raise JaxchatError(f"{path}: corrupt header: expected a JSON object, found {type(header).__name__}")
+        raise JaxchatError(
+            f"{path}: corrupt header: expected a JSON object, found {type(header).__name__}; {advice}"
+        )
     return header, 8 + length
 
 
