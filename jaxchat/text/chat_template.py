@@ -14,11 +14,8 @@ from jaxchat.files import read_optional_json
 from jaxchat.misplaced import refuse_misplaced
 from jaxchat.text.template_process import Answer, ask, start
 from jaxchat.text.tokenizer import Tokenizer
-from jaxchat.text.tokenizer_config import Config, read_config, token_text
+from jaxchat.text.tokenizer_config import ADDITIONAL_TEMPLATES, Config, read_config, token_text
 from jaxchat.visible import shown
-
-ADDITIONAL_TEMPLATES = "additional_chat_templates"
-"""The folder of templates that are files of their own, `NAME.jinja`."""
 
 
 class ChatTemplate:

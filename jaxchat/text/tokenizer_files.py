@@ -26,10 +26,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import read_optional_json
 from jaxchat.misplaced import refuse_misplaced
-from jaxchat.text.chat_template import ADDITIONAL_TEMPLATES
 from jaxchat.text.tokenizer import Added, TextTokenizer
 from jaxchat.text.tokenizer_config import (
     ADDED_TOKENS,
+    ADDITIONAL_TEMPLATES,
     CONFIG,
     NAMED_TOKENS,
     SPECIAL_TOKENS,
