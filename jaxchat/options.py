@@ -74,7 +74,7 @@ class Range(NamedTuple):
 _MAX, _TINY = float.fromhex("0x1.fffffep127"), 2.0**-126  # of float32
 SAMPLING_RANGES: Mapping[str, Range] = {
     "temperature": Range(float, 0, _MAX, "a number >= 0 (0 = greedy)"),
-    "top_k": Range(int, 0, 2**31 - 1, "an integer >= 0 (0 or -1 = off)"),
+    "top_k": Range(int, 0, 2**31 - 1, "an integer >= 0 (0 = off)"),
     "top_p": Range(float, _TINY, 1, "a number > 0 and <= 1 (1 = off)"),
     "min_p": Range(float, 0, 1, "a number from 0 to 1 (0 = off)"),
     "repetition_penalty": Range(float, _TINY, _MAX, "a number > 0 (1 = off)"),

@@ -377,7 +377,7 @@ def test_special_tokens_of_a_prompt_are_parsed_in_completions(chat_model, contin
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"chat_template.jinja": "{% if %}"}, r"chat_template\.jinja: broken chat template, line 1"),
+        ({"chat_template.jinja": "{% if %}"}, r"chat_template\.jinja: broken chat template \(line 1"),
         ({"additional_chat_templates/rag.jinja": ""}, r"no chat template named 'default' \(found: rag\)"),
         ({"chat_template.json": "[]"}, r"chat_template\.json: expected a JSON object"),
     ],
