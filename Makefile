@@ -45,15 +45,17 @@ clean:
 
 # What chatting needs, and no more; most of it is JAX and what JAX needs (scipy, numpy).
 $(VENV)/installed-chat: pyproject.toml $(NATIVE)
-	$(call install,.)
+	$(install)
 	@echo "Done. Next time: $(BIN)/jaxchat --help, or make chat."
 
+$(VENV)/installed: EXTRAS = [test,dev]
 $(VENV)/installed: pyproject.toml $(NATIVE)
-	$(call install,'.[test,dev]')
+	$(install)
 	@touch $(VENV)/installed-chat
 
+$(VENV)/installed-parity: EXTRAS = [parity]
 $(VENV)/installed-parity: $(VENV)/installed
-	$(call install,'.[parity]')
+	$(install)
 
 define install
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -61,6 +63,6 @@ define install
 @echo "Setting up $(VENV): about 700 MB for a chat, 1.1 GB with the tests; compiles the C++ kernels."
 @$(PYTHON) -m venv $(VENV)
 @$(BIN)/python -m pip install --quiet --upgrade pip
-$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --editable $(1)
+$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --editable '.$(EXTRAS)'
 @touch $@
 endef
