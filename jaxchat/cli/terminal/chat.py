@@ -181,7 +181,7 @@ class Chat:
         if before is None or self.state.options.temperature != 0:
             return
         if self.state.replies.session.messages[-1]["content"] == before:
-            self.state.note("at temperature 0 the same prompt has one reply; /set temperature=0.8 draws others")
+            self.state.note("at temperature 0 a prompt has one reply; /set temperature=0.8 draws others")
 
     def _tell_forgotten(self, what: str) -> None:
         """Says once that the context was too small, and for what."""
