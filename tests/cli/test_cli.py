@@ -429,7 +429,10 @@ def test_show_as_json(chat_model, commands):
         (("--layer_spce", "0:2"), "unknown flag --layer_spce; did you mean --layer_spec?"),
         (("--frobnicate",), "unknown flag --frobnicate; --help lists the flags"),
         (("-m", "nowhere", "-p", "x"), "nowhere: no such model directory"),
-        (("-m", "some-body/a.model-7B", "-p", "x"), "`hf download some-body/a.model-7B --local-dir DIR`"),
+        (
+            ("-m", "some/a.b-7B", "-p", "x"),
+            "some/a.b-7B: no such model directory; download it with `hf download some/a.b-7B --local-dir",
+        ),
         (("-m", "nowhere", "--show"), "nowhere: no such model directory"),
         (("-m", "MODEL"), "nothing to do: give a prompt with -p or --prompt_file"),
         (("-m", "MODEL", "-p", ""), "--prompt: the prompt is empty"),
