@@ -12,8 +12,12 @@ NATIVE := CMakeLists.txt $(wildcard $(foreach ext,cc h,jaxchat/pallas/*.$(ext) j
 
 setup: $(VENV)/installed
 
-chat: setup
-	$(BIN)/python -m jaxchat.generate $(if $(MODEL),--model $(MODEL)) --interactive
+# As a job of its own: a Ctrl-C that stops a reply is not for make. What Ctrl-Z stops goes on at once.
+chat: $(VENV)/installed-chat
+	@if [ -t 0 ]; then set -m; fi; \
+	$(BIN)/jaxchat chat $(if $(MODEL),-m $(MODEL)); code=$$?; \
+	while [ $$code -eq 148 ]; do fg >/dev/null; code=$$?; done; \
+	[ $$code -eq 130 ] || exit $$code
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not parity and not full'
@@ -39,14 +43,26 @@ format: setup
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(VENV)/installed: pyproject.toml $(NATIVE)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "jaxchat needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
-	@touch $@
+# What chatting needs, and no more; most of it is JAX and what JAX needs (scipy, numpy).
+$(VENV)/installed-chat: pyproject.toml $(NATIVE)
+	$(install)
+	@echo "Done. Next time: $(BIN)/jaxchat --help, or make chat."
 
+$(VENV)/installed: EXTRAS = [test,dev]
+$(VENV)/installed: pyproject.toml $(NATIVE)
+	$(install)
+	@touch $(VENV)/installed-chat
+
+$(VENV)/installed-parity: EXTRAS = [parity]
 $(VENV)/installed-parity: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[parity]'
-	@touch $@
+	$(install)
+
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "jaxchat needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+@echo "Setting up $(VENV): about 700 MB for a chat, 1.1 GB with the tests; compiles the C++ kernels."
+@$(PYTHON) -m venv $(VENV)
+@$(BIN)/python -m pip install --quiet --upgrade pip
+$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --editable '.$(EXTRAS)'
+@touch $@
+endef

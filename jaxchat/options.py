@@ -177,8 +177,8 @@ class GenerateOptions:
     seed: Annotated[
         int,
         _sampling(
-            help="The same seed gives the same text on the same kind of machine. A command that is not given "
-            "one draws its own, which --verbose, --json, /stats and /set tell",
+            help="The same seed gives the same text on the same kind of machine. A chat that is not given "
+            "one draws its own, which /stats and /set tell, and /retry draws the next",
             example="--seed 7",
             limits=SEEDS,
         ),

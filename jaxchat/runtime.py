@@ -22,7 +22,7 @@ from jaxchat.checkpoints.quantized import Quant
 from jaxchat.config import ModelConfig
 from jaxchat.engine.compile_cache import enable_compilation_cache
 from jaxchat.engine.session import Engine, Session, kernels_for, read_kv_dtype
-from jaxchat.errors import UsageError
+from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import DEFAULTS, GenerateOptions, GenerateOverrides, checked_options
 from jaxchat.pallas import backends
@@ -31,6 +31,7 @@ from jaxchat.recipes.recipe import read_recipe
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.reasoning import ThoughtTags
 from jaxchat.text.tokenizer import Tokenizer
+from jaxchat.visible import shown
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,12 @@ class Model:
         if self.tokenizer is None:
             raise UsageError("this model directory has no tokenizer; give token_ids")
         ids = self.tokenizer.encode(text, parse_special=parse_special)
+        self.vocabulary.check(ids)
+        if text and not ids:
+            raise JaxchatError(
+                f"the tokenizer makes no token of the text {shown(text)}: its vocabulary is not the model's; "
+                "download the tokenizer's files again, or give token_ids"
+            )
         if ids[:2] == [self.tokenizer.bos_id] * 2:
             name = self.tokenizer.decode(ids[:1])
             logger.warning("the text begins with %s, which the model adds itself: it is there twice", name)
@@ -387,7 +394,7 @@ def load(
     else:
         config, params = load_assembly(assembly, **weights)
     engine = Engine(config, params, max_length=max_length, kv_dtype=cache_dtype, kernels=selected, mesh=mesh)
-    return Model(
+    model = Model(
         engine,
         chosen,
         base_plan=base_plan,
@@ -395,6 +402,21 @@ def load(
         template=template,
         max_slots=max_slots,
     )
+    if tokenizer is not None and max(tokenizer.special_tokens.values(), default=0) >= config.vocab_size:
+        _warn_of_template(model, directory)
+    return model
+
+
+def _warn_of_template(model: Model, directory: ModelDirectory) -> None:
+    """Says once that no chat can work, where the template writes a token that the model does not have."""
+    try:
+        conversation = model.conversation()
+        conversation.add_typed("Hello")
+        unknown = model.vocabulary.unknown(conversation.prompt_ids())
+    except JaxchatError:  # whoever chats is told
+        return
+    if unknown is not None:
+        logger.warning("%s: the chat template needs what the model does not have: %s", directory, unknown)
 
 
 def _read(recipe: str | Path, paths: Mapping[str, str | Path] | None, keep_identity: bool) -> Assembly:

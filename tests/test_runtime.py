@@ -13,7 +13,7 @@ import pytest
 import jaxchat
 from jaxchat.engine import steps
 from jaxchat.engine.session import ContextOverflowError
-from jaxchat.errors import UsageError
+from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import GenerateOptions, GenerateOverrides
 from tests.support.tiny_chat import write_tiny_chat
@@ -184,8 +184,8 @@ def test_a_directory_without_a_tokenizer_works_on_token_ids(tmp_path):
 
 
 def test_the_tokenizers_configuration_is_read_once_for_tokenizer_and_template(directory, monkeypatch):
-    opened, read = [], Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, **how: opened.append(path.name) or read(path, **how))
+    opened, open_ = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **b: opened.append(path.name) or open_(path, *a, **b))
     assert jaxchat.load(directory).template is not None
     assert opened.count("tokenizer_config.json") == 1
 
@@ -303,6 +303,30 @@ def test_special_tokens_in_a_text_that_is_continued_are_those_unless_asked_other
         assert "".join(stream) == stream.result.text
         assert stream.result.token_ids == expected
     assert model.chat(raw, max_new_tokens=1).prompt_tokens > len(raw)  # a message
+
+
+def test_a_token_that_the_model_does_not_have_is_named(tmp_path, caplog):
+    added = {"<|extra|>": {"content": "<|extra|>", "special": True}}
+    small = write_tiny_chat(tmp_path / "small")
+    config = json.loads((small / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {"262": added["<|extra|>"]}
+    (small / "tokenizer_config.json").write_text(json.dumps(config))
+    model = jaxchat.load(small)
+    assert caplog.messages == []
+    says = r"the token '<\|extra\|>' \(id 262\) is not in the model's vocabulary of 262 tokens"
+    for use in (model.generate, model.score, model.stream):
+        with pytest.raises(JaxchatError, match=says + ": tokenizer and weights are not of one model, or"):
+            use("a<|extra|>")
+    assert model.score("a<|extra|>", parse_special=False)
+    assert model.chat("a<|extra|>", max_new_tokens=2).token_ids
+    config["chat_template"] = config["chat_template"].replace("</s>", "<|extra|>")
+    (small / "tokenizer_config.json").write_text(json.dumps(config))
+    model = jaxchat.load(small)
+    [warning] = caplog.messages
+    assert re.fullmatch(rf"{small}: the chat template needs what the model does not have: {says}", warning)
+    with pytest.raises(JaxchatError, match=says):
+        model.chat("a")
+    assert model.generate("a", max_new_tokens=1)
 
 
 def test_a_text_that_begins_as_all_do_is_warned_about(tmp_path, caplog):

@@ -217,6 +217,7 @@ class ChatBatch:
         conversation = self.conversations[number]
         name = f"conversation {number}" if len(self.conversations) > 1 else "the conversation"
         opening = self._fitting(conversation, turn.begin(conversation), options, name)
+        self._vocabulary.check((*opening.prompt, *opening.ids))
         return Row(opening, options, conversation.thought_tags)
 
     def _fitting(

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import Family, count_parameters, family_of, parameter_table
 from jaxchat.files import read_json
+from jaxchat.visible import shown
 
 _COMPARE_BYTES = 1 << 24
 
@@ -108,7 +110,8 @@ class HfSource:
         }
         # A value or score head stands beside the model; what is inside of it, a bias say, would change it.
         own = {name.split(".")[0] for name in (*expected, head)}
-        others = [name for name in self._files if name.split(".")[0] not in own]
+        whole = expected.keys() <= self._files.keys()  # else what is there is told too
+        others = {name: None for name in self._files if whole and name.split(".")[0] not in own}
         found = {
             name: (file.entries[name].dtype, file.entries[name].shape)
             for name, file in self._files.items()
@@ -181,10 +184,16 @@ def _indexed(index: Path) -> dict[str, Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise JaxchatError(f"{index}: expected a weight_map of tensor names to file names")
-    outside = sorted(name for name in set(weight_map.values()) if Path(name).name != name)
+    outside = sorted(name for name in set(weight_map.values()) if not _is_file_name(name))
     if outside:
-        raise JaxchatError(f"{index}: shard {outside[0]!r} is not a plain file name")
+        raise JaxchatError(
+            f"{index}: shard {shown(outside[0])} is not a plain file name; download the file again"
+        )
     return {tensor: index.parent / name for tensor, name in weight_map.items()}
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and 0 < len(os.fsencode(name)) < 256 and name != ".." and "\0" not in name
 
 
 def _open_files(where: str, weight_map: Mapping[str, Path]) -> list[SafetensorsFile]:
@@ -192,7 +201,7 @@ def _open_files(where: str, weight_map: Mapping[str, Path]) -> list[SafetensorsF
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise JaxchatError(
-            f"{where}: {len(missing)} of {len(paths)} shards are missing: {', '.join(missing)}"
+            f"{where}: {len(missing)} of {len(paths)} shards are missing: {listed(missing)}; download them"
         )
     files = {path: SafetensorsFile(path) for path in paths}
     lost = [
@@ -201,5 +210,7 @@ def _open_files(where: str, weight_map: Mapping[str, Path]) -> list[SafetensorsF
         if tensor not in files[path].entries
     ]
     if lost:
-        raise JaxchatError(f"{where}: tensors not in the shard it names: {listed(fold_layers(lost))}")
+        raise JaxchatError(
+            f"{where}: tensors not in the shard it names: {listed(fold_layers(lost))}; download them again"
+        )
     return list(files.values())

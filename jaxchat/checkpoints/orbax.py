@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxchat.checkpoints.manifest import NATIVE_FILE, ORBAX_FOLDER, Manifest, config_of
@@ -27,6 +26,13 @@ from jaxchat.misplaced import refuse_misplaced
 from jaxchat.pallas import backends
 from jaxchat.pallas.storage import stored, stored_dtype
 from jaxchat.sharding import param_sharding
+
+try:
+    import orbax.checkpoint as ocp
+except ModuleNotFoundError:
+    raise JaxchatError(
+        "Orbax checkpoints need orbax-checkpoint, which is not installed; pip install 'jaxchat[orbax]'"
+    ) from None
 
 _CHUNK_BYTES = 1 << 26  # so that a device which needs a part of an array reads little more than that part
 

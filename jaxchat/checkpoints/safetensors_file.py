@@ -6,7 +6,6 @@ data without holes.
 """
 
 import dataclasses
-import errno
 import functools
 import io
 import json
@@ -87,7 +86,7 @@ class SafetensorsFile:
     def __init__(self, path: str | Path, *, advice: str = "download the file again"):
         self.path = Path(path)
         try:
-            self._file = _opened(self.path)
+            self._file = _opened(self.path, advice)
             weakref.finalize(self, self._file.close)
             self._state = self._now()
             size = self._state[0]
@@ -157,10 +156,9 @@ class SafetensorsFile:
         return DTYPES[stored]
 
 
-def _opened(path: Path) -> io.FileIO:
-    """A regular file, to be read; a pipe would be waited for."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no file")
+def _opened(path: Path, advice: str) -> io.FileIO:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise JaxchatError(f"{path}: not a file; {advice}")
     return io.FileIO(path)
 
 
@@ -171,7 +169,8 @@ def _read_header(file: Any, size: int, path: Path, advice: str) -> tuple[dict[st
     if length > _MAX_HEADER:
         refuse_misplaced(path)
         raise JaxchatError(
-            f"{path}: not a safetensors file: its header would have {length} bytes, the file has {size}"
+            f"{path}: not a safetensors file: its header would have {length} bytes, the file has {size}; "
+            f"{advice}"
         )
     if 8 + length > size:
         raise JaxchatError(
@@ -180,12 +179,14 @@ def _read_header(file: Any, size: int, path: Path, advice: str) -> tuple[dict[st
         )
     try:
         header = json.loads(file.read(length).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also of numbers of thousands of digits
         raise JaxchatError(
-            f"{path}: corrupt header: the {length} bytes at byte 8 are no JSON ({error})"
+            f"{path}: corrupt header: the {length} bytes at byte 8 are no JSON ({error}); {advice}"
         ) from None
     if not isinstance(header, dict):
-        raise JaxchatError(f"{path}: corrupt header: expected a JSON object, found {type(header).__name__}")
+        raise JaxchatError(
+            f"{path}: corrupt header: expected a JSON object, found {type(header).__name__}; {advice}"
+        )
     return header, 8 + length
 
 

@@ -96,7 +96,9 @@ def verify(
         if names
     ]
     if problems:
-        raise JaxchatError(f"{where}: does not fit its config.json: {' | '.join(problems)}")
+        raise JaxchatError(
+            f"{where}: does not fit its config.json: {' | '.join(problems)}; take both from one model"
+        )
 
 
 def convert_into(out: np.ndarray, values: np.ndarray, name: str) -> None:

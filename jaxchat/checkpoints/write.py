@@ -142,6 +142,8 @@ def convert(
             f"--format orbax holds no quantized weights ({fmt}); use --format native, or leave --quant out "
             "here and give it when the model is loaded"
         )
+    if format == "orbax":
+        from jaxchat.checkpoints.orbax import replace_native_file  # half a second of imports
     stored_as = storages(source, target, fmt)
     manifest = dataclasses.replace(
         _recorded(model) if source is model.source else source.manifest,
@@ -154,8 +156,6 @@ def convert(
         manifest.write(directory)
         _write_files(model, directory, values, dtype or model.dtype)
         if format == "orbax":
-            from jaxchat.checkpoints.orbax import replace_native_file  # half a second of imports
-
             replace_native_file(directory, source.config, manifest)
     return manifest
 

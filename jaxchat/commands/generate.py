@@ -79,7 +79,8 @@ def answer(request: Request, given: frozenset[str]) -> int:
         raise UsageError("--special_tokens is for --format completion; in messages of a chat they are text")
     _try_sessions(request)
     options = advised(request.options, chosen.advice, given)
-    options = of_this_run(options, given, interactive=request.interactive)
+    if request.interactive:
+        options = of_this_chat(options, given)
     # Not at the top: it imports JAX, which --help, --show and usage errors need not wait for.
     from jaxchat.cli import terminal
 
@@ -97,14 +98,13 @@ def _try_sessions(request: Request) -> None:
         saved.try_to_save(saved.place(request.save_session))
 
 
-def of_this_run(options: GenerateOptions, given: frozenset[str], *, interactive: bool) -> GenerateOptions:
-    """The options with what no flag gave: a seed of this run's own, in a chat no end at a full context."""
-    more: dict[str, Any] = {}
-    if "seed" not in given:
-        more["seed"] = int.from_bytes(os.urandom(4))
-    if interactive and "overflow" not in given:
-        more["overflow"] = "truncate_oldest"
-    return dataclasses.replace(options, **more)
+def of_this_chat(options: GenerateOptions, given: frozenset[str]) -> GenerateOptions:
+    """The options of a chat with what no flag gave: a seed of its own, and no end at a full context.
+
+    One answer has the seed 0: the same command says the same.
+    """
+    own: dict[str, Any] = {"seed": int.from_bytes(os.urandom(4)), "overflow": "truncate_oldest"}
+    return dataclasses.replace(options, **{name: own[name] for name in own if name not in given})
 
 
 def advised(options: GenerateOptions, advice: Mapping[str, Any], given: frozenset[str]) -> GenerateOptions:

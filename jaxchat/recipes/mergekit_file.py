@@ -15,7 +15,7 @@ import yaml
 
 from jaxchat.errors import UsageError
 from jaxchat.files import UnreadableError, read_small_text
-from jaxchat.notations import is_finite, position_of, printable
+from jaxchat.notations import MAX_SLOTS, is_finite, position_of, printable
 
 ADVICE = "run mergekit and load the model it writes"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -275,7 +275,10 @@ def _recipe(root: _Node, notes: list[str]) -> Recipe:
             child.note("has no effect, in mergekit as here")
     if "slices" not in keys:
         root.fail("the key 'slices' is missing; expected a list of slices")
-    slices = tuple(_slice(item) for item in keys["slices"].items("a list of slices"))
+    items = keys["slices"].items("a list of slices")
+    if len(items) > MAX_SLOTS:  # of one layer each
+        keys["slices"].fail(f"found {len(items)} slices; expected at most {MAX_SLOTS}")
+    slices = tuple(_slice(item) for item in items)
     tokenizer = keys.get("tokenizer_source")
     if tokenizer is not None and tokenizer.text("base or a model") == "union":
         tokenizer.fail(f"a union of tokenizers needs a new embedding, which no layer plan has; {ADVICE}")

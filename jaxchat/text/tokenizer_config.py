@@ -13,6 +13,8 @@ from jaxchat.text.tokenizer import Added
 from jaxchat.visible import shown
 
 CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates that are files of their own, `NAME.jinja`."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_TOKEN_ID = 2**22 - 1
 """Four times the largest vocabularies; what is beyond is a broken file, not a reason to reserve memory."""

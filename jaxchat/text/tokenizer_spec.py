@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import JaxchatError
-from jaxchat.files import read_json
+from jaxchat.files import MAX_JSON_BYTES, read_bytes, text_of
+from jaxchat.misplaced import refuse_misplaced
 from jaxchat.text.tokenizer_config import fail, token_id
 from jaxchat.visible import shown
 
@@ -27,7 +29,14 @@ def read_spec(path: Path) -> Spec:
     Raises:
         JaxchatError: it is no tokenizer, or one that the library cannot be given.
     """
-    spec = read_json(path)
+    refuse_misplaced(path)
+    try:
+        # Not `read_json`: a vocabulary is long, and the library bounds the depth itself.
+        spec = json.loads(text_of(read_bytes(path, MAX_JSON_BYTES)))
+    except (ValueError, RecursionError) as error:
+        raise JaxchatError(f"{path}: not readable as JSON ({error}); download the file again") from None
+    if not isinstance(spec, dict):
+        raise JaxchatError(f"{path}: is {shown(spec)}; expected a JSON object: download the file again")
     model = spec.get("model")
     if not isinstance(model, dict):
         fail(path, "model", model, "a tokenizer's model")

@@ -1,6 +1,7 @@
 """Loading model directories: what is read, what is refused and with which words, and what it costs."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -250,12 +251,35 @@ def test_what_is_inside_of_the_model_and_unexpected_is_an_error(name: str, tmp_p
     assert f"unexpected tensors: {name}" in error_of(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../x.safetensors", "a\0b", "s" * 300, "/etc/hosts"])
+def test_a_shard_is_a_file_beside_the_index(name: str, tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    weight_map = shard(tmp_path)
+    write_index(tmp_path, {**weight_map, "model.norm.weight": name})
+    assert "index.json: shard " in error_of(tmp_path)
+    assert len(error_of(tmp_path)) < 400
+
+
+def test_weights_in_a_pipe_are_not_waited_for(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "model.safetensors: not a file" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"9" * 5000, b"[" * 100_000, b'{"a": ' * 5000, b"\xff{}", b""])
+def test_a_header_that_cannot_be_read_is_told(header: bytes, tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path, "llama")
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert re.search(r"model\.safetensors: .*; download the file again$", error_of(tmp_path))
+
+
 def test_a_message_of_very_many_names_has_some_of_them(tmp_path: Path) -> None:
     write_tiny_hf(tmp_path, "llama")
     names = {f"model.extra{'x' * n}.weight": np.ones(2, np.float32) for n in range(300)}
     edit_tensors(tmp_path, lambda t: t.update(names))
     message = error_of(tmp_path)
-    assert message.endswith("; and 280 more")
+    assert message.endswith("; and 280 more; take both from one model")
     assert len(message) < 4000
 
 
@@ -481,7 +505,7 @@ def test_all_mismatches_are_reported_at_once(tmp_path: Path) -> None:
         "missing tensors: model.layers.{0-2}.mlp.up_proj.weight [44, 24] | "
         "unexpected tensors: model.layers.3.extra.weight | "
         "wrong shapes: model.norm.weight: expected [24], found [25] | "
-        "unreadable dtypes (readable: F32, F16, BF16): lm_head.weight: I8"
+        "unreadable dtypes (readable: F32, F16, BF16): lm_head.weight: I8; take both from one model"
     )
 
 
@@ -512,7 +536,7 @@ def test_missing_shard(tmp_path: Path) -> None:
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     assert error_of(tmp_path) == (
         f"{tmp_path}/model.safetensors.index.json: 1 of 3 shards are missing: "
-        "model-00002-of-00003.safetensors"
+        "model-00002-of-00003.safetensors; download them"
     )
 
 

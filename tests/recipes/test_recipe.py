@@ -618,6 +618,11 @@ def test_a_recipe_of_two_models_is_no_plan(read, models):
         ("merge_method: passthrough\n", "the key 'slices' is missing; expected a list of slices"),
         ("merge_method: passthrough\nslices:\n", "the key 'slices' is missing"),
         ("merge_method: passthrough\nslices: []\n", "slices: the list is empty; expected a list of slices"),
+        (
+            "a: &a {sources: [{model: a, layer_range: [0, 1]}]}\nmerge_method: passthrough\nslices: ["
+            + "*a," * 5000 + "]\n",
+            "recipe.yml:3:9: slices: found 5000 slices; expected at most 4096",
+        ),
         ("merge_method: passthrough\nslices: {a: b}\n", "slices: found keys and values; expected a list"),
         ("merge_method: passthrough\nslices: [x]\n", "slices[0]: found 'x'; expected a slice"),
         ("merge_method: passthrough\nslices: [{sources: []}]\n", "slices[0].sources: the list is empty"),

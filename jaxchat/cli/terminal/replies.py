@@ -34,8 +34,12 @@ class Replies(Protocol):
         """Tokens of the context that are taken."""
 
     @property
+    def forgotten_messages(self) -> str:
+        """Which messages the context had no room for, as is known before the answer; "" if it held all."""
+
+    @property
     def forgotten(self) -> str:
-        """What the context had no room for; "" if it held all."""
+        """What the context had no room for, after the answer; "" if it held all."""
 
     def send(self, text: str, prefix: str, prefix_in: PrefixIn, options: GenerateOptions) -> TextStream:
         """Streams the answer to a text."""
@@ -62,11 +66,16 @@ class ChatReplies:
         return len(self.session.session.ids[0])
 
     @property
+    def forgotten_messages(self) -> str:
+        """See `Replies`."""
+        dropped = self.session.conversation.dropped
+        return f"the oldest {dropped} messages" if dropped > 1 else "the oldest message" if dropped else ""
+
+    @property
     def forgotten(self) -> str:
         """See `Replies`."""
-        if dropped := self.session.conversation.dropped:
-            return f"the oldest {dropped} messages" if dropped > 1 else "the oldest message"
-        return "the oldest part" if self.context_used < len(self.session.token_ids) else ""
+        cut = "the oldest part" if self.context_used < len(self.session.token_ids) else ""
+        return self.forgotten_messages or cut
 
     def send(self, text: str, prefix: str, prefix_in: PrefixIn, options: GenerateOptions) -> TextStream:
         """See `Replies`."""
@@ -105,6 +114,11 @@ class CompletionReplies:
             return 0
         used = self._stream.result.prompt_tokens + len(self._stream.result.token_ids)
         return min(used, self.model.engine.max_length)
+
+    @property
+    def forgotten_messages(self) -> str:
+        """See `Replies`."""
+        return ""
 
     @property
     def forgotten(self) -> str:
