@@ -24,13 +24,10 @@ class UnreadableError(ValueError):
     """Why a file cannot be read, in words that follow its name."""
 
 
-def read_bytes(path: Path, limit: int, *, pipe: bool = False) -> bytes:
-    """A regular file of at most `limit` bytes. Anything else is refused unread, a pipe and a device unopened.
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes. Anything else is refused unread, a device unopened.
 
-    Args:
-      path: the file.
-      limit: more is refused.
-      pipe: whether it may be a pipe, such as `<(...)` of a shell: not where nobody has named it.
+    So is a pipe, which might be waited for, except one that is open already: a shell's `<(...)`.
 
     Raises:
       UnreadableError: there is no such file, it is no file, or it is too large.
@@ -38,7 +35,7 @@ def read_bytes(path: Path, limit: int, *, pipe: bool = False) -> bytes:
     try:
         path = _as_named(path)
         mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or (pipe and stat.S_ISFIFO(mode))):
+        if not (stat.S_ISREG(mode) or (stat.S_ISFIFO(mode) and str(path).startswith(_OPEN))):
             raise UnreadableError(f"{_kind_of(mode)}, not a file")
         with path.open("rb") as file:
             return limited(file, limit)
@@ -46,6 +43,10 @@ def read_bytes(path: Path, limit: int, *, pipe: bool = False) -> bytes:
         if isinstance(error, UnreadableError):
             raise
         raise UnreadableError(getattr(error, "strerror", None) or str(error)) from None
+
+
+_OPEN = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
+"""Names of what the process has open."""
 
 
 def _as_named(path: Path) -> Path:
@@ -80,12 +81,12 @@ def _kind_of(mode: int) -> str:
 
 
 def read_small_text(path: Path) -> str:
-    """The UTF-8 text of a file or pipe of at most `MAX_SMALL_BYTES`, without a byte order mark.
+    """The UTF-8 text of a file of at most `MAX_SMALL_BYTES`, without a byte order mark.
 
     Raises:
       UnreadableError: there is no such file, it is too large, or no text.
     """
-    return text_of(read_bytes(path, MAX_SMALL_BYTES, pipe=True))
+    return text_of(read_bytes(path, MAX_SMALL_BYTES))
 
 
 def text_of(data: bytes) -> str:

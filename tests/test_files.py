@@ -51,6 +51,41 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".a.json.{ended.pid}-0123abcd").touch()
+    others = [f".a.json.{os.getpid()}-0123abcd", f".b.json.{ended.pid}-0123abcd", f".a.json.{ended.pid}-mine"]
+    for name in others:
+        (tmp_path / name).touch()
+    write_atomically(path, b"new")
+    assert sorted(found.name for found in tmp_path.iterdir()) == sorted(["a.json", *others])
+
+
+def test_a_pipe_is_read_where_it_is_open_already():
+    if not os.path.isdir("/dev/fd"):
+        pytest.skip("there is no /dev/fd here")
+    reading, writing = os.pipe()
+    os.write(writing, b"0:3")
+    os.close(writing)
+    assert read_small_text(Path(f"/dev/fd/{reading}")) == "0:3"
+    os.close(reading)
+
+
+def test_a_name_is_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    (tmp_path / "plän.txt").write_text("0:3")
+    (tmp_path / "plän.txt").rename(tmp_path / os.fsdecode("plän.txt".encode()))
+    encode = os.fsencode
+
+    def ascii_only(name):
+        str(name).encode("ascii", "surrogateescape")
+        return encode(name)
+
+    monkeypatch.setattr(os, "fsencode", ascii_only)
+    assert read_small_text(tmp_path / "plän.txt") == "0:3"
+
+
 def test_a_lock_is_held_by_one_and_leaves_no_file(tmp_path):
     path = tmp_path / "lock"
     with locked(path), pytest.raises(BlockingIOError), locked(path):

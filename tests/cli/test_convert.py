@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from jaxchat.checkpoints.safetensors_file import PAD_PREFIX, SafetensorsFile
 from jaxchat.checkpoints.write import FORMATS, KEEP, convert, to_hf
 from jaxchat.cli.flags import flag_fields
 from jaxchat.commands.convert import ConvertRequest
-from jaxchat.errors import UsageError
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.quant import QuantFormat
 from tests.support.commands import Commands
 from tests.support.tiny import TINY_CONFIGS, write_tiny_hf
 from tools.convert import main
@@ -207,6 +209,117 @@ def test_overwrite_spares_what_is_no_model(tmp_path: Path) -> None:
         convert(tmp_path / "hf", tmp_path, overwrite=True)
 
 
+@pytest.mark.parametrize("format", ["native", "orbax", "hf"])
+@pytest.mark.parametrize(
+    "more", ["notes.txt", "photos/wedding.jpg", "empty/", ".git/HEAD", "orbax/x.txt", "model.bin"]
+)
+def test_overwrite_names_what_no_conversion_wrote_and_touches_nothing(
+    tmp_path: Path, format: str, more: str
+) -> None:
+    write_tiny_hf(tmp_path / "hf", "llama")
+    out = tmp_path / "out"
+
+    def again(**arguments: bool) -> None:
+        if format == "hf":
+            to_hf(tmp_path / "hf", out, max_shard_bytes=20_000, **arguments)
+        else:
+            convert(tmp_path / "hf", out, format=format, **arguments)
+
+    again()
+    again(overwrite=True)
+    path = out / more
+    path.parent.mkdir(exist_ok=True)
+    path.mkdir() if more.endswith("/") else path.write_text("dear")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UsageError, match=rf"out: holds {more.rstrip('/')}, which no conversion writes"):
+        again(overwrite=True)
+    assert sorted(out.rglob("*")) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_a_link_stays_and_leads_to_the_new_model(tmp_path: Path) -> None:
+    write_tiny_hf(tmp_path / "hf", "llama", seed=1)
+    write_tiny_hf(tmp_path / "hf2", "llama", seed=2)
+    (tmp_path / "link").symlink_to("disk/model")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / ".model.old-1").symlink_to("hf")  # as conversions of old left
+    (tmp_path / ".model.old-1").rename(tmp_path / "disk/.model.old-1")
+    for number, source in enumerate(("hf", "hf2")):
+        convert(tmp_path / source, tmp_path / "link", overwrite=number > 0)
+        assert os.readlink(tmp_path / "link") == "disk/model"
+        assert Manifest.read(tmp_path / "disk/model").source == source
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "hf", "hf2", "link"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("dst", "message"),
+    [
+        ("loop", "loop: a link that leads back to itself"),
+        ("file/model", "file/model: cannot be created: there is a file where a folder would be"),
+        ("loop/model", "loop/model: cannot be created"),
+        ("file", "file: is not a model directory"),
+        ("hf-link/inside", "must be separate directories"),
+        ("hf-link", "must be separate directories"),
+        ("/proc/model", "/proc/model: cannot be created"),
+    ],
+)
+def test_destinations_that_cannot_be(tmp_path: Path, dst: str, message: str) -> None:
+    write_tiny_hf(tmp_path / "hf", "llama")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "hf-link").symlink_to("hf")
+    (tmp_path / "file").write_text("x")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(JaxchatError, match=re.escape(message)):
+        convert(tmp_path / "hf", tmp_path / dst, overwrite=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("how", ["cut", "replaced", "written to"])
+@pytest.mark.parametrize("format", ["hf", "native"])
+def test_a_source_that_changes_while_it_is_converted(tmp_path: Path, format: str, how: str) -> None:
+    write_tiny_hf(tmp_path / "hf", "llama")
+    source = tmp_path / "hf"
+    if format == "native":
+        source = tmp_path / "source"
+        convert(tmp_path / "hf", source)
+    weights = source / "model.safetensors"
+    reports: list[tuple[int, int]] = []
+
+    def change(done: int, total: int) -> None:
+        reports.append((done, total))
+        if len(reports) != 3:
+            return
+        if how == "cut":
+            os.truncate(weights, 100)
+        elif how == "replaced":  # what is open stays as it is
+            (tmp_path / "new").write_bytes(b"")
+            (tmp_path / "new").replace(weights)
+        else:
+            os.utime(weights, (1, 1))
+
+    if how == "replaced":
+        convert(source, tmp_path / "out", quant=None, dtype="bfloat16", progress=change)
+        assert reports[0] == (0, reports[-1][0])  # all of it is known at the start
+        load_params(tmp_path / "out")
+    else:
+        with pytest.raises(JaxchatError, match=r"model\.safetensors: was changed while it was read \("):
+            convert(source, tmp_path / "out", dtype="bfloat16", progress=change)
+        assert not (tmp_path / "out").exists()
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_cannot_be_quantized_say_what_to_do(tmp_path: Path, value: float) -> None:
+    write_tiny_hf(tmp_path / "hf", "llama")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = value
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(JaxchatError, match=r"up.*: holds NaN or infinite .*download it again, or do with"):
+        convert(tmp_path / "hf", tmp_path / "out", quant=QuantFormat.parse("int4"))
+    convert(tmp_path / "hf", tmp_path / "out")
+
+
 def test_replacement_that_was_cut_short_is_undone(tmp_path: Path) -> None:
     write_tiny_hf(tmp_path / "hf", "llama")
     convert(tmp_path / "hf", tmp_path / "native")
@@ -216,7 +329,7 @@ def test_replacement_that_was_cut_short_is_undone(tmp_path: Path) -> None:
 
 
 SLOW = """
-import contextlib, sys, time
+import contextlib, signal, sys, time
 import tools.convert
 from jaxchat.cli import progress_bar
 @contextlib.contextmanager
@@ -227,6 +340,7 @@ def slow(label):
             time.sleep(60)
     yield report
 progress_bar.copying_bar = slow
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the programs begin
 sys.exit(tools.convert.main(["convert", "--src", sys.argv[1], "--dst", sys.argv[2]]))
 """
 
@@ -264,10 +378,15 @@ def test_killed_conversion_leaves_no_destination_and_is_cleaned_up(
     load_params(tmp_path / "native")
 
 
-def test_ctrl_c_leaves_nothing_and_says_how_to_go_on(tmp_path: Path, half_way: subprocess.Popen[str]) -> None:
-    half_way.send_signal(signal.SIGINT)
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_leaves_nothing_and_says_how_to_go_on(
+    tmp_path: Path, half_way: subprocess.Popen[str], number: int, code: int
+) -> None:
+    half_way.send_signal(number)
     _, stderr = half_way.communicate(timeout=30)
-    assert half_way.returncode == 130
+    assert half_way.returncode == code
     assert stderr == (
         f"jaxchat: interrupted; nothing was left in {tmp_path / 'native'}; "
         "run the same command again to start over\n"
@@ -434,4 +553,4 @@ def test_destination_that_cannot_be_created(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "file").write_text("x")
     arguments = ["convert", "--src", str(tmp_path / "hf"), "--dst", str(tmp_path / "file/native")]
     assert main(arguments) == 1
-    assert "cannot be created (File exists)" in capsys.readouterr().err
+    assert "cannot be created: there is a file where a folder would be" in capsys.readouterr().err
