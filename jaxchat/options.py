@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
+from jaxchat import arguments
 from jaxchat.errors import UsageError
+from jaxchat.visible import shown
 
 Format = Literal["chat", "completion"]
 Overflow = Literal["error", "truncate_oldest"]
@@ -16,6 +18,10 @@ PrefixIn = Literal["content", "reasoning"]
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
 """What the KV cache can be kept in."""
+
+MAX_SLOTS = 1 << 16
+"""Of a KV cache."""
+MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,10 +112,10 @@ class GenerateOptions:
     """How to continue a text: what every generating function, the command line and `/set` take.
 
     No flag: `stop_token_ids` end a text, beside the model's own. Strings of `stop` are no part of it.
-    Prompt i of a batch draws with `seed + i`.
+    Prompt i of a batch draws with `seed + i`. None of `stop` and `stop_token_ids` is nothing of the kind.
 
     Raises:
-      UsageError: a number out of its range; the message names the option.
+      UsageError: a value of the wrong type, or out of its range; the message names the option.
     """
 
     max_new_tokens: Annotated[
@@ -178,11 +184,11 @@ class GenerateOptions:
             "one draws its own, which /stats and /set tell, and /retry draws the next",
             example="--seed 7",
             low=0,
-            high=2**32 - 1,
+            high=MAX_SEED,
         ),
     ] = 0
     stop: Annotated[
-        str | Sequence[str],
+        str | Sequence[str] | None,
         _length(
             help="End before this text; may be given more than once; \\n, \\t and \\\\ are a line break, a "
             "tab and a backslash",
@@ -193,7 +199,7 @@ class GenerateOptions:
             read=lambda texts: tuple(unescape(text, "--stop") for text in texts),
         ),
     ] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: Annotated[
         bool,
         _length(
@@ -214,15 +220,30 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if self.top_k == -1:  # as others write "off"
             object.__setattr__(self, "top_k", 0)
-        for name in SAMPLING_RANGES:
+        for name, limits in SAMPLING_RANGES.items():
             if problem := outside(name, getattr(self, name)):
                 raise UsageError(problem)
+            object.__setattr__(self, name, limits.type(getattr(self, name)))
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, without empty strings."""
-        return tuple(s for s in ((self.stop,) if isinstance(self.stop, str) else self.stop) if s)
+        return tuple(s for s in ((self.stop,) if isinstance(self.stop, str) else self.stop or ()) if s)
 
+
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    "max_new_tokens": lambda name, value: None if value is None else arguments.whole(name, value, 1),
+    "seed": lambda name, value: arguments.whole(name, value, 0, MAX_SEED),
+    "stop": lambda name, value: (
+        value if isinstance(value, str) else tuple(arguments.texts(name, value or ()))
+    ),
+    "stop_token_ids": lambda name, value: tuple(arguments.token_ids(name, () if value is None else value)),
+    "ignore_eos": arguments.switch,
+    "overflow": lambda name, value: arguments.one_of(name, value, get_args(Overflow)),
+}
+"""What the other fields may be, see `arguments`."""
 
 DEFAULTS = GenerateOptions()
 
@@ -239,8 +260,8 @@ class GenerateOverrides(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     seed: int
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
     ignore_eos: bool
     overflow: Overflow
 
@@ -249,13 +270,30 @@ def checked_options(overrides: GenerateOverrides, options: GenerateOptions = DEF
     """The options that a function was called with: one value, and keyword arguments that replace some of it.
 
     Raises:
-      TypeError: a keyword that is no option.
-      UsageError: a number out of its range.
+      UnknownOptionError: a keyword that is no option.
+      UsageError: a value of the wrong type, or out of its range.
     """
-    known = [field.name for field in dataclasses.fields(GenerateOptions)]
-    if unknown := sorted(overrides.keys() - set(known)):
-        raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    if not isinstance(options, GenerateOptions):
+        raise arguments.refused("options", options, "GenerateOptions(...)")
+    known = {field.name for field in dataclasses.fields(GenerateOptions)}
+    if unknown := sorted(overrides.keys() - known):
+        raise UnknownOptionError(unknown[0])
     return dataclasses.replace(options, **overrides)
+
+
+class UnknownOptionError(UsageError, TypeError):
+    """A name that is no field of `GenerateOptions`; the message says which one may be meant."""
+
+    def __init__(self, name: str):
+        hints = get_type_hints(GenerateOptions, include_extras=True)
+        elsewhere = {
+            other: field
+            for field, hint in hints.items()
+            for flag in getattr(hint, "__metadata__", ())
+            for other in flag.elsewhere
+        }
+        advice = f"; did you mean {elsewhere[name]}?" if name in elsewhere else arguments.meant(name, hints)
+        super().__init__(f"unknown option {shown(name)}{advice or '.'} The options are {', '.join(hints)}")
 
 
 def with_setting(options: GenerateOptions, name: str, value: str) -> GenerateOptions:
@@ -269,7 +307,7 @@ def with_setting(options: GenerateOptions, name: str, value: str) -> GenerateOpt
     """
     types = get_type_hints(GenerateOptions)
     if name not in types:
-        raise UsageError(f"no option {name!r}; options: {', '.join(types)}")
+        raise UnknownOptionError(name)
     expected, read = _READERS.get(name) or _READERS[types[name]]
     try:
         return dataclasses.replace(options, **{name: read(value)})
@@ -307,7 +345,7 @@ def _read_limit(text: str) -> int | None:
 
 
 def _read_seed(text: str) -> int:
-    return _read_integer(text, 0, 2**32 - 1)
+    return _read_integer(text, 0, MAX_SEED)
 
 
 def _read_choice(text: str) -> str:
@@ -326,12 +364,12 @@ def _read_numbers(text: str) -> tuple[int, ...]:
 
 _READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
     "max_new_tokens": ("an integer of at least 1, or none", _read_limit),
-    "seed": (f"an integer from 0 to {2**32 - 1}", _read_seed),
+    "seed": (f"an integer from 0 to {MAX_SEED}", _read_seed),
     float: ("a number", float),
     int: ("an integer", int),
     bool: ("on or off", read_switch),
-    str | Sequence[str]: ("texts with commas between them (\\x2c is a comma), or none", _read_texts),
-    Sequence[int]: ("token ids with commas between them, or none", _read_numbers),
+    str | Sequence[str] | None: ("texts with commas between them (\\x2c is a comma), or none", _read_texts),
+    Sequence[int] | None: ("token ids with commas between them, or none", _read_numbers),
     Overflow: (" or ".join(get_args(Overflow)), _read_choice),
 }
 """How a field of `GenerateOptions` is read from text, by its name or its type: what to expect, and how."""

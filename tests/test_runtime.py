@@ -247,7 +247,7 @@ def test_requests_of_different_plans_compile_nothing_new(model):
     ("plans", "message"),
     [
         (["all"], "plans: got 1 plans for 2 prompts; give a list of one a prompt"),
-        ("all", "plans: got the string 'all' for 2 prompts"),
+        ("all", "plans: got 'all' for 2 prompts"),
         (["all", "7"], "layer 7 is out of range"),
         ([None, LayerPlan.identity(4)], "the plan is over 4 layers, the model has 3"),
     ],

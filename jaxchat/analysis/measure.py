@@ -15,7 +15,7 @@ import numpy as np
 from jaxchat.analysis.questions import Questions
 from jaxchat.analysis.sweep import Sweep, Windows, windows_at_once
 from jaxchat.engine.session import Engine
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.visible import shown
 
@@ -163,7 +163,7 @@ def analyze(
     if not plan.executed():
         raise UsageError("the layer plan executes no slot; there is nothing to analyze")
     if not 1 <= questions.top_k <= engine.config.vocab_size:
-        raise UsageError(f"--top_k is {questions.top_k}; expected 1 to {engine.config.vocab_size}")
+        raise UsageError(f"{option('top_k')} is {questions.top_k}; expected 1 to {engine.config.vocab_size}")
     base = LayerPlan(plan.executed(), plan.num_layers)
     pairs = repeats(len(base), questions.rys_sample, questions.seed)
     pairs = pairs if "rys" in questions.parts else []
@@ -194,7 +194,7 @@ def _positions(windows: Windows, questions: Questions) -> list[int]:
     positions = list(range(int(windows.lengths[0]))[slice(*questions.lens_positions)])
     if not positions:
         raise UsageError(
-            f"--lens_positions selects none of the first window's {windows.lengths[0]} tokens; "
+            f"{option('lens_positions')} selects none of the first window's {windows.lengths[0]} tokens; "
             "give a slice START:STOP, e.g. -12:"
         )
     return positions
@@ -259,7 +259,7 @@ def _measure(
             if task.name == "base" and not math.isfinite(results[key]):
                 raise JaxchatError(
                     "the model's logits are not finite (NaN or infinity): the checkpoint is broken "
-                    "or the dtype too narrow; try --dtype float32"
+                    "or the dtype too narrow; try " + option("dtype", "float32")
                 )
             done += 1
     if progress:

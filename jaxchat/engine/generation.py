@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxchat.arguments import whole
 from jaxchat.engine import steps
 from jaxchat.engine.sampling import SamplingParams
 from jaxchat.engine.session import Session, State
-from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.options import Overflow
+from jaxchat.errors import JaxchatError, UsageError, option
+from jaxchat.options import MAX_SEED, Overflow
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -90,8 +91,8 @@ class Generation:
         for ids, limits in zip(self.session.ids, self.limits, strict=True):
             if limits is None:
                 continue
-            if limits.max_new_tokens is not None and limits.max_new_tokens < 1:
-                raise UsageError(f"--max_new_tokens is {limits.max_new_tokens}; it must be at least 1")
+            if limits.max_new_tokens is not None:
+                whole("max_new_tokens", limits.max_new_tokens, 1)
             if not ids:
                 raise UsageError("an empty prompt: give at least one token")
         for name, values in (*self.params._asdict().items(), ("seeds", np.asarray(self.seeds))):
@@ -99,8 +100,8 @@ class Generation:
                 raise UsageError(
                     f"{name}: got values of shape {values.shape}, expected one for each of {batch}"
                 )
-        if bad := [seed for seed in self.seeds if not 0 <= seed < 1 << 32]:
-            raise UsageError(f"--seed is {bad[0]}; it must be at least 0 and below {1 << 32}")
+        for seed in self.seeds:
+            whole("seed", seed, 0, MAX_SEED)
 
     def stop(self, row: int) -> None:
         """Ends a sequence after the token last yielded for it."""
@@ -135,7 +136,7 @@ class Generation:
                 session.drop_cache()  # broken values would outlive a rollback
                 raise JaxchatError(
                     "the model's logits are not finite (NaN or infinity): the checkpoint is broken "
-                    "or the dtype too narrow; try --dtype float32"
+                    "or the dtype too narrow; try " + option("dtype", "float32")
                 )
             for row in range(session.batch):
                 if self.finish_reasons[row]:  # before this step, or stopped by the consumer during it

@@ -718,7 +718,9 @@ def test_max_new_tokens_ends_with_the_reason_length(engine):
 
 @pytest.mark.parametrize("max_new_tokens", [0, -3])
 def test_fewer_than_one_new_token_is_refused(engine, max_new_tokens):
-    with pytest.raises(UsageError, match=f"--max_new_tokens is {max_new_tokens}; it must be at least 1"):
+    with pytest.raises(
+        UsageError, match=f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1"
+    ):
         generate(new_session(engine, PROMPT), max_new_tokens=max_new_tokens)
 
 
@@ -768,13 +770,13 @@ def test_a_generation_beyond_the_context_equals_fresh_runs_on_the_truncated_ids(
 
 def test_a_context_longer_than_the_learned_positions_is_refused(tiny_model):
     config, params = tiny_model("gpt2")
-    with pytest.raises(UsageError, match="--max_length is 97, but this model has 96 learned positions"):
+    with pytest.raises(UsageError, match=r"^max_length is 97, but this model has 96 learned positions"):
         Engine(config, params, max_length=97)
     assert Engine(config, params).max_length == 96
 
 
 def test_a_context_shorter_than_one_token_is_refused(tiny_model):
-    with pytest.raises(UsageError, match="--max_length is 0; it must be at least 1"):
+    with pytest.raises(UsageError, match=r"^max_length is 0; expected an integer of at least 1"):
         Engine(*tiny_model("llama"), max_length=0)
 
 
@@ -860,7 +862,7 @@ def test_seeds_and_sampling_parameters_must_match_the_batch(engine):
         generate(session, seeds=[3])
     with pytest.raises(UsageError, match=r"temperature: got values of shape \(1,\)"):
         generate(session, params=SamplingParams.make(1))
-    with pytest.raises(UsageError, match="--seed is -1; it must be at least 0"):
+    with pytest.raises(UsageError, match=r"^seed is -1; expected an integer from 0"):
         generate(session, seeds=[0, -1])
 
 

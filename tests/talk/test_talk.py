@@ -227,7 +227,7 @@ def test_a_panel_is_read_from_yaml(directory, tmp_path):
         ("experts: [{model: m}]", r"experts\[0\]: name is missing"),
         ("experts: [{name: a, modle: m}]", r"experts\[0\]: unknown key 'modle'"),
         ("experts: [{name: 3, model: m}]", r"experts\[0\].name is 3: expected text"),
-        ("experts: [{name: a, model: m, options: {heat: 1}}]", "no option 'heat'"),
+        ("experts: [{name: a, model: m, options: {heat: 1}}]", "unknown option 'heat'"),
         ("experts: [{name: a, model: nowhere}]", "nowhere"),
         ("{experts: [{name: a, model: m}], sticky: 1}", "sticky is 1: expected true or false"),
         ("{experts: [{name: a, model: m}], prompt: hello}", "has no {classes}"),
