@@ -76,6 +76,15 @@ class Analysis:
         """The perplexity at `nats` per token, in units of the base plan's."""
         return perplexity(nats - self.base)
 
+    def improves(self, nats: float) -> bool:
+        """Whether `nats` per token are so much less than the base plan's that four digits show it."""
+        return self.ratio(nats) < 1 - 5e-4
+
+    def best_repeats(self) -> list[tuple[int, int]]:
+        """The RYS (i, j) from the best on; those that are not finite are left out."""
+        known = [(nats, pair) for pair, nats in self.rys.items() if not math.isnan(nats)]
+        return [pair for _, pair in sorted(known)]
+
     def ranking(self) -> list[int]:
         """Slots from the most to the least important.
 

@@ -55,7 +55,9 @@ def cut_windows(ids: Sequence[int], length: int, *, bos: int | None = None) -> W
     rows = [[*first, *ids[start : start + step]] for start in range(0, len(ids), step)]
     rows = [row for row in rows if len(row) >= 2]
     if not rows:
-        raise UsageError(f"the text is too short: {len(ids)} token(s), and predicting one takes two")
+        raise UsageError(
+            f"the text is too short: {len(ids)} token(s), and predicting one takes two; give a longer one"
+        )
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = row
