@@ -76,12 +76,25 @@ def test_the_commands_run(
         code = main_of(words, monkeypatch)(arguments_of(words))
         out, err = capsys.readouterr()
         assert code == 0, f"{command}\n{err}"
-        if command == 'python -m jaxchat.generate -m path/to/model -p "do you like music?"':
+        if command == 'jaxchat generate -m path/to/model -p "do you like music?"':
             assert out == "yes, i enjoy listening to music while i feel happy and relaxed.\n"
             chatted = True
     assert chatted
-    for made in ("back-to-hf/model.safetensors", "expanded/config.json", "report/layers.csv", "talk.session"):
-        assert (tmp_path / made).exists()
+    for made in ("back-to-hf/model.safetensors", "expanded/config.json", "report/layers.csv"):
+        assert (tmp_path / "out" / made).exists()
+
+
+def test_the_transcript_is_what_its_command_gives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (transcript,) = re.findall(r"^```\n\$ (jaxchat chat .*?)^```", TEXT, flags=re.M | re.S)
+    command, *lines = transcript.splitlines()
+    typed = [line.removeprefix("You  > ") for line in lines if line.startswith("You  > ")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed)))
+    assert program.main(shlex.split(command)) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [line.removeprefix("A.I. > ") for line in lines if line.startswith("A.I. > ")]
+    assert err.splitlines() == [line for line in lines if not line.startswith(("You  > ", "A.I. > "))]
 
 
 def test_a_module_and_a_script_run_as_processes(model_path: str, tmp_path: Path):

@@ -132,6 +132,11 @@ class Prompts:
         if role == "assistant":
             marked = self._render(broken, add_generation_prompt=True)
             text = marked.replace(breaker, "")
+            if not text:
+                raise JaxchatError(
+                    f"{self._template.path}: the chat template writes nothing for this conversation; "
+                    "download the file again"
+                )
             return Prompt(marked, text, breaker, opened=self.opened_by(text), **self._end_of_reply(broken))
         return self._before_user(broken, breaker)
 

@@ -84,7 +84,7 @@ def existing_place(text: str) -> Path:
     if path.is_file():
         return path
     if not is_name(text):
-        raise UsageError(f"{path}: no such session file")
+        raise UsageError(f"{path}: no such file; give one that a session was saved to")
     there = Path(text).exists()
     hint = f"the file of this name is ./{text}" if there else "`jaxchat sessions` lists those there are"
     raise UsageError(f"no session is saved as {text}; {hint}")

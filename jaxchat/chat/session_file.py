@@ -103,7 +103,7 @@ def load(path: str | Path) -> SavedChat:
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"{path}: no such session file")
+        raise UsageError(f"{path}: no such file; give one that a session was saved to")
     file = SafetensorsFile(path, advice=_LOST)
     stored = _stored(file)
     arrays = {name: file.view(name) for name in file.entries}

@@ -8,6 +8,7 @@ no JAX: what does (the parameters) is imported when it is asked for.
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -35,6 +36,13 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 _RECOMMENDABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
+def _how_to_get(path: Path) -> str:
+    """What to do about a model that is not there: `org/name` is how Hugging Face calls one."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+        return f"download it with `hf download {path} --local-dir DIR`, and give DIR"
+    return f"give the folder that holds {CONFIG}"
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelDirectory:
     """A model directory in Hugging Face's layout; other formats say what differs.
@@ -55,10 +63,7 @@ class ModelDirectory:
             return path
         path = demo.place(path)
         if not path.exists():
-            raise UsageError(
-                f"{path}: no such model directory; give the folder that holds {CONFIG}, or {demo.NAME} for "
-                "the model in the box"
-            )
+            raise UsageError(f"{path}: no such model directory; {_how_to_get(path)}")
         if not path.is_dir():
             foreign = advice_on(path)
             what = foreign or f"not a directory; give the folder that holds {CONFIG}"

@@ -145,7 +145,7 @@ class Engine:
         for token in ids:
             if not 0 <= token < self.config.vocab_size:
                 raise UsageError(
-                    f"token id {token} is not in the vocabulary of {self.config.vocab_size} tokens"
+                    f"token id {token} is not in the vocabulary: expected 0 to {self.config.vocab_size - 1}"
                 )
 
 

@@ -5,12 +5,13 @@ Text only; what a conversation makes of the renderings is in `chat/`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import JaxchatError, UsageError, told
-from jaxchat.files import read_optional_json
+from jaxchat.files import UnreadableError, read_optional_json, read_small_text
 from jaxchat.misplaced import refuse_misplaced
 from jaxchat.text.template_process import Answer, ask, start
 from jaxchat.text.tokenizer import Tokenizer
@@ -153,7 +154,7 @@ def _find_sources(directory: Path, config: Config) -> tuple[Path, dict[str, str]
 
 def _default_sources(directory: Path, config: Config) -> tuple[Path, dict[str, str]] | None:
     jinja = directory / "chat_template.jinja"
-    if jinja.is_file():
+    if os.path.lexists(jinja):
         return jinja, {"default": _read_jinja(jinja)}
     for path, holder in (
         (directory / "chat_template.json", read_optional_json(directory / "chat_template.json")),
@@ -177,7 +178,7 @@ def _named(template: Any) -> dict[str, str] | None:
     if isinstance(template, str):
         return {"default": template}
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
-        template = {entry.get("name"): entry.get("template") for entry in template}
+        template = {str(entry.get("name")): entry.get("template") for entry in template}
     if not isinstance(template, dict) or not template:
         return None
     texts = all(isinstance(part, str) for entry in template.items() for part in entry)
@@ -187,11 +188,9 @@ def _named(template: Any) -> dict[str, str] | None:
 def _read_jinja(path: Path) -> str:
     refuse_misplaced(path)
     try:
-        return path.read_text(encoding="utf-8")
-    except ValueError as error:
-        raise JaxchatError(f"{path}: not UTF-8 text ({error}): download the file again") from error
-    except OSError as error:
-        raise JaxchatError(f"{path}: cannot be read ({error.strerror or error})") from error
+        return read_small_text(path)
+    except UnreadableError as error:
+        raise JaxchatError(f"{path}: no chat template ({error}); download the file again") from None
 
 
 def _variables(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:

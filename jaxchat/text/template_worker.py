@@ -130,7 +130,7 @@ class Templates:
             text = self._compiled[source].render(context)
             text.encode()
         except _Refused as error:
-            return {"refused": _words(error)}
+            return {"refused": _words(error) if str(error).strip() else "it gives no reason"}
         except MemoryError:
             return {"failed": _TOO_MUCH}
         except UnicodeEncodeError as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import read_optional_json
+from jaxchat.files import MAX_JSON_BYTES, UnreadableError, read_bytes, read_optional_json
 from jaxchat.misplaced import refuse_misplaced
 from jaxchat.text.tokenizer import Added, TextTokenizer
 from jaxchat.text.tokenizer_config import (
@@ -77,9 +78,9 @@ def has_tokenizer(directory: Path) -> bool:
 
 def _tokenizer_file(directory: Path) -> Path | None:
     for name in ("tokenizer.json", "tokenizer.model"):
-        if (directory / name).is_file():
+        if os.path.lexists(directory / name):  # whatever it is: what is no file is not passed over
             return directory / name
-    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+    if os.path.lexists(directory / "vocab.json") and os.path.lexists(directory / "merges.txt"):
         return directory / "vocab.json"
     found = sorted(p for p in directory.glob("*.model*") if p.is_file()) if directory.is_dir() else []
     return found[0] if len(found) == 1 else None
@@ -173,6 +174,8 @@ def _from_vocab_and_merges(path: Path, config: Config, model_config: Mapping[str
     """Byte-level BPE in GPT-2's file layout; Qwen2 and Qwen3 differ in the pre-tokenizer."""
     merges = path.with_name("merges.txt")
     refuse_misplaced(merges)
+    for file in (path, merges):  # the library opens whatever it is
+        _bytes_of(file)
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(path), str(merges)))
     family = f"{config.raw.get('tokenizer_class', '')} {model_config.get('model_type', '')}".lower()
     if "qwen" in family:
@@ -188,8 +191,15 @@ def _from_vocab_and_merges(path: Path, config: Config, model_config: Mapping[str
     return _with_config(path, backend, config, eos=["<|endoftext|>"])
 
 
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return read_bytes(path, MAX_JSON_BYTES)
+    except UnreadableError as error:
+        raise JaxchatError(f"{path}: not readable ({error}); download the file again") from None
+
+
 def _from_model_file(path: Path, config: Config) -> TextTokenizer:
-    data = path.read_bytes()
+    data = _bytes_of(path)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
         return _from_ranks(path, data, config)
     # Not at the top: most models come without, and the library takes a while to import.

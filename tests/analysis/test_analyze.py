@@ -336,7 +336,7 @@ def test_questions_that_make_no_sense_are_refused(load):
         study(loaded, top_k=68)
     with pytest.raises(UsageError, match="executes no slot"):
         analysis.analyze(loaded.engine, LayerPlan.parse("[[0, 0, 0]]", 3), WINDOWS)
-    with pytest.raises(UsageError, match="token id 70 is not in the vocabulary of 67"):
+    with pytest.raises(UsageError, match="token id 70 is not in the vocabulary: expected 0 to 66"):
         analysis.analyze(loaded.engine, loaded.plan, analysis.cut_windows([5, 70], 8))
     with pytest.raises(UsageError, match=r"^window is 97, but the model's context holds 96"):
         analysis.analyze(loaded.engine, loaded.plan, analysis.cut_windows(random_ids(97), 97))

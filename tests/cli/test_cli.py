@@ -336,7 +336,7 @@ def test_a_session_goes_on_in_another_process_as_if_it_had_never_stopped(chat_mo
     assert "made under the layer plan all, this is 2::-1" in commands.error(
         *flags, file, "--layer_spec=::-1", code=2
     )
-    assert "no such session file" in commands.error(*flags, tmp_path / "none", code=2)
+    assert "no such file" in commands.error(*flags, tmp_path / "none", code=2)
 
 
 def test_a_layer_plan_changes_the_output_and_the_parameter_count(continue_text):
@@ -415,7 +415,7 @@ def test_show_as_json(chat_model, commands):
         (("-p", "x", "--quiet", "--verbose"), "--quiet cannot be combined with --verbose"),
         (("-p", "x", "--save_session", "/no/such/a.session"), "/no/such/a.session: the session cannot be "),
         (("-p", "x", "--load_session", "never"), "no session is saved as never; "),
-        (("-p", "x", "--load_session", "a/never"), "a/never: no such session file"),
+        (("-p", "x", "--load_session", "a/never"), "a/never: no such file"),
         (("--temp", "0.5"), "unknown flag --temp; jaxchat calls it --temperature"),
         (("--n-predict", "9"), "unknown flag --n-predict; jaxchat calls it --max_new_tokens"),
         (("-n", "9"), "unknown flag -n; jaxchat calls it --max_new_tokens"),
@@ -429,6 +429,10 @@ def test_show_as_json(chat_model, commands):
         (("--layer_spce", "0:2"), "unknown flag --layer_spce; did you mean --layer_spec?"),
         (("--frobnicate",), "unknown flag --frobnicate; --help lists the flags"),
         (("-m", "nowhere", "-p", "x"), "nowhere: no such model directory"),
+        (
+            ("-m", "some/a.b-7B", "-p", "x"),
+            "some/a.b-7B: no such model directory; download it with `hf download some/a.b-7B --local-dir",
+        ),
         (("-m", "nowhere", "--show"), "nowhere: no such model directory"),
         (("-m", "MODEL"), "nothing to do: give a prompt with -p or --prompt_file"),
         (("-m", "MODEL", "-p", ""), "--prompt: the prompt is empty"),

@@ -841,7 +841,7 @@ def test_logits_that_are_not_finite_are_reported_and_leave_nothing_behind(engine
 
 @pytest.mark.parametrize("token", [-1, 67])
 def test_token_ids_outside_the_vocabulary_are_refused(engine, token):
-    with pytest.raises(UsageError, match=f"token id {token} is not in the vocabulary of 67 tokens"):
+    with pytest.raises(UsageError, match=f"token id {token} is not in the vocabulary: expected 0 to 66"):
         new_session(engine, [1, token])
 
 

@@ -1,6 +1,7 @@
 """Runs the commands: in this process, or in their own where pipes, signals and exit codes count."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -42,6 +43,8 @@ class Commands:
         data = stdin.encode() if isinstance(stdin, str) else stdin
         self._monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         code = program.main(["jaxchat", *map(str, arguments)])
+        logger = logging.getLogger("jaxchat")  # which would go on writing to this run's standard error
+        logger.handlers, logger.propagate = [], True
         return Done(code, *self._capsys.readouterr())
 
     def output(self, *arguments, **options):

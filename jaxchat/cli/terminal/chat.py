@@ -144,6 +144,7 @@ class Chat:
             stop.set_stream(stream)
             self._write_reply(stream, waiting)
         self._add_stats(stream, begun)
+        self._tell_same()
         self._tell_forgotten(self.state.replies.forgotten)
         if stream.result.finish_reason == "context":
             limit = self.state.replies.model.engine.max_length
@@ -173,6 +174,14 @@ class Chat:
             return reply_writer(markdown=self.state.markdown)
         write_label(AI)
         return reply_writer(markdown=self.state.markdown, column=len(AI))
+
+    def _tell_same(self) -> None:
+        """Says why a reply that was to be drawn anew came out as it was."""
+        before, self.state.retried = self.state.retried, None
+        if before is None or self.state.options.temperature != 0:
+            return
+        if self.state.replies.session.messages[-1]["content"] == before:
+            self.state.note("at temperature 0 a prompt has one reply; /set temperature=0.8 draws others")
 
     def _tell_forgotten(self, what: str) -> None:
         """Says once that the context was too small, and for what."""

@@ -153,8 +153,7 @@ def _continue(chat: ChatState, text: str) -> StartReply:
 def _retry(chat: ChatState, _: str) -> StartReply:
     session = chat.replies.session
     session.conversation.require_reply("retry")
-    if chat.options.temperature == 0:
-        chat.note("at temperature 0 the same prompt has one reply; /set temperature=0.8 draws others")
+    chat.retried = session.messages[-1]["content"]
     options = chat.next_draw()
     return lambda: session.retry(options=options)
 

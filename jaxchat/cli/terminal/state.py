@@ -35,6 +35,7 @@ class ChatState:
       leaving: the loop ends.
       last_reply: its part of the status line.
       drawn: the seed that the last reply was asked for with, and how often it was drawn anew since.
+      retried: the text of the reply that is being drawn anew.
     """
 
     replies: Replies
@@ -52,6 +53,7 @@ class ChatState:
     leaving: bool = False
     last_reply: str = ""
     drawn: tuple[int, int] = (0, 0)
+    retried: str | None = None
 
     @classmethod
     def of_request(
