@@ -13,10 +13,9 @@ from jaxchat.cli.terminal.commands import explained_word
 from jaxchat.errors import UsageError
 from jaxchat.files import try_to_replace, write_atomically
 from jaxchat.options import Flag, GenerateOptions, with_setting
-from jaxchat.runtime import Model
 from jaxchat.talk import ModelLoader
 
-BOX = "box"
+BOX = demo.NAME
 """Stands for the model in the box where a directory is expected."""
 
 
@@ -57,7 +56,7 @@ class Common:
 
     def loader(self) -> ModelLoader:
         """Loads directories, each once; `box` is the model in the box."""
-        return _Loader(quant=self.quant, max_length=self.max_length, said=lambda text: say(f"{text} ..."))
+        return ModelLoader(quant=self.quant, max_length=self.max_length, said=lambda text: say(f"{text} ..."))
 
     def write(self, text: str) -> None:
         """Writes text of the conversation; to standard error if the transcript has standard output."""
@@ -86,11 +85,6 @@ class Common:
 
 
 R = TypeVar("R", bound=Common)
-
-
-class _Loader(ModelLoader):
-    def __call__(self, directory: str | Path, layer_spec: str | None = None) -> Model:
-        return super().__call__(demo.path() if directory == BOX else directory, layer_spec)
 
 
 Questions = Annotated[

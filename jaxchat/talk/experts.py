@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from jaxchat import demo
 from jaxchat.chat.batch import Message
 from jaxchat.chat.replies import TextStream
 from jaxchat.chat.session import ChatSession
@@ -20,7 +21,7 @@ from jaxchat.talk.models import ModelLoader
 PROMPT = "Please classify the question to one of these classes:\n{classes}\n\nQuestion: {question}"
 """What the selector is asked; `{classes}` are the numbered names and descriptions."""
 
-_EXPERT_KEYS = ("name", "description", "model", "layer_spec", "system", "options")
+_EXPERT_KEYS = ("name", "says", "description", "model", "layer_spec", "system", "options")
 _PANEL_KEYS = ("experts", "selector", "prompt", "sticky")
 
 
@@ -30,6 +31,8 @@ class Expert:
 
     Attributes:
       name: short; the selector's probability of saying it decides.
+      says: instead of the name, how the selector would begin to answer a question for this expert. Small
+        models know no classes, but how an answer begins.
       description: what the expert is for, shown to the selector.
       model: who answers, under its plan.
       system: the system prompt.
@@ -38,6 +41,7 @@ class Expert:
 
     name: str
     model: Model
+    says: str = ""
     description: str = ""
     system: str | None = None
     options: GenerateOptions = dataclasses.field(default_factory=GenerateOptions)
@@ -92,7 +96,7 @@ class Panel:
     Args:
       experts: at least one, with different names.
       selector: the model that chooses; default the first expert's.
-      prompt: what it is asked, with `{classes}` and `{question}`.
+      prompt: what it is asked, with `{question}` and, unless every expert `says` something, `{classes}`.
       sticky: choose at the first question only, until `restart`.
     """
 
@@ -106,12 +110,16 @@ class Panel:
     ):
         if not experts:
             raise UsageError("a panel needs at least one expert")
-        for field in ("{classes}", "{question}"):
+        by_name = not all(expert.says for expert in experts)
+        for field in ("{classes}", "{question}") if by_name else ("{question}",):
             if field not in prompt:
                 raise UsageError(f"the selector's prompt has no {field}: it is asked with that")
         self.experts = {expert.name: expert for expert in experts}
+        labels = [expert.says or expert.name for expert in experts]
         if len(self.experts) != len(experts):
             raise UsageError(f"two experts have one name: {', '.join(e.name for e in experts)}")
+        if len(set(labels)) != len(labels):
+            raise UsageError(f"two experts say the same: {', '.join(labels)}; let each say something else")
         self.selector = selector or experts[0].model
         self.prompt, self.sticky = prompt, sticky
         self.restart()
@@ -130,7 +138,10 @@ class Panel:
             for number, expert in enumerate(self.experts.values(), 1)
         ]
         asked = self.prompt.replace("{classes}", "\n".join(lines)).replace("{question}", question)
-        self._choice = choose(self.selector, asked, list(self.experts))
+        names = {expert.says or name: name for name, expert in self.experts.items()}
+        found = choose(self.selector, asked, list(names))
+        shares = {names[label]: share for label, share in found.probabilities.items()}
+        self._choice = Choice(names[found.name], shares)
         return self._choice
 
     def ask(self, question: str) -> tuple[Choice, TextStream]:
@@ -164,8 +175,9 @@ def read_panel(path: str | Path, models: ModelLoader, options: GenerateOptions) 
 
         experts:
           - name: Stories
+            says: Once upon a time        # optional: how the selector would begin to answer for this one
             description: tales about animals and children
-            model: path/to/model          # relative to this file; default the selector's
+            model: path/to/model          # relative to this file, or box; default the selector's
             layer_spec: 0:3,2:            # optional, as the other keys from here on
             system: You tell stories.
             options: {temperature: 0.8}   # as in GenerateOptions
@@ -228,6 +240,7 @@ def _expert(
         options = with_setting(options, str(key), value if isinstance(value, str) else setting_text(value))
     return Expert(
         name=name,
+        says=_text(values, "says", where) or "",
         description=_text(values, "description", where) or "",
         model=_model(values, where, path, models, default),
         system=_text(values, "system", where),
@@ -243,7 +256,8 @@ def _model(
         if default is None:
             raise UsageError(f"{where}: model is missing: name a directory, here or for the selector")
         return default if spec is None else default.with_plan(spec)
-    return models(path.parent / directory, spec)
+    beside = path.parent / directory
+    return models(directory if directory == demo.NAME and not beside.is_dir() else beside, spec)
 
 
 def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:

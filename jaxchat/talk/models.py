@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxchat import demo
 from jaxchat.runtime import Model, load
 
 
@@ -22,7 +23,7 @@ class ModelLoader:
 
     def __call__(self, directory: str | Path, layer_spec: str | None = None) -> Model:
         """The model in a directory under a plan; None is every layer once, or the plan it was saved with."""
-        path = Path(directory).resolve()
+        path = demo.place(directory).resolve()
         if path not in self._loaded:
             if self._said:
                 self._said(f"loading {directory}")
