@@ -134,11 +134,15 @@ class KnownResultError(JaxchatError):
 
 
 class _Task(NamedTuple):
-    """One quantity of a group of windows: its name in the results, how to get it, and its numbers' shape."""
+    """One quantity of a group of windows: its name in the results, how to get it, and its numbers' shape.
+
+    The first numbers of a quantity with a `vocabulary` are token ids, below that.
+    """
 
     name: str
     measure: Callable[[Sweep], Any]
     shape: tuple[int, ...] = ()
+    vocabulary: int | None = None
 
 
 def analyze(
@@ -184,6 +188,7 @@ def analyze(
         f"lens top {questions.top_k} at {positions}",
         functools.partial(_lens, positions, questions),
         (2, len(base) + 1, len(positions), questions.top_k),
+        engine.config.vocab_size,
     )
     todo = [[*tasks, lens] if positions and not number else tasks for number in range(len(groups))]
     _measure(engine, base, groups, todo, results, progress)
@@ -258,7 +263,7 @@ def _measure(
         for task in tasks:
             key = f"{number} {task.name}"
             if key in results:
-                _check_known(key, results[key], task.shape)
+                _check_known(key, results[key], task)
                 continue
             if progress:
                 progress(done, total)
@@ -275,13 +280,22 @@ def _measure(
         progress(done, total)
 
 
-def _check_known(name: str, value: Any, shape: tuple[int, ...]) -> None:
+def _check_known(name: str, value: Any, task: _Task) -> None:
+    expected = f"numbers of the shape {list(task.shape)}"
     try:
-        found: Any = list(np.asarray(value, np.float64).shape)
-    except (ValueError, TypeError):
-        found = shown(value)
-    if found != list(shape):
-        raise KnownResultError(f"the result {name!r} has the shape {found}; expected {list(shape)}")
+        found = np.asarray(value, np.float64)
+    except (ValueError, TypeError, OverflowError):
+        raise KnownResultError(f"the result {name!r} is {shown(value)}; expected {expected}") from None
+    if found.shape != task.shape:
+        raise KnownResultError(f"the result {name!r} has the shape {list(found.shape)}; expected {expected}")
+    if task.vocabulary is not None:
+        ids = found[0]
+        wrong = ids[~((ids >= 0) & (ids < task.vocabulary) & (ids == np.floor(ids)))]
+        if wrong.size:
+            raise KnownResultError(
+                f"the result {name!r} has the token id {wrong[0]:g}; expected some of 0 to "
+                f"{task.vocabulary - 1}"
+            )
 
 
 def _keys(todo: Sequence[Sequence[_Task]]) -> Iterator[str]:
@@ -299,8 +313,8 @@ def _summary(
     results: MutableMapping[str, Any],
 ) -> Analysis:
     def total(name: str) -> np.ndarray:
-        values = [results[f"{number} {name}"] for number in range(len(groups))]
-        return np.asarray(np.sum(values, axis=0, dtype=np.float64))
+        values = np.array([results[f"{number} {name}"] for number in range(len(groups))], np.float64)
+        return np.asarray(np.sum(values, axis=0))
 
     def nats(name: str) -> float:
         return float(total(name)) / windows.predicted

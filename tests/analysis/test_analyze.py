@@ -483,6 +483,27 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (10**9, "has the token id 1e\\+09; expected some of 0 to"),
+        (-1, "has the token id -1"),
+        (1.5, "has the token id 1.5"),
+        (None, "has the token id nan"),
+        (10**30, "has the token id 1e\\+30"),
+        ("a", "expected numbers of the shape"),
+    ],
+)
+def test_token_ids_of_a_journal_that_was_edited_are_refused(load, value, message):
+    loaded, known = load("llama"), {}
+    questions = analysis.Questions(parts=("lens",))
+    analysis.analyze(loaded.engine, loaded.plan, WINDOWS, questions, batch=3, results=known)
+    (name,) = [name for name in known if " top " in name]
+    known[name][0][1][0][0] = value
+    with pytest.raises(analysis.KnownResultError, match=message):
+        analysis.analyze(loaded.engine, loaded.plan, WINDOWS, questions, batch=3, results=known)
+
+
 # --- the command
 
 
