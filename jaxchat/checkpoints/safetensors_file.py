@@ -109,13 +109,16 @@ class SafetensorsFile:
 
     def release(self, name: str) -> None:
         """Lets the operating system drop the tensor's pages from memory; they can be read again."""
-        if not hasattr(self._map, "madvise"):
-            return
         entry = self.entries[name]
-        start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        stop = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if stop > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        drop_pages(self._map, entry.start, entry.stop)
+
+
+def drop_pages(mapped: mmap.mmap, start: int, stop: int) -> None:
+    """Lets the operating system drop what of a mapping is within these bytes; it can be read again."""
+    start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if stop > start and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 def _read_header(file: Any, size: int, path: Path, advice: str) -> tuple[dict[str, Any], int]:
