@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints the table and returns the exit code."""
     args = parse_args(argv)
     try:
-        parts = Path(args.text).read_text(encoding="utf-8").split(args.separator)
-        texts = [part.strip() for part in parts[args.first : args.last + 1]]
+        texts = _stories(args)
         print("| model | format | weights | nats/token | perplexity | increase |\n|---|---|---|---|---|---|")
         for directory in args.model:
             for row in _rows(directory, texts, args):
@@ -56,6 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _stories(args: argparse.Namespace) -> list[str]:
+    parts = Path(args.text).read_text(encoding="utf-8", errors="replace").split(args.separator)
+    texts = [part.strip() for part in parts[args.first : args.last + 1] if part.strip()]
+    if not texts:
+        raise JaxchatError(
+            f"--text {args.text}: {len(parts)} texts between {args.separator!r}, and none of them from "
+            f"--first {args.first} to --last {args.last}; give others, such as --first 0"
+        )
+    return texts
 
 
 def _rows(directory: str, texts: Sequence[str], args: argparse.Namespace) -> list[list[str]]:

@@ -14,11 +14,10 @@ from jaxchat.errors import UsageError
 from jaxchat.files import try_to_replace, write_atomically
 from jaxchat.options import LENGTHS, SAMPLING_RANGES, SEEDS, Flag, GenerateOptions, with_setting
 from jaxchat.pallas.backends import use_32_bits
-from jaxchat.runtime import Model
 from jaxchat.talk import ModelLoader
 from jaxchat.visible import visible
 
-BOX = "box"
+BOX = demo.NAME
 """Stands for the model in the box where a directory is expected."""
 
 
@@ -67,7 +66,7 @@ class Common:
     def loader(self) -> ModelLoader:
         """Loads directories, each once; `box` is the model in the box."""
         use_32_bits()
-        return _Loader(quant=self.quant, max_length=self.max_length, said=lambda text: say(f"{text} ..."))
+        return ModelLoader(quant=self.quant, max_length=self.max_length, said=lambda text: say(f"{text} ..."))
 
     def write(self, text: str) -> None:
         """Writes text of the conversation; to standard error if the transcript has standard output."""
@@ -98,11 +97,6 @@ class Common:
 
 R = TypeVar("R", bound=Common)
 Turns = Annotated[int, Flag(help="End after so many", example="--turns 20", limits=LENGTHS)]
-
-
-class _Loader(ModelLoader):
-    def __call__(self, directory: str | Path, layer_spec: str | None = None) -> Model:
-        return super().__call__(demo.path() if directory == BOX else directory, layer_spec)
 
 
 Questions = Annotated[

@@ -4,9 +4,10 @@
   python examples/threecobblers.py experts.yaml -q "What is 2 + 2?"
   python examples/threecobblers.py experts.yaml --ask_all         # every expert answers, in one batch
 
-The selector scores the experts' names as answers to "which class is this question?" and says how probable
-each is. It decides anew for every question, or with --sticky once until /restart. The YAML names experts,
-each a model or a layer plan, with descriptions; see `jaxchat.talk.experts.read_panel`.
+The selector scores the experts' names as answers to "which class is this question?" (or, where experts have
+`says`, these as beginnings of its own answer) and tells how probable each is. It decides anew for every
+question, or with --sticky once until /restart. The YAML names experts, each a model or a layer plan, with
+descriptions; see `jaxchat.talk.experts.read_panel`.
 """
 
 import contextlib
@@ -41,21 +42,25 @@ class Request(Common):
     turns: Turns = 100
 
 
+_BOX_EXPERTS = {
+    "Stories": ("Once upon a time", None),
+    "Greetings": ("Hello", "0:6,5:"),
+    "Myself": ("I am", "[0, 1, [2, 0, 1], 3, 4, 5, 6, 7]"),
+}
+"""Name -> how an answer of this kind begins, and a layer plan."""
+
+
 def box_panel(request: Request) -> Panel:
-    """Three experts over the model in the box: as it is, with its last layers again, and without some."""
+    """Three experts over the model in the box: as it is, with a layer twice, and without an attention.
+
+    It knows no classes, but how answers begin: that is what it is asked for.
+    """
     load = request.loader()
-    options = request.options()
-    layers = load(BOX).config.num_layers
-    plans = {
-        "Stories": ("tales about animals, children and magic", None),
-        "Greetings": ("hello, thank you, goodbye and small talk", f"0:{layers},{layers - 1}"),
-        "Riddles": ("questions, riddles and whatever else", f"0:{layers - 1},{layers - 2}:"),
-    }
     experts = [
-        Expert(name=name, description=text, model=load(BOX, spec), options=options)
-        for name, (text, spec) in plans.items()
+        Expert(name=name, says=says, model=load(BOX, spec), options=request.options())
+        for name, (says, spec) in _BOX_EXPERTS.items()
     ]
-    return Panel(experts, load(BOX), sticky=request.sticky)
+    return Panel(experts, load(BOX), prompt="{question}", sticky=request.sticky)
 
 
 def ask(request: Request) -> None:

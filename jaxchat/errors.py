@@ -1,8 +1,10 @@
 """The errors a user may see: one line that names the culprit, what was expected and what to do."""
 
-from typing import Self
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Self
 
-from jaxchat.visible import message
+from jaxchat.visible import message, shown
 
 
 class JaxchatError(Exception):
@@ -39,3 +41,40 @@ class AdvisedError(UsageError):
     def at(self, place: object) -> Self:
         """The same, with the place first."""
         return type(self)(f"{place}: {self.found}", self.advice)
+
+
+# --- messages in the words of whoever reads them: of Python, or of a command line
+
+_in_flags = False  # of the process, so that what fails in another thread is told alike
+
+
+@contextlib.contextmanager
+def in_flags() -> Iterator[None]:
+    """Within it messages speak to somebody at a command line."""
+    global _in_flags
+    before, _in_flags = _in_flags, True
+    try:
+        yield
+    finally:
+        _in_flags = before
+
+
+def told(python: str, flags: str) -> str:
+    """The one of two wordings that the reader can follow."""
+    return flags if _in_flags else python
+
+
+def option(name: str, value: Any = None, *, flag: str | None = None) -> str:
+    """How the reader gives an option: `overflow='error'` in Python, `--overflow error` on a command line.
+
+    Args:
+      name: of the parameter.
+      value: what it is to be; None names the option alone.
+      flag: what it is called on a command line, if not the same.
+
+    >>> option("max_length")
+    'max_length'
+    """
+    if value is None:
+        return told(name, f"--{flag or name}")
+    return told(f"{name}={shown(value)}", f"--{flag or name} {value}")

@@ -5,18 +5,20 @@ is in `notations.py`. `L` stacked source layers · `P` plan slots.
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from jaxchat import notations
+from jaxchat.arguments import refused
 from jaxchat.config import MAX_LAYERS, Half
 from jaxchat.notations import MAX_SLOTS, PlanError
 from jaxchat.visible import shown
 
-__all__ = ["LayerPlan", "PlanArrays", "PlanError", "Slot"]
+__all__ = ["LayerPlan", "PlanArrays", "PlanError", "PlanItems", "PlanLike", "Slot", "as_plan"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ class PlanArrays(NamedTuple):
     length: Any  # int32 [], how many slots are executed
 
 
-@dataclass(frozen=True)
+PlanItems: TypeAlias = Sequence[int | range | slice | Sequence[float] | Slot] | range | slice
+"""A range or slice of layers, or a list of layers, ranges, slices and [layer, attn_scale, mlp_scale]."""
+
+
+@dataclass(frozen=True, repr=False)
 class LayerPlan:
     """A list of slots over `num_layers` source layers. Immutable and hashable.
 
@@ -125,6 +131,26 @@ class LayerPlan:
         return cls(tuple(Slot(*entry) for entry in notations.parse(spec, num_layers)), num_layers)
 
     @classmethod
+    def of(cls, items: PlanItems, num_layers: int) -> "LayerPlan":
+        """A plan from Python's own lists, ranges and slices; negative layers count from the end.
+
+        >>> str(LayerPlan.of([0, 1, slice(0, 2), [2, 0.5, 1.0], -1], 4))
+        '[0, 1, 0, 1, [2, 0.5, 1], 3]'
+
+        Raises:
+          PlanError: it is none, an item selects nothing, or a layer is out of range; names the item.
+        """
+        _check_num_layers(num_layers)
+        if isinstance(items, tuple) and len(items) == 2 and all(type(item) is int for item in items):
+            raise PlanError(
+                f"the layer plan is {items}; write {list(items)} for these two layers, or the text "
+                f"'({items[0]},{items[1]})' for RYS"
+            )
+        listed = [items] if isinstance(items, range | slice) else list(items)
+        slots = [slot for place, item in enumerate(listed) for slot in _slots_of(item, place, num_layers)]
+        return cls(tuple(slots), num_layers)
+
+    @classmethod
     def recorded(cls, spec: str, num_layers: int) -> "LayerPlan":
         """The same of a plan that is recorded in a file: spelled out there, for no file opens another.
 
@@ -143,6 +169,12 @@ class LayerPlan:
     def identity(cls, num_layers: int) -> "LayerPlan":
         """The model as trained: every layer once, in order."""
         return cls(tuple(Slot(layer) for layer in range(num_layers)), num_layers)
+
+    def __repr__(self) -> str:
+        """What makes it: of a long plan the beginning."""
+        spec = str(self)
+        spec = spec if len(spec) <= 200 else f"{spec[:200]}..."
+        return f"LayerPlan.parse({spec!r}, {self.num_layers})"
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -182,13 +214,15 @@ class LayerPlan:
         """`outer(inner)` is `outer.compose(inner)`."""
         return self.compose(inner)
 
-    def select(self, spec: str) -> "LayerPlan":
-        """The plan that `spec` says over the slots of this one: `parse`, then `compose`.
+    def select(self, plan: str | PlanItems) -> "LayerPlan":
+        """The plan that `plan` says over the slots of this one: `parse` or `of`, then `compose`.
 
         >>> str(LayerPlan.parse("0:2,0:2", 4).select("::-1"))
         '1,0,1,0'
         """
-        return LayerPlan.parse(spec, len(self)).compose(self)
+        count = len(self)
+        outer = LayerPlan.parse(plan, count) if isinstance(plan, str) else LayerPlan.of(plan, count)
+        return outer.compose(self)
 
     def executed(self) -> tuple[Slot, ...]:
         """The slots that compute something, in order. Identity slots cost no compute and no KV cache.
@@ -216,6 +250,68 @@ class LayerPlan:
             mlp_scale=np.array([s.mlp_scale for s in slots] + [0.0] * padding, np.float32),
             length=np.array(len(slots), np.int32),
         )
+
+
+PlanLike: TypeAlias = str | PlanItems | LayerPlan
+"""What says a plan: text in any notation, layers in order, or a plan."""
+
+
+def as_plan(plan: PlanLike | None, base: LayerPlan, name: str = "plan") -> LayerPlan:
+    """A plan over the stacked layers.
+
+    Args:
+      plan: text or layers count the slots of `base`; a plan is as it is; None is `base` itself.
+      base: a plan over the stacked layers.
+      name: what the caller calls `plan`, for the error.
+
+    Raises:
+      PlanError: it is no plan, or fits neither the slots nor the model.
+    """
+    if plan is None:
+        return base
+    if isinstance(plan, LayerPlan):
+        if plan.num_layers != base.num_layers:
+            raise PlanError(f"the plan is over {plan.num_layers} layers, the model has {base.num_layers}")
+        return plan
+    if isinstance(plan, bytes | Mapping) or not isinstance(plan, str | slice | Iterable):
+        raise refused(
+            name, plan, "a text such as '0:8,4:', a list of layers such as [0, 1, 0, 1], or a LayerPlan"
+        )
+    layers: Any = plan
+    return base.select(layers)
+
+
+def _slots_of(item: Any, place: int, num_layers: int) -> list[Slot]:
+    """What an entry of `LayerPlan.of` says."""
+    where = f"item {place} of the layer plan, {shown(item)},"
+    if isinstance(item, Slot):
+        return [_wrapped(item.layer, (item.attn_scale, item.mlp_scale), where, num_layers)]
+    if isinstance(item, slice):
+        try:
+            item = range(num_layers)[item]
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"{where} is no slice of layers: {error}") from None
+    if isinstance(item, range):
+        if not item:
+            raise PlanError(f"{where} selects no layer: expected some of 0..{num_layers - 1}")
+        return [_wrapped(layer, (), where, num_layers) for layer in item]
+    layer, *scales = item if isinstance(item, list | tuple) and len(item) == 3 else (item,)
+    number = all(isinstance(scale, Real) and not isinstance(scale, bool) for scale in scales)
+    if isinstance(layer, bool) or not hasattr(layer, "__index__") or not number:
+        raise PlanError(
+            f"{where} is no layer: expected an integer, a range or slice, or [layer, attn_scale, mlp_scale]; "
+            "RYS and exllamav2 are given as text"
+        )
+    return [_wrapped(operator.index(layer), scales, where, num_layers)]
+
+
+def _wrapped(layer: int, scales: Sequence[Any], where: str, num_layers: int) -> Slot:
+    if not -num_layers <= layer < num_layers:
+        raise PlanError(
+            f"{where} is out of range: the model has {num_layers} layers, expected {-num_layers} to "
+            f"{num_layers - 1}"
+        )
+    return Slot(layer % num_layers, *scales)
 
 
 def _check_num_layers(num_layers: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from jaxchat.errors import UsageError
+from jaxchat.errors import UsageError, option
 from jaxchat.files import UnreadableError, read_small_text
 from jaxchat.visible import shown
 
@@ -93,7 +93,9 @@ def _parse_file(name: str, num_layers: int) -> list[Entry]:
             at = text.index("@")
             _fail(at, at + 1, "a plan in a file cannot name another file: expected the plan itself")
         if re.search(r"^\s*(merge_method|slices)\s*:", text, re.MULTILINE):
-            raise PlanError(f"{name} is a mergekit recipe, not a layer plan: give it with --recipe {name}")
+            raise PlanError(
+                f"{name} is a mergekit recipe, not a layer plan: give it with {option('recipe', name)}"
+            )
         return _parse_text(text, num_layers)
     except _Culprit as culprit:
         line, column = position_of(text, culprit.start)

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypedDict, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
+from jaxchat import arguments
 from jaxchat.errors import UsageError
-from jaxchat.values import Range, check_number, read_choice, read_number, read_switch, wrong
+from jaxchat.values import Range, check_number, read_choice, read_number, read_switch
 from jaxchat.visible import shown
 
 Format = Literal["chat", "completion"]
@@ -16,6 +17,10 @@ PrefixIn = Literal["content", "reasoning"]
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
 """What the KV cache can be kept in."""
+
+MAX_SLOTS = 1 << 16
+"""Of a KV cache."""
+MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,7 @@ SAMPLING_RANGES: Mapping[str, Range] = {
 }
 """The numbers that each sampling parameter may be."""
 _TOP_K = Range(int, -1, 2**31 - 1, words="a whole number, 0 or more", note="0 or -1 is off")
-SEEDS = Range(int, 0, 2**32 - 1)
+SEEDS = Range(int, 0, MAX_SEED)
 LENGTHS = Range(int, 1)
 """Of a text, a context, a batch: at least one."""
 _RANGES: Mapping[str, Range] = {
@@ -97,10 +102,10 @@ class GenerateOptions:
     """How to continue a text: what every generating function, the command line and `/set` take.
 
     No flag: `stop_token_ids` end a text, beside the model's own. Strings of `stop` are no part of it.
-    Prompt i of a batch draws with `seed + i`.
+    Prompt i of a batch draws with `seed + i`. None of `stop` and `stop_token_ids` is nothing of the kind.
 
     Raises:
-      UsageError: a number out of its range; the message names the option.
+      UsageError: a value of the wrong type, or out of its range; the message names the option.
     """
 
     max_new_tokens: Annotated[
@@ -184,7 +189,7 @@ class GenerateOptions:
         ),
     ] = 0
     stop: Annotated[
-        str | Sequence[str],
+        str | Sequence[str] | None,
         _length(
             help="End before this text; may be given more than once; \\n, \\t and \\\\ are a line break, a "
             "tab and a backslash",
@@ -195,7 +200,7 @@ class GenerateOptions:
             read=lambda texts: tuple(unescape(text, "--stop") for text in texts),
         ),
     ] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: Annotated[
         bool,
         _length(
@@ -214,20 +219,32 @@ class GenerateOptions:
     ] = "error"
 
     def __post_init__(self) -> None:
-        for name, limits in _RANGES.items():
-            if name != "max_new_tokens" or self.max_new_tokens is not None:
-                check_number(name, getattr(self, name), limits)
         if self.top_k == -1:  # as others write "off"
             object.__setattr__(self, "top_k", 0)
-        if self.ignore_eos not in (True, False):
-            raise wrong("ignore_eos", self.ignore_eos, "True or False")
-        read_choice("overflow", self.overflow, get_args(Overflow))
+        for name in SAMPLING_RANGES:
+            value, limits = getattr(self, name), _RANGES[name]
+            check_number(name, value, limits)
+            object.__setattr__(self, name, limits.type(value))
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple, without empty strings."""
-        return tuple(s for s in ((self.stop,) if isinstance(self.stop, str) else self.stop) if s)
+        return tuple(s for s in ((self.stop,) if isinstance(self.stop, str) else self.stop or ()) if s)
 
+
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    "max_new_tokens": lambda name, value: None if value is None else arguments.whole(name, value, 1),
+    "seed": lambda name, value: arguments.whole(name, value, 0, MAX_SEED),
+    "stop": lambda name, value: (
+        value if isinstance(value, str) else tuple(arguments.texts(name, value or ()))
+    ),
+    "stop_token_ids": lambda name, value: tuple(arguments.token_ids(name, () if value is None else value)),
+    "ignore_eos": arguments.switch,
+    "overflow": lambda name, value: arguments.one_of(name, value, get_args(Overflow)),
+}
+"""What the other fields may be, see `arguments`."""
 
 DEFAULTS = GenerateOptions()
 
@@ -244,8 +261,8 @@ class GenerateOverrides(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     seed: int
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
     ignore_eos: bool
     overflow: Overflow
 
@@ -254,13 +271,31 @@ def checked_options(overrides: GenerateOverrides, options: GenerateOptions = DEF
     """The options that a function was called with: one value, and keyword arguments that replace some of it.
 
     Raises:
-      TypeError: a keyword that is no option.
-      UsageError: a number out of its range.
+      UnknownOptionError: a keyword that is no option.
+      UsageError: a value of the wrong type, or out of its range.
     """
-    known = [field.name for field in dataclasses.fields(GenerateOptions)]
-    if unknown := sorted(overrides.keys() - set(known)):
-        raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    if not isinstance(options, GenerateOptions):
+        raise arguments.refused("options", options, "GenerateOptions(...)")
+    known = {field.name for field in dataclasses.fields(GenerateOptions)}
+    if unknown := sorted(overrides.keys() - known):
+        raise UnknownOptionError(unknown[0])
     return dataclasses.replace(options, **overrides)
+
+
+class UnknownOptionError(UsageError, TypeError):
+    """A name that is no field of `GenerateOptions`; the message says which one may be meant."""
+
+    def __init__(self, name: str, where: str = ""):
+        hints = get_type_hints(GenerateOptions, include_extras=True)
+        elsewhere = {
+            other: field
+            for field, hint in hints.items()
+            for flag in getattr(hint, "__metadata__", ())
+            for other in flag.elsewhere
+        }
+        advice = f"; did you mean {elsewhere[name]}?" if name in elsewhere else arguments.meant(name, hints)
+        known = ", ".join(hints)
+        super().__init__(f"{where}unknown option {shown(name)}{advice or '.'} The options are {known}")
 
 
 def with_setting(options: GenerateOptions, name: str, value: str, *, where: str = "") -> GenerateOptions:
@@ -279,7 +314,7 @@ def with_setting(options: GenerateOptions, name: str, value: str, *, where: str 
     40
     """
     if name not in _READERS:
-        raise UsageError(f"{where}no option {shown(name)}; options: {', '.join(_READERS)}")
+        raise UnknownOptionError(name, where)
     return dataclasses.replace(options, **{name: _READERS[name](where + name, value)})
 
 

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 import jax
 
+from jaxchat import arguments
 from jaxchat.chat.batch import ChatBatch
 from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.replies import Batch, Result, Row, Score, TextStream, numbered
@@ -22,9 +23,9 @@ from jaxchat.checkpoints.quantized import Quant
 from jaxchat.config import ModelConfig
 from jaxchat.engine.compile_cache import enable_compilation_cache
 from jaxchat.engine.session import Engine, Session, kernels_for, read_kv_dtype
-from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.layer_plan import LayerPlan
-from jaxchat.options import DEFAULTS, GenerateOptions, GenerateOverrides, checked_options
+from jaxchat.errors import JaxchatError, UsageError, told
+from jaxchat.layer_plan import LayerPlan, PlanLike, as_plan
+from jaxchat.options import DEFAULTS, MAX_SLOTS, GenerateOptions, GenerateOverrides, checked_options
 from jaxchat.pallas import backends
 from jaxchat.quant import QuantFormat
 from jaxchat.recipes.recipe import read_recipe
@@ -68,6 +69,10 @@ class Model:
         self.template = template
         self.max_slots = max_slots
 
+    def __repr__(self) -> str:
+        """What it is, in a line."""
+        return f"<Model {self.engine.described()}, plan {shown(str(self.plan))}>"
+
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Token ids that end a text: the model's and the tokenizer's."""
@@ -79,11 +84,14 @@ class Model:
         """What the model's token ids are."""
         return Vocabulary(self.tokenizer, self.eos_ids, self.config.vocab_size)
 
-    def with_plan(self, plan: str | LayerPlan) -> "Model":
+    def with_plan(self, plan: PlanLike) -> "Model":
         """The same weights under another plan: no copy, no reload, no recompilation up to the same slots.
 
         >>> doubled = model.with_plan("0:2,1:4,3:")  # doctest: +SKIP
+        >>> shorter = model.with_plan([0, 1, slice(4, None), [-1, 0.5, 1.0]])  # doctest: +SKIP
         """
+        if plan is None:
+            raise arguments.refused("plan", plan, "a layer plan; 'all' is every layer once")
         return Model(
             self.engine,
             as_plan(plan, self.base_plan),
@@ -103,7 +111,8 @@ class Model:
         """
         if self.tokenizer is None:
             raise UsageError("this model directory has no tokenizer; give token_ids")
-        ids = self.tokenizer.encode(text, parse_special=parse_special)
+        arguments.text("text", text)
+        ids = self.tokenizer.encode(text, parse_special=arguments.switch("parse_special", parse_special))
         self.vocabulary.check(ids)
         if text and not ids:
             raise JaxchatError(
@@ -115,12 +124,28 @@ class Model:
             logger.warning("the text begins with %s, which the model adds itself: it is there twice", name)
         return ids
 
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text that token ids stand for: of a prompt, or of `Result.token_ids`.
+
+        Args:
+          ids: any of the model's; bytes that are no UTF-8 become U+FFFD.
+          skip_special: leaves out special tokens, such as those that begin and end a text.
+
+        >>> model.decode(model.encode("Once upon a time"), skip_special=True)  # doctest: +SKIP
+        'Once upon a time'
+        """
+        if self.tokenizer is None:
+            raise UsageError("this model directory has no tokenizer, so its token ids are no text")
+        ids = arguments.token_ids("ids", ids)
+        self.engine.check_ids(ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=arguments.switch("skip_special", skip_special))
+
     def generate(
         self,
         prompts: str | Sequence[str] | None = None,
         *,
         token_ids: Sequence[Sequence[int]] | None = None,
-        plans: Sequence[str | LayerPlan | None] | None = None,
+        plans: Sequence[PlanLike | None] | None = None,
         batch_size: int = 8,
         parse_special: bool = True,
         options: GenerateOptions = DEFAULTS,
@@ -131,7 +156,8 @@ class Model:
         Args:
           prompts: texts, continued as they are (no chat template). One string is a list of one.
           token_ids: instead of texts; needs no tokenizer.
-          plans: a layer plan a prompt, None for the model's own; prompts under the same plan run together.
+          plans: a layer plan a prompt, as `with_plan` takes it, None for the model's own; prompts under the
+            same plan run together.
           batch_size: how many sequences are decoded together.
           parse_special: special tokens spelled out in a text are those, see `encode`.
           options: how to go on; single ones can be given by name: `max_new_tokens=20`.
@@ -142,7 +168,8 @@ class Model:
         >>> model.generate("Once upon a time", max_new_tokens=20)[0].text  # doctest: +SKIP
         """
         settings = checked_options(overrides, options)
-        ids = self._prompt_ids(prompts, token_ids, parse_special)
+        arguments.whole("batch_size", batch_size, 1)
+        ids = self._prompt_ids("prompts", prompts, token_ids, parse_special)
         chosen, slots = self._plans(plans, len(ids))
         results: dict[int, Result] = {}
         for group, session in self._groups(ids, chosen, slots, batch_size):
@@ -167,9 +194,13 @@ class Model:
         >>> for piece in model.stream("Once upon a time", max_new_tokens=20):  # doctest: +SKIP
         ...     print(piece, end="", flush=True)
         """
-        ids = self._prompt_ids(prompt, None if token_ids is None else [token_ids], parse_special)
+        settings = checked_options(overrides, options)
+        if prompt is not None and not isinstance(prompt, str):
+            raise arguments.refused("prompt", prompt, "one text (generate takes several)")
+        one = None if token_ids is None else [arguments.token_ids("token_ids", token_ids)]
+        ids = self._prompt_ids("prompt", prompt, one, parse_special)
         session = self.engine.session(self.plan, max_slots=self.max_slots)
-        row = Row.of_prompt(ids[0], numbered(checked_options(overrides, options), 0))
+        row = Row.of_prompt(ids[0], numbered(settings, 0))
         return TextStream(Batch(self.vocabulary, session, [row]))
 
     def chat(
@@ -182,16 +213,21 @@ class Model:
         """Replies to a conversation through the model's chat template.
 
         Args:
-          messages: dicts with `role` and `content`, or one user message as a string.
+          messages: dicts with `role` and `content`, or one user message as a string. Content in parts is
+            for chat templates that read it.
           options: as for `generate`.
 
         >>> model.chat("do you like music?", max_new_tokens=20).text  # doctest: +SKIP
         """
+        settings = checked_options(overrides, options)
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        listed = arguments.several("messages", messages, "a text, or a list of dicts with role and content")
+        if not listed:
+            raise UsageError("messages is empty; give at least one")
         chat = self.chat_session()
-        chat.conversation.extend(messages)
-        stream = chat.reply(options=options, **overrides)
+        chat.conversation.extend(listed)
+        stream = chat.reply(options=settings)
         for _ in stream:
             pass
         return stream.result
@@ -214,6 +250,12 @@ class Model:
           thought_tags: what the model thinks between; default what its chat template says.
           template_kwargs: variables for the chat template, such as `enable_thinking`.
         """
+        for name, value in (("system", system), ("opening", opening)):
+            if value is not None:
+                arguments.text(name, value)
+        arguments.switch("reversed_role", reversed_role)
+        if template_kwargs is not None:
+            arguments.mapping("template_kwargs", template_kwargs)
         conversation = self.conversation(
             system=system,
             reversed_role=reversed_role,
@@ -251,7 +293,7 @@ class Model:
         texts: str | Sequence[str] | None = None,
         *,
         token_ids: Sequence[Sequence[int]] | None = None,
-        plans: Sequence[str | LayerPlan | None] | None = None,
+        plans: Sequence[PlanLike | None] | None = None,
         batch_size: int = 1,
         parse_special: bool = True,
     ) -> list[Score]:
@@ -261,7 +303,8 @@ class Model:
 
         >>> model.score("Once upon a time")[0].total  # doctest: +SKIP
         """
-        all_ids = self._prompt_ids(texts, token_ids, parse_special)
+        arguments.whole("batch_size", batch_size, 1)
+        all_ids = self._prompt_ids("texts", texts, token_ids, parse_special)
         chosen, slots = self._plans(plans, len(all_ids))
         scores: dict[int, Score] = {}
         for group, session in self._groups(all_ids, chosen, slots, batch_size):
@@ -287,34 +330,46 @@ class Model:
 
     def _prompt_ids(
         self,
+        name: str,
         prompts: str | Sequence[str] | None,
         token_ids: Sequence[Sequence[int]] | None,
         parse_special: bool,
     ) -> list[list[int]]:
+        """The ids of the texts that the caller's parameter `name` holds, or those that are given."""
         if (prompts is None) == (token_ids is None):
-            raise UsageError("give either prompts or token_ids")
+            raise UsageError(f"give either {name} or token_ids")
         if token_ids is not None:
-            ids = [list(row) for row in token_ids]
+            expected = "a list with a list of token ids for each prompt, such as [[1, 5, 9]]"
+            rows = arguments.several("token_ids", token_ids, expected)
+            if rows and not hasattr(rows[0], "__iter__"):
+                raise arguments.refused("token_ids", token_ids, expected)
+            ids = [arguments.token_ids(f"token_ids[{number}]", row) for number, row in enumerate(rows)]
         else:
-            texts = [prompts] if isinstance(prompts, str) else prompts or []
+            texts = arguments.texts(name, prompts)
             ids = [self.encode(text, parse_special=parse_special) for text in texts]
         for number, row in enumerate(ids):
             if not row:
                 raise UsageError(f"prompt {number} is empty; give at least one token")
         return ids
 
-    def _plans(
-        self, plans: Sequence[str | LayerPlan | None] | None, count: int
-    ) -> tuple[list[LayerPlan], int]:
+    def _plans(self, plans: Sequence[PlanLike | None] | None, count: int) -> tuple[list[LayerPlan], int]:
         """The plan of each of `count` prompts, and the cache slots that let all share their executables."""
         if plans is None:
             plans = [None] * count
-        if isinstance(plans, str) or len(plans) != count:
-            what = f"the string {plans!r}" if isinstance(plans, str) else f"{len(plans)} plans"
-            raise UsageError(f"plans: got {what} for {count} prompts; give a list of one a prompt (or None)")
-        chosen = [self.plan if plan is None else as_plan(plan, self.base_plan) for plan in plans]
-        for plan in chosen:  # before the first one runs
-            self.engine.check_plan(plan)
+        try:
+            listed = arguments.several("plans", plans, "a list of one a prompt (or None)")
+        except UsageError:
+            raise UsageError(
+                f"plans: got {shown(plans)} for {count} prompts; give a list of one a prompt (or None)"
+            ) from None
+        if len(listed) != count:
+            raise UsageError(
+                f"plans: got {len(listed)} plans for {count} prompts; give a list of one a prompt (or None)"
+            )
+        chosen = [
+            self.plan if plan is None else as_plan(plan, self.base_plan, f"plans[{number}]")
+            for number, plan in enumerate(listed)
+        ]
         return chosen, max([self.max_slots, *(len(plan.executed()) for plan in chosen)])
 
     def conversation(self, **settings: Any) -> Conversation:
@@ -323,15 +378,15 @@ class Model:
             raise UsageError("this model directory has no tokenizer; chat needs one")
         if self.template is None:
             raise UsageError(
-                "this model has no chat template (tokenizer_config.json, chat_template.jinja); "
-                "it can continue a text: use --format completion"
+                "this model has no chat template (tokenizer_config.json, chat_template.jinja); it can "
+                f"continue a text: {told('use generate() or stream()', 'use --format completion')}"
             )
         return Conversation(self.template, self.tokenizer, **settings)
 
 
 def load(
     path: str | Path | ModelDirectory | None = None,
-    plan: str | LayerPlan | None = None,
+    plan: PlanLike | None = None,
     *,
     recipe: str | Path | Assembly | None = None,
     model_paths: Mapping[str, str | Path] | None = None,
@@ -349,9 +404,10 @@ def load(
     """Loads a model directory (Hugging Face layout, or one that `tools/convert.py` wrote), or a recipe.
 
     Args:
-      path: the directory.
-      plan: a layer plan or `--layer_spec` string; default every layer once, in order. Of a recipe, or of a
-        directory that records a plan, a string counts the slots, and the default is that plan.
+      path: the directory; "box" is the model in the box, unless there is a folder of that name.
+      plan: a layer plan in any notation (`LayerPlan.parse`), a list of layers (`LayerPlan.of`) or a
+        `LayerPlan`; default every layer once, in order. Of a recipe, or of a directory that records a plan,
+        text and lists count the slots, and the default is that plan.
       recipe: instead of `path`, a mergekit recipe; its remarks are logged as warnings. Or what `read_recipe`
         made of one.
       model_paths: model names of the recipe -> directories.
@@ -373,6 +429,7 @@ def load(
 
     >>> model = jaxchat.load("path/to/model", plan="0:8,4:12,8:", quant="int4")  # doctest: +SKIP
     """
+    _check_settings(locals())
     wanted: Quant = QuantFormat.parse(quant) if isinstance(quant, str) else quant or "auto"
     enable_compilation_cache(compilation_cache_dir)
     if (path is None) == (recipe is None):
@@ -426,8 +483,32 @@ def _read(recipe: str | Path, paths: Mapping[str, str | Path] | None, keep_ident
     return assembly
 
 
-def as_plan(plan: str | LayerPlan | None, base: LayerPlan) -> LayerPlan:
-    """A plan over the stacked layers: a spec of the slots of `base`, a plan as it is, or `base` itself."""
-    if isinstance(plan, str):
-        return base.select(plan)
-    return base if plan is None else plan
+_PATH = (str, Path)
+_SETTINGS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "path": ((*_PATH, ModelDirectory), "a directory"),
+    "recipe": ((*_PATH, Assembly), "a file, or what read_recipe gave"),
+    "dtype": ((str,), "float32, bfloat16 or float16"),
+    "quant": ((str, QuantFormat), "a format such as 'int8'"),
+    "kv_dtype": ((str,), "float32, bfloat16 or int8"),
+    "kernels": ((str,), "auto, reference, native or pallas"),
+    "mesh": ((jax.sharding.Mesh,), "a jax.sharding.Mesh"),
+    "compilation_cache_dir": (_PATH, "a directory"),
+}
+"""Of `load`: what may be given beside None."""
+
+
+def _check_settings(given: Mapping[str, Any]) -> None:
+    """Refuses what is no value of a parameter of `load`."""
+    for name, (types, expected) in _SETTINGS.items():
+        if given[name] is not None and not isinstance(given[name], types):
+            raise arguments.refused(name, given[name], expected)
+    if given["kernels"] is None:
+        raise arguments.refused("kernels", None, _SETTINGS["kernels"][1])
+    if given["max_length"] is not None:
+        arguments.whole("max_length", given["max_length"], 1)
+    arguments.whole("max_slots", given["max_slots"], 0, MAX_SLOTS)
+    arguments.switch("keep_identity", given["keep_identity"])
+    if given["model_paths"] is not None:
+        arguments.mapping("model_paths", given["model_paths"])
+    if given["progress"] is not None and not callable(given["progress"]):
+        raise arguments.refused("progress", given["progress"], "a function")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxchat.config import MAX_LAYERS, ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families import parameter_table, read_config
+from jaxchat.families import parameter_table, read_config, relayered_config
 from tests.support.parity_cases import CASES
 
 
@@ -167,6 +167,27 @@ def test_null_key_value_heads_mean_as_many_as_heads():
 
 def test_absent_mistral_key_value_heads_are_eight():
     assert read("mistral-window", num_key_value_heads=..., num_attention_heads=16).num_kv_heads == 8
+
+
+def test_gpt2_keys_may_have_their_general_names():
+    names = {
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_embd": "hidden_size",
+        "n_positions": "max_position_embeddings",
+    }
+    own = read("gpt2-plain")
+    values = {key: {"n_layer": own.num_layers, "n_head": own.num_heads, "n_embd": own.hidden_size,
+                    "n_positions": own.max_position_embeddings}[key] for key in names}  # fmt: skip
+    assert read("gpt2-plain", **dict.fromkeys(names), **{names[key]: values[key] for key in names}) == own
+    assert read("gpt2-plain", n_positions=None, n_ctx=own.max_position_embeddings) == own
+    longer = relayered_config(
+        {"model_type": "gpt2", "vocab_size": 9, "num_hidden_layers": 2, "n_head": 2, "n_embd": 8},
+        read_config({"model_type": "gpt2", "vocab_size": 9, "n_layer": 5, "n_head": 2,
+                                         "n_embd": 8}),
+        source="config.json",
+    )  # fmt: skip
+    assert (longer["n_layer"], "num_hidden_layers" in longer) == (5, False)
 
 
 def test_gpt2_feed_forward_width_defaults_to_four_times_the_model_width():

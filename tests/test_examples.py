@@ -107,7 +107,7 @@ def test_ya_o1_thinks_with_prefix_and_nudges_then_answers(run, model, tmp_path):
     ("name", "arguments", "message"),
     [
         ("crosstask", ["nowhere", "box", "hi"], "nowhere"),
-        ("crosstask", ["MODEL", "MODEL", "hi", "--b", "heat=1"], "no option 'heat'"),
+        ("crosstask", ["MODEL", "MODEL", "hi", "--b", "heat=1"], "unknown option 'heat'"),
         ("crosstask", ["MODEL", "MODEL", "hi", "--a_layer_spec", "9"], "layer 9 is out of range"),
         ("threecobblers", ["nowhere.yaml"], "nowhere.yaml: No such file"),
         (

@@ -234,7 +234,7 @@ def test_an_entry_that_spans_lines_is_underlined_where_it_begins(tmp_path):
         (b"# nothing but this\n", "plan.txt:1:1: the layer plan is empty"),
         (b"\xff", "not UTF-8 text: byte 0xff at offset 0"),
         (b"@other.txt", "plan.txt:1:1: a plan in a file cannot name another file"),
-        (b"slices:\n- sources: []\n", "is a mergekit recipe, not a layer plan: give it with --recipe"),
+        (b"slices:\n- sources: []\n", "is a mergekit recipe, not a layer plan: give it with recipe="),
         (b" " * (2 << 20), "more than 1 MiB"),
     ],
 )

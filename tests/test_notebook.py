@@ -1,6 +1,7 @@
 """The notebook, as a file and as it runs on two CPU devices, so that its mesh is one of several."""
 
 import base64
+import importlib.metadata
 import os
 import re
 from pathlib import Path
@@ -77,6 +78,29 @@ def test_names_no_place_on_the_machine_it_was_written_on():
 def test_nothing_is_installed_where_jaxchat_is(executed):
     assert text(executed["install"]) == ""
     assert "2 x cpu" in text(executed["devices"])
+
+
+@pytest.mark.parametrize(
+    ("there", "says"),
+    [
+        ((), r"^Fill in SOURCE in this cell"),
+        (("jaxchat-0.1.0-py3-none-any.whl",), r"^pip could not install \./jaxchat-0\.1\.0.*: .+"),
+    ],
+)
+def test_the_first_cell_says_in_a_line_what_it_lacks(notebook, there, says, tmp_path, monkeypatch):
+    (cell,) = [cell for cell in notebook.cells if cell.id == "install"]
+    for name in there:
+        (tmp_path / name).write_bytes(b"no wheel")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path if there else tmp_path / "here")
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    with pytest.raises(SystemExit, match=says) as stopped:
+        exec(compile(cell.source, "install", "exec"), {})
+    assert "\n" not in str(stopped.value)
 
 
 def test_no_cell_warns(executed):

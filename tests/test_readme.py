@@ -97,6 +97,21 @@ def test_the_transcript_is_what_its_command_gives(
     assert err.splitlines() == [line for line in lines if not line.startswith(("You  > ", "A.I. > "))]
 
 
+def test_the_examples_say_what_is_printed_below_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (block,) = re.findall(r"^```\n(\$ python examples/.*?)^```", TEXT, flags=re.M | re.S)
+    for part in block.replace("\\\n", "").split("\n\n"):
+        command, *lines = part.strip().removeprefix("$ ").splitlines()
+        words = shlex.split(command)
+        monkeypatch.setattr(sys, "stdin", io.StringIO())
+        assert main_of(words, monkeypatch)(arguments_of(words)) == 0
+        out, err = capsys.readouterr()
+        beside = [line for line in lines if line.startswith("(")]
+        assert out.splitlines() == [line for line in lines if line not in beside]
+        assert [line for line in err.splitlines() if line.startswith("(")] == beside
+
+
 def test_a_module_and_a_script_run_as_processes(model_path: str, tmp_path: Path):
     found = [command for command in commands() if "tools/convert.py" in command or "jaxchat.plan" in command]
     for command in (found[0], found[-1]):

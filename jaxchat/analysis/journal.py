@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError, UsageError, told
 from jaxchat.files import UnreadableError, locked, parse_json, text_of
 from jaxchat.typed import checked
 
 _Entry = tuple[str, float | list[Any]]
 """A line after the first: the name of a result, and a number or lists of numbers."""
+
+
+def _another_place() -> str:
+    return told("another directory", "another --out")
 
 
 class Journal(collections.UserDict[str, Any]):
@@ -61,7 +65,7 @@ class Journal(collections.UserDict[str, Any]):
             opened.enter_context(locked(self.path.with_name(f".{self.path.name}.lock")))
         except BlockingIOError:
             raise UsageError(
-                f"another analysis is writing to {self.path.parent}; give another --out"
+                f"another analysis is writing to {self.path.parent}; give {_another_place()}"
             ) from None
 
     def _read(self, of: dict[str, str]) -> None:
@@ -78,7 +82,10 @@ class Journal(collections.UserDict[str, Any]):
         self.data = dict(self._line(number, line, _Entry) for number, line in enumerate(lines[1:], 2))
 
     def _line(self, number: int, line: bytes, kind: Any) -> Any:
-        where, advice = f"{self.path}:{number}", "delete the file, or give another --out"
+        where, advice = (
+            f"{self.path}:{number}",
+            f"delete the file, or give {_another_place()}",
+        )
         try:
             return checked(parse_json(text_of(line)), kind, where=where, advice=advice)
         except UnreadableError as error:
@@ -89,6 +96,6 @@ class Journal(collections.UserDict[str, Any]):
             if there.get(key) != of.get(key):
                 raise UsageError(
                     f"{self.path.parent} holds the results of another analysis: {key} is "
-                    f"{of.get(key, 'not given')} now and was {there.get(key, 'not given')}; give another "
-                    f"--out, or delete {self.path} to start anew"
+                    f"{of.get(key, 'not given')} now and was {there.get(key, 'not given')}; give "
+                    f"{_another_place()}, or delete {self.path} to start anew"
                 )

@@ -15,7 +15,7 @@ import numpy as np
 from jaxchat.analysis.questions import Questions
 from jaxchat.analysis.sweep import Sweep, Windows, windows_at_once
 from jaxchat.engine.session import Engine
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.visible import shown
 
@@ -76,6 +76,15 @@ class Analysis:
         """The perplexity at `nats` per token, in units of the base plan's."""
         return perplexity(nats - self.base)
 
+    def improves(self, nats: float) -> bool:
+        """Whether `nats` per token are so much less than the base plan's that four digits show it."""
+        return self.ratio(nats) < 1 - 5e-4
+
+    def best_repeats(self) -> list[tuple[int, int]]:
+        """The RYS (i, j) from the best on; those that are not finite are left out."""
+        known = [(nats, pair) for pair, nats in self.rys.items() if not math.isnan(nats)]
+        return [pair for _, pair in sorted(known)]
+
     def ranking(self) -> list[int]:
         """Slots from the most to the least important.
 
@@ -125,11 +134,15 @@ class KnownResultError(JaxchatError):
 
 
 class _Task(NamedTuple):
-    """One quantity of a group of windows: its name in the results, how to get it, and its numbers' shape."""
+    """One quantity of a group of windows: its name in the results, how to get it, and its numbers' shape.
+
+    The first numbers of a quantity with a `vocabulary` are token ids, below that.
+    """
 
     name: str
     measure: Callable[[Sweep], Any]
     shape: tuple[int, ...] = ()
+    vocabulary: int | None = None
 
 
 def analyze(
@@ -163,7 +176,7 @@ def analyze(
     if not plan.executed():
         raise UsageError("the layer plan executes no slot; there is nothing to analyze")
     if not 1 <= questions.top_k <= engine.config.vocab_size:
-        raise UsageError(f"--top_k is {questions.top_k}; expected 1 to {engine.config.vocab_size}")
+        raise UsageError(f"{option('top_k')} is {questions.top_k}; expected 1 to {engine.config.vocab_size}")
     base = LayerPlan(plan.executed(), plan.num_layers)
     pairs = repeats(len(base), questions.rys_sample, questions.seed)
     pairs = pairs if "rys" in questions.parts else []
@@ -175,6 +188,7 @@ def analyze(
         f"lens top {questions.top_k} at {positions}",
         functools.partial(_lens, positions, questions),
         (2, len(base) + 1, len(positions), questions.top_k),
+        engine.config.vocab_size,
     )
     todo = [[*tasks, lens] if positions and not number else tasks for number in range(len(groups))]
     _measure(engine, base, groups, todo, results, progress)
@@ -194,7 +208,7 @@ def _positions(windows: Windows, questions: Questions) -> list[int]:
     positions = list(range(int(windows.lengths[0]))[slice(*questions.lens_positions)])
     if not positions:
         raise UsageError(
-            f"--lens_positions selects none of the first window's {windows.lengths[0]} tokens; "
+            f"{option('lens_positions')} selects none of the first window's {windows.lengths[0]} tokens; "
             "give a slice START:STOP, e.g. -12:"
         )
     return positions
@@ -249,7 +263,7 @@ def _measure(
         for task in tasks:
             key = f"{number} {task.name}"
             if key in results:
-                _check_known(key, results[key], task.shape)
+                _check_known(key, results[key], task)
                 continue
             if progress:
                 progress(done, total)
@@ -259,20 +273,29 @@ def _measure(
             if task.name == "base" and not math.isfinite(results[key]):
                 raise JaxchatError(
                     "the model's logits are not finite (NaN or infinity): the checkpoint is broken "
-                    "or the dtype too narrow; try --dtype float32"
+                    "or the dtype too narrow; try " + option("dtype", "float32")
                 )
             done += 1
     if progress:
         progress(done, total)
 
 
-def _check_known(name: str, value: Any, shape: tuple[int, ...]) -> None:
+def _check_known(name: str, value: Any, task: _Task) -> None:
+    expected = f"numbers of the shape {list(task.shape)}"
     try:
-        found: Any = list(np.asarray(value, np.float64).shape)
-    except (ValueError, TypeError):
-        found = shown(value)
-    if found != list(shape):
-        raise KnownResultError(f"the result {name!r} has the shape {found}; expected {list(shape)}")
+        found = np.asarray(value, np.float64)
+    except (ValueError, TypeError, OverflowError):
+        raise KnownResultError(f"the result {name!r} is {shown(value)}; expected {expected}") from None
+    if found.shape != task.shape:
+        raise KnownResultError(f"the result {name!r} has the shape {list(found.shape)}; expected {expected}")
+    if task.vocabulary is not None:
+        ids = found[0]
+        wrong = ids[~((ids >= 0) & (ids < task.vocabulary) & (ids == np.floor(ids)))]
+        if wrong.size:
+            raise KnownResultError(
+                f"the result {name!r} has the token id {wrong[0]:g}; expected some of 0 to "
+                f"{task.vocabulary - 1}"
+            )
 
 
 def _keys(todo: Sequence[Sequence[_Task]]) -> Iterator[str]:
@@ -290,8 +313,8 @@ def _summary(
     results: MutableMapping[str, Any],
 ) -> Analysis:
     def total(name: str) -> np.ndarray:
-        values = [results[f"{number} {name}"] for number in range(len(groups))]
-        return np.asarray(np.sum(values, axis=0, dtype=np.float64))
+        values = np.array([results[f"{number} {name}"] for number in range(len(groups))], np.float64)
+        return np.asarray(np.sum(values, axis=0))
 
     def nats(name: str) -> float:
         return float(total(name)) / windows.predicted

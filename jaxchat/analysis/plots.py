@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from jaxchat.analysis.measure import Analysis, perplexity
 
@@ -27,32 +27,23 @@ _BLUE, _ORANGE, _GREY = "#3b6fb6", "#d9822b", "#7f8791"
 _HALF_COLORS = {"attention": _BLUE, "mlp": _ORANGE, "both": _GREY}
 _HALF_LABELS = {"attention": "without its attention", "mlp": "without its MLP", "both": "without the layer"}
 _RATIOS = (
-    1.01,
-    1.02,
-    1.05,
-    1.1,
-    1.2,
-    1.5,
-    2,
-    3,
-    5,
-    10,
-    30,
-    100,
-    1e3,
-    1e4,
-    1e6,
+    *(0.001, 0.01, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
+    *(1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 1e3, 1e4, 1e6),
 )  # ticks of the scale of ratios
+_SMALL = 0.01  # changes up to here are drawn in proportion, larger ones logarithmically
 _WRITTEN = 9  # up to so many slots, cells have their figures in them
 
 
-def png_files(result: Analysis, name: str, text_of: TokenText | None = None) -> dict[str, bytes]:
+def png_files(
+    result: Analysis, name: str, text_of: TokenText | None = None, *, of: str = ""
+) -> dict[str, bytes]:
     """File name -> PNG, of what was measured.
 
     Args:
       result: the analysis.
       name: of the model, for the titles.
       text_of: a token id -> its text, for the lens; default the ids.
+      of: the text's name, for what stands below the titles.
     """
     figures: dict[str, Figure] = {}
     if result.influence is not None:
@@ -65,6 +56,8 @@ def png_files(result: Analysis, name: str, text_of: TokenText | None = None) -> 
         figures["rys.png"] = rys_figure(result, name)
     if result.lens is not None:
         figures["lens.png"] = lens_figure(result, name, text_of or str)
+    for figure in figures.values():
+        figure.suptitle(f"{figure.get_suptitle()}\n{_caption(result, of)}", fontsize=10, parse_math=False)
     return {file: _png(figure) for file, figure in figures.items()}
 
 
@@ -80,29 +73,27 @@ def influence_figure(result: Analysis, name: str) -> Figure:
 
 
 def skip_figure(result: Analysis, name: str) -> Figure:
-    """Bars, logarithmic: perplexity without a slot's attention, its MLP or both, over the base plan's."""
+    """Bars: how perplexity changes without a slot's attention, its MLP or both; logarithmic beyond 1 %."""
     figure, axes = _figure(_width(result), 4.0, f"{name}: perplexity without a layer, or half of it")
-    ratios = {half: np.array([result.ratio(n) for n in nats.tolist()]) for half, nats in result.skip.items()}
-    everything = np.concatenate(list(ratios.values()))
-    # A first layer whose loss is a catastrophe must not hide what the others do.
-    top = 2.0 ** (1.2 * _reach(np.log2(everything[np.isfinite(everything)])))
-    bar = 0.8 / len(ratios)
-    for number, (half, values) in enumerate(ratios.items()):
-        x = np.arange(len(values)) + (number - (len(ratios) - 1) / 2) * bar
-        heights = np.where(np.isfinite(values), np.minimum(values, top), top)
-        axes.bar(x, heights - 1, bar, bottom=1, color=_HALF_COLORS[half], label=_HALF_LABELS[half])
-        for slot in np.flatnonzero(~(values <= top)).tolist():
-            axes.text(x[slot], top, f" {_times(values[slot])}", rotation=90, ha="center", fontsize=7)
-    axes.set_yscale("log")
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_ylabel(_over_base(result))
-    low, high = axes.get_ylim()
-    subs = (1, 1.5, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 1e3 else (1,)
-    narrow = MaxNLocator(6, steps=[1, 2, 5, 10])
-    axes.yaxis.set_major_locator(LogLocator(subs=subs) if high / low > 3 else narrow)
-    axes.yaxis.set_major_formatter(FuncFormatter(_times))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    figure.legend(frameon=False, ncols=3, loc="outside lower center", fontsize=9)
+    bar = 0.8 / len(result.skip)
+    axes.set_yscale("symlog", linthresh=_SMALL, linscale=0.5)
+    lost = []
+    for number, (half, nats) in enumerate(result.skip.items()):
+        changes = np.array([result.ratio(value) - 1 for value in nats.tolist()])
+        x = np.arange(len(changes)) + (number - (len(result.skip) - 1) / 2) * bar
+        finite = np.isfinite(changes)
+        axes.bar(x[finite], changes[finite], bar, color=_HALF_COLORS[half], label=_HALF_LABELS[half])
+        lost += x[~finite].tolist()
+    if lost:
+        above = axes.get_xaxis_transform()
+        axes.scatter(lost, [0.97] * len(lost), marker="x", color="black", s=18, transform=above,
+                     label="not finite")  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylabel(_from_base(result))
+    axes.yaxis.set_major_locator(FixedLocator(_ticks_between(*axes.get_ylim())))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda change, _: _mark(1 + change)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    figure.legend(frameon=False, ncols=4, loc="outside lower center", fontsize=9)
     _slot_ticks(axes, result)
     _bare(axes)
     return figure
@@ -138,7 +129,6 @@ def rys_figure(result: Analysis, name: str) -> Figure:
     grid = np.full((slots, slots), np.nan)
     for (i, j), nats in result.rys.items():
         grid[i, j - 1] = (nats - result.base) / math.log(2)
-    known = {pair: nats for pair, nats in result.rys.items() if not math.isnan(nats)}
     unit = "layers" if _is_plain(result) else "slots"
     figure, axes = _square(slots, f"{name}: perplexity with {unit} i to j - 1 run twice")
     logs = grid[np.isfinite(grid)]
@@ -147,22 +137,25 @@ def rys_figure(result: Analysis, name: str) -> Figure:
     norm = TwoSlopeNorm(0, -reach, reach)
     image = axes.imshow(grid, origin="lower", cmap=cmap, norm=norm, extent=_cells(1, 0, slots))
     _write_cells(axes, grid, 1, 0, lambda value: _percent(2**value), lambda value: abs(value) > 0.6 * reach)
-    if known:
-        (i, j), nats = min(known.items(), key=lambda item: item[1])
+    best = next(iter(result.best_repeats()), None)
+    if best is not None and result.improves(result.rys[best]):
+        (i, j), ratio = best, result.ratio(result.rys[best])
         shift = 0.3 if slots <= _WRITTEN else 0
         axes.scatter(
             [j + shift], [i + shift], marker="*", s=3 * _marker(slots), color="gold", edgecolors="black",
-            linewidths=0.8, label=f"best: ({i}, {j}), {_percent(result.ratio(nats))}",
+            linewidths=0.8, label=f"best: ({i}, {j}), {_percent(ratio)}",
         )  # fmt: skip
         axes.legend(loc="upper left", fontsize=8)
+    else:
+        axes.set_title("no repeat improves on the plan", fontsize=9)
     axes.set_xlabel("j: where the repeated block ends")
     axes.set_ylabel("i: where the repeated block begins")
     beyond = "max" if (logs > reach).any() else "neither"
     bar = figure.colorbar(image, ax=axes, shrink=0.9, extend=beyond)
-    ratios = [ratio for ratio in _RATIOS if 0.13 * reach < math.log2(ratio) <= reach][-5:]
-    ticks = [-math.log2(ratio) for ratio in ratios[::-1]] + [0.0] + [math.log2(ratio) for ratio in ratios]
-    bar.set_ticks(ticks, labels=[_times(2**tick) for tick in ticks])
-    bar.set_label(_over_base(result), fontsize=9)
+    far = [ratio for ratio in _RATIOS if 0.13 * reach < abs(math.log2(ratio)) <= reach]
+    marks = [*[r for r in far if r < 1][:5], 1.0, *[r for r in far if r > 1][-5:]]
+    bar.set_ticks([math.log2(ratio) for ratio in marks], labels=[_mark(ratio) for ratio in marks])
+    bar.set_label(_from_base(result), fontsize=9)
     return figure
 
 
@@ -191,13 +184,13 @@ def lens_figure(result: Analysis, name: str, text_of: TokenText) -> Figure:
     labels = [_shown(text_of(token)) for token in lens.inputs]
     table.set_xticks(range(columns), labels, fontsize=8, parse_math=False)
     first, last = lens.positions[0], lens.positions[-1]
-    table.set_xlabel(f"token that is read, at positions {first} to {last}; bold above: right about the next")
+    table.set_xlabel(
+        f"token that is read, at positions {first} to {last}; bold: right about the next; "
+        "\N{MIDDLE DOT} is a space, \N{RETURN SYMBOL} a line break"
+    )
     table.set_yticks(range(rows), _depth_labels(result), fontsize=8)
     table.set_ylabel("read after")
-    perplexities = [perplexity(value) for value in nats.tolist()]
-    curve.plot(perplexities, range(rows), marker="o", markersize=4, color=_BLUE)
-    curve.set_xscale("log")
-    curve.set_xlabel("perplexity of the text")
+    _draw_depths(curve, nats)
     curve.grid(axis="x", alpha=0.3)
     curve.tick_params(axis="y", length=0)
     curve.spines[["top", "right"]].set_visible(False)
@@ -205,7 +198,38 @@ def lens_figure(result: Analysis, name: str, text_of: TokenText) -> Figure:
     return figure
 
 
+def _draw_depths(curve: Axes, nats: np.ndarray) -> None:
+    """The text's perplexity after each slot; what would stretch the scale is an arrow at its end."""
+    known = nats[np.isfinite(nats)]
+    usual = float(np.quantile(known, 0.8, method="lower")) if known.size else 0.0
+    limit = usual + max(1.5, 0.5 * (usual - float(known.min()))) if known.size else 0.0
+    inside = np.minimum(np.where(np.isfinite(nats), nats, limit), limit)
+    curve.plot(np.exp(inside), range(len(nats)), marker="o", markersize=4, color=_BLUE)
+    for row in np.flatnonzero(~(nats <= limit)).tolist():
+        curve.plot([math.exp(limit)], [row], marker=">", markersize=7, color=_ORANGE, clip_on=False)
+        beyond = _times(perplexity(float(nats[row]))) if math.isfinite(nats[row]) else "not finite"
+        curve.annotate(beyond, (math.exp(limit), row), (-8, 0), textcoords="offset points", ha="right",
+                       va="center", fontsize=8, backgroundcolor="white")  # fmt: skip
+    curve.set_xscale("log")
+    curve.set_xlabel("perplexity of the text")
+
+
 # --- pieces
+
+
+def _caption(result: Analysis, of: str) -> str:
+    """What was measured: the plan, the text, and how much of it."""
+    plan = str(result.plan)
+    plan = plan if len(plan) <= 32 else f"{plan[:31]}\N{HORIZONTAL ELLIPSIS}"
+    name = of if len(of) <= 32 else f"{of[:31]}\N{HORIZONTAL ELLIPSIS}"
+    text = f"{name}, " if of else ""
+    return f"plan {plan}; {text}{result.predicted:,} tokens in {result.windows:,} windows"
+
+
+def _ticks_between(low: float, high: float) -> list[float]:
+    """Changes of perplexity at which an axis has marks: from 1 % to twice, and then ten, a hundred times."""
+    upper = [_SMALL, 0.1, 1.0, *(10.0**power - 1 for power in range(1, 16, 1 if high < 1e4 else 2))]
+    return [*(-change for change in upper[:3] if -change >= low), 0.0, *(c for c in upper if c <= high)]
 
 
 def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
@@ -263,7 +287,7 @@ def _write_cells(
     for row, column in np.argwhere(np.isfinite(grid)).tolist():
         value = float(grid[row, column])
         color = "white" if is_dark(value) else "black"
-        axes.text(x + column, y + row, text(value), ha="center", va="center", color=color, fontsize=8)
+        axes.text(x + column, y + row, text(value), ha="center", va="center", color=color, fontsize=7)
 
 
 def _is_plain(result: Analysis) -> bool:
@@ -291,8 +315,8 @@ def _depth_labels(result: Analysis) -> list[str]:
     return ["embedding", *(f"slot {number} (layer {slot.layer})" for number, slot in enumerate(slots))]
 
 
-def _over_base(result: Analysis) -> str:
-    return f"perplexity, times the plan's own {perplexity(result.base):.4g}"
+def _from_base(result: Analysis) -> str:
+    return f"change of perplexity from the plan's own {perplexity(result.base):.4g}"
 
 
 def _times(value: float, _: Any = None) -> str:
@@ -308,7 +332,18 @@ def _reach(logs: np.ndarray) -> float:
 
 
 def _percent(ratio: float) -> str:
+    """A ratio as a change: +3.7 %, +250 %, and from tenfold on times so much."""
+    if abs(ratio - 1) < 1e-9:
+        return "0 %"
+    if ratio >= 10:
+        return f"\N{MULTIPLICATION SIGN}{_times(ratio)}"
     return f"{100 * (ratio - 1):+.1f} %" if ratio < 2 else f"{100 * (ratio - 1):+,.0f} %"
+
+
+def _mark(ratio: float) -> str:
+    """The same for a mark of a scale: +5 %."""
+    percent = 100 * (ratio - 1)
+    return _percent(ratio) if ratio >= 10 or abs(percent) < 1e-9 else f"{percent:+,.3g} %"
 
 
 def _shown(text: str) -> str:

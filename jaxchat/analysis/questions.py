@@ -5,7 +5,7 @@ import functools
 import re
 from typing import Annotated
 
-from jaxchat.errors import UsageError
+from jaxchat.errors import UsageError, option
 from jaxchat.options import Flag
 
 PARTS = ("influence", "angular", "skip", "rys", "lens")
@@ -16,7 +16,9 @@ def read_positions(text: str) -> tuple[int | None, int | None]:
     """`START:STOP`, a Python slice."""
     match = re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?", text.strip())
     if not match:
-        raise UsageError(f"--lens_positions is {text!r}; expected a slice START:STOP, e.g. -12: or 20:36")
+        raise UsageError(
+            f"{option('lens_positions')} is {text!r}; expected a slice START:STOP, e.g. -12: or 20:36"
+        )
     start, stop = (None if part is None else int(part) for part in match.groups())
     return start, stop
 
@@ -68,8 +70,10 @@ class Questions:
     def __post_init__(self) -> None:
         for part in self.parts:
             if part not in PARTS:
-                raise UsageError(f"--parts: unknown part {part!r}; expected some of {','.join(PARTS)}")
+                raise UsageError(
+                    f"{option('parts')}: unknown part {part!r}; expected some of {','.join(PARTS)}"
+                )
         if not self.parts:
-            raise UsageError(f"--parts is empty; give some of {','.join(PARTS)}")
+            raise UsageError(f"{option('parts')} is empty; give some of {','.join(PARTS)}")
         if self.rys_sample is not None and self.rys_sample < 1:
-            raise UsageError(f"--rys_sample is {self.rys_sample}; it must be at least 1")
+            raise UsageError(f"{option('rys_sample')} is {self.rys_sample}; it must be at least 1")

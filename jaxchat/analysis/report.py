@@ -16,6 +16,8 @@ from jaxchat.analysis.measure import Analysis, perplexity, repeated
 
 SHOWN = 10
 """Layers that the most and the least important are."""
+REPEATS = 5
+"""Repeats that are listed."""
 
 TokenText = Callable[[int], str]
 """A token id -> its text."""
@@ -90,8 +92,11 @@ def tables(result: Analysis) -> Group:
         parts += [_title("All layers, the most important first"), _ranking_table(result, ranking)]
     if result.rys:
         tried = f"{len(result.rys)} of {result.rys_total}" if len(result.rys) < result.rys_total else "all"
-        parts += [_title(f"The best repeats, of {tried} (i, j): slots i to j - 1 run twice")]
-        parts += [_repeats_table(result)]
+        best = result.best_repeats()
+        better = [pair for pair in best if result.improves(result.rys[pair])]
+        what = "The best repeats" if better else "No repeat improves on the plan; the least harmful"
+        parts += [_title(f"{what}, of {tried} (i, j): slots i to j - 1 run twice")]
+        parts += [_repeats_table(result, (better or best)[:REPEATS])]
     return Group(*parts)
 
 
@@ -192,16 +197,15 @@ def _ranking_table(result: Analysis, slots: Sequence[int]) -> Table:
     return table
 
 
-def _repeats_table(result: Analysis) -> Table:
+def _repeats_table(result: Analysis, pairs: Sequence[tuple[int, int]]) -> Table:
     table = _table()
     for name in ("i", "j", "slots", "perplexity"):
         table.add_column(name, justify="right")
     table.add_column("--layer_spec")
-    best = sorted((nats, pair) for pair, nats in result.rys.items() if not math.isnan(nats))
-    for nats, (i, j) in best[:5]:
+    for i, j in pairs:
         plan = repeated(result.plan, i, j)
         spec = Text(str(plan), overflow="ellipsis", no_wrap=True)
-        table.add_row(str(i), str(j), str(len(plan)), _change(result, nats), spec)
+        table.add_row(str(i), str(j), str(len(plan)), _change(result, result.rys[i, j]), spec)
     return table
 
 

@@ -13,7 +13,7 @@ from jaxchat.checkpoints.assembly import Assembly, LayerSource, assembled_config
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest
 from jaxchat.config import GLOBAL_WINDOW, ModelConfig, Param
-from jaxchat.errors import UsageError
+from jaxchat.errors import UsageError, option
 from jaxchat.families import count_parameters, parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.options import KV_DTYPES
@@ -214,10 +214,11 @@ def _group(param: Param) -> str:
 
 def check_max_length(config: ModelConfig, max_length: int | None) -> None:
     """Refuses a context longer than a model has positions for."""
-    if config.learned_positions and max_length and max_length > config.max_position_embeddings:
+    most = config.max_position_embeddings
+    if config.learned_positions and max_length and max_length > most:
         raise UsageError(
-            f"--max_length is {max_length}, but this model has {config.max_position_embeddings} learned "
-            f"positions; choose at most {config.max_position_embeddings}"
+            f"{option('max_length')} is {max_length}, but this model has {most} learned positions; choose at "
+            f"most {most}"
         )
 
 

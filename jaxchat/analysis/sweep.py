@@ -16,7 +16,7 @@ from jax import lax
 
 from jaxchat import memory, model
 from jaxchat.engine.session import Engine
-from jaxchat.errors import UsageError
+from jaxchat.errors import UsageError, option
 from jaxchat.layer_plan import LayerPlan, PlanArrays
 from jaxchat.layers import attention
 from jaxchat.layers.block import run_slot
@@ -50,12 +50,14 @@ def cut_windows(ids: Sequence[int], length: int, *, bos: int | None = None) -> W
     """
     step = length - (bos is not None)
     if step < 1 or length < 2:
-        raise UsageError(f"--window is {length}; it must be at least 2")
+        raise UsageError(f"{option('window')} is {length}; it must be at least 2")
     first = [] if bos is None else [bos]
     rows = [[*first, *ids[start : start + step]] for start in range(0, len(ids), step)]
     rows = [row for row in rows if len(row) >= 2]
     if not rows:
-        raise UsageError(f"the text is too short: {len(ids)} token(s), and predicting one takes two")
+        raise UsageError(
+            f"the text is too short: {len(ids)} token(s), and predicting one takes two; give a longer one"
+        )
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for number, row in enumerate(rows):
         tokens[number, : len(row)] = row
@@ -87,8 +89,8 @@ class Sweep:
         """
         if windows.tokens.shape[1] > engine.max_length:
             raise UsageError(
-                f"--window is {windows.tokens.shape[1]}, but the model's context holds {engine.max_length}; "
-                "choose fewer"
+                f"{option('window')} is {windows.tokens.shape[1]}, but the model's context holds "
+                f"{engine.max_length}; choose fewer"
             )
         engine.check_ids(windows.tokens.reshape(-1).tolist())
         count, length = windows.tokens.shape

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from jaxchat.arguments import refused
 from jaxchat.chat import session_file
 from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.identity import Fingerprint, described, difference, fingerprint_of
@@ -17,8 +18,8 @@ from jaxchat.chat.session_file import SavedChat
 from jaxchat.chat.vocabulary import Vocabulary
 from jaxchat.engine.generation import FinishReason
 from jaxchat.engine.session import ContextOverflowError, Engine
-from jaxchat.errors import AdvisedError, UsageError
-from jaxchat.layer_plan import LayerPlan
+from jaxchat.errors import AdvisedError, UsageError, option, told
+from jaxchat.layer_plan import LayerPlan, PlanLike, as_plan
 from jaxchat.options import GenerateOptions
 from jaxchat.text.reasoning import Kind
 
@@ -128,12 +129,14 @@ class ChatBatch:
         """The layer plan that runs now."""
         return self.session.plan
 
-    def set_plan(self, plan: str | LayerPlan) -> None:
-        """Reshapes the model in mid-conversation.
+    def set_plan(self, plan: PlanLike) -> None:
+        """Reshapes the model in mid-conversation; the plan is as for `Model.with_plan`.
 
         See `Session.set_plan`: what the new plan has to compute anew, the next turn does.
         """
-        self.session.set_plan(self._base_plan.select(plan) if isinstance(plan, str) else plan)
+        if plan is None:
+            raise refused("plan", plan, "a layer plan; 'all' is every layer once")
+        self.session.set_plan(as_plan(plan, self._base_plan))
 
     def send(self, texts: Sequence[str | None], options: GenerateOptions) -> list[Message | None]:
         """Says something in each conversation, and returns the replies.
@@ -233,9 +236,11 @@ class ChatBatch:
                 break
             opening = opened()
         if opening.length >= limit:
-            advice = "shorten it or raise --max_length"
+            advice = f"shorten it or raise {option('max_length')}"
             if options.overflow == "error":
-                advice = "start anew, raise --max_length or use --overflow truncate_oldest"
+                advice = (
+                    f"start anew, raise {option('max_length')} or use {option('overflow', 'truncate_oldest')}"
+                )
             raise ContextOverflowError(
                 f"{name} has {opening.length} tokens, too many for the context of {limit}", advice
             )
@@ -286,6 +291,6 @@ class ChatBatch:
         return fingerprint_of(self._engine, conversation.tokenizer, conversation.template)
 
     def _advice(self, plan: LayerPlan) -> str:
-        if self._base_plan != LayerPlan.identity(plan.num_layers):  # --layer_spec counts its slots
-            return "give the --layer_spec or --recipe it was made with"
-        return f"give --layer_spec '{plan}'"
+        if self._base_plan != LayerPlan.identity(plan.num_layers):  # whose slots plans in text count
+            return f"give the {option('plan', flag='layer_spec')} or {option('recipe')} it was made with"
+        return told(f"give plan={str(plan)!r}", f"give --layer_spec '{plan}'")

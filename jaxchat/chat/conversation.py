@@ -15,7 +15,7 @@ from typing import Any
 from jaxchat.chat.ledger import Chunk, Ledger, decoded, encoded, shortened
 from jaxchat.chat.message_text import MessageText, hidden_ids
 from jaxchat.chat.opening import Opening
-from jaxchat.chat.prompts import Message, Prompt, Prompts
+from jaxchat.chat.prompts import Message, Prompt, Prompts, check_message
 from jaxchat.errors import UsageError
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.healing import join
@@ -171,8 +171,19 @@ class Conversation:
         self._forget()
 
     def extend(self, messages: Iterable[Mapping[str, Any]]) -> None:
-        """Append messages as they are."""
-        self._entries += [_Entry(dict(message)) for message in messages]
+        """Append messages as they are.
+
+        Raises:
+            UsageError: one is no message, or comes in parts to a template that takes texts only; names it.
+        """
+        checked = [check_message(f"messages[{number}]", message) for number, message in enumerate(messages)]
+        for number, message in enumerate(checked):
+            if not isinstance(message.get("content") or "", str) and not self._prompts.reads_parts:
+                raise UsageError(
+                    f"messages[{number}]['content'] is a list of parts, and this model's chat template takes "
+                    "texts only; give the text itself"
+                )
+        self._entries += [_Entry(dict(message)) for message in checked]
 
     def add_typed(self, text: str) -> None:
         """Append what the person typed: the user's message or, in reversed role, the assistant's."""

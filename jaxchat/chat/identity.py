@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxchat.checkpoints.fingerprint import weights_fingerprint
 from jaxchat.engine.session import Engine
+from jaxchat.errors import option
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.tokenizer import Tokenizer
 from jaxchat.visible import shown
@@ -69,7 +70,7 @@ def difference(saved: Fingerprint, here: Fingerprint) -> str | None:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         what = f"was {before} and is {now}" if before != now else "has other values"
         if saved.kernels != here.kernels:
-            what += f" (or lies differently: it was saved with --kernels {saved.kernels})"
+            what += f" (or lies differently: it was saved with {option('kernels', saved.kernels)})"
         return f"{names[0]}{more} {what}"
     for name, before, now in (
         ("tokenizer", saved.tokenizer, here.tokenizer),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jaxchat.arguments import refused
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.reasoning import Kind, ThoughtTags, opens_reasoning
@@ -102,6 +103,17 @@ class Prompts:
     def _with_system(self, system: str) -> str:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
         return self._render(messages, add_generation_prompt=True)
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether the template takes a message's content as a list of parts, and not as a text only."""
+        text = unused_text()
+        parts = [{"type": "text", "text": text}]
+        try:
+            rendered = self._render([{"role": "user", "content": parts}], add_generation_prompt=True)
+        except JaxchatError:
+            return False
+        return text in rendered and str(parts) not in rendered
 
     @property
     def reads_reasoning(self) -> bool:
@@ -233,6 +245,28 @@ class Prompts:
             return result
 
         return [broken(message) for message in messages], breaker
+
+
+def check_message(name: str, message: Any) -> Mapping[str, Any]:
+    """A message with a role, and with content or what tools were called.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not isinstance(message, Mapping):
+        raise refused(name, message, "a dict with role and content")
+    called = bool(message.get("tool_calls"))
+    for key in ("role",) if called else ("role", "content"):
+        if message.get(key) is None:
+            raise UsageError(f"{name} has no {key!r}; a message is a dict with role and content")
+    if not isinstance(message["role"], str):
+        raise refused(f"{name}['role']", message["role"], "a text such as 'user'")
+    content = message.get("content") or ""
+    if not isinstance(content, str | list | tuple) or not all(
+        isinstance(part, str | Mapping) for part in content
+    ):
+        raise refused(f"{name}['content']", content, "a text")
+    return message
 
 
 def unused_text(*texts: str) -> str:

@@ -20,6 +20,7 @@ from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions
 from jaxchat.text.healing import SETTLED_AFTER, Healing, byte_length, settle
 from jaxchat.text.reasoning import Piece, ThoughtTags
+from jaxchat.visible import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Timings:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Result:
     """One finished continuation.
 
@@ -74,8 +75,13 @@ class Result:
     content: str | None = None
     reasoning: str | None = None
 
+    def __repr__(self) -> str:
+        """What it is, in a line."""
+        said = "" if self.text is None else f"{shown(self.text)}, "
+        return f"<Result {said}{len(self.token_ids)} tokens, finish_reason={self.finish_reason!r}>"
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Score:
     """Log-likelihood of a text.
 
@@ -86,6 +92,10 @@ class Score:
 
     token_ids: list[int]
     logprobs: list[float]
+
+    def __repr__(self) -> str:
+        """What it is, in a line."""
+        return f"<Score of {len(self.token_ids)} tokens, total={self.total:.4g} nats>"
 
     @property
     def total(self) -> float:
@@ -114,7 +124,7 @@ class Row:
 
     def stop_ids(self, eos_ids: Iterable[int]) -> frozenset[int]:
         """The ids that end it, where `eos_ids` end the model's texts."""
-        own = frozenset(self.options.stop_token_ids)
+        own = frozenset(self.options.stop_token_ids or ())
         return own if self.options.ignore_eos else own.union(eos_ids, self.opening.stop_ids)
 
 
@@ -311,6 +321,10 @@ class TextStream:
     def __init__(self, batch: Batch):
         self._batch = batch
         self._pieces = batch.pieces()
+
+    def __repr__(self) -> str:
+        """What it is, in a line."""
+        return f"<TextStream: iterate it for the text; so far {self.result!r}>"
 
     def __iter__(self) -> Iterator[str]:
         return (piece.text for _, piece in self._pieces)

@@ -4,15 +4,17 @@ It is a batch of one (`batch.ChatBatch`) whose replies are streamed.
 """
 
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
+from jaxchat import arguments
 from jaxchat.chat.batch import ChatBatch, Continue, Retry, Send, Turn
 from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.replies import TextStream, numbered
 from jaxchat.engine.session import Session
-from jaxchat.layer_plan import LayerPlan
+from jaxchat.layer_plan import LayerPlan, PlanLike
 from jaxchat.options import DEFAULTS, GenerateOptions, GenerateOverrides, checked_options
 from jaxchat.text.reasoning import Kind
+from jaxchat.visible import shown
 
 
 class ChatSession:
@@ -26,6 +28,12 @@ class ChatSession:
 
     def __init__(self, chats: ChatBatch):
         self._chats = chats
+
+    def __repr__(self) -> str:
+        """What it is, in a line."""
+        count = len(self.messages)
+        plan = shown(str(self.plan))
+        return f"<ChatSession of {count} messages, {len(self.token_ids)} tokens, plan {plan}>"
 
     @property
     def conversation(self) -> Conversation:
@@ -78,7 +86,11 @@ class ChatSession:
           ContextOverflowError: the conversation does not fit the context (the message is taken back).
           UsageError: the template refuses the conversation, or has no place for the prefix.
         """
-        return self._stream(Send(text, prefix, prefix_in), checked_options(overrides, options))
+        settings = checked_options(overrides, options)
+        arguments.text("text", text)
+        arguments.text("prefix", prefix)
+        arguments.one_of("prefix_in", prefix_in, get_args(Kind))
+        return self._stream(Send(text, prefix, prefix_in), settings)
 
     def reply(
         self,
@@ -99,7 +111,8 @@ class ChatSession:
         Raises:
           UsageError: the last message is not the model's.
         """
-        return self._stream(Continue(suffix), checked_options(overrides, options))
+        settings = checked_options(overrides, options)
+        return self._stream(Continue(arguments.text("suffix", suffix)), settings)
 
     def retry(
         self, *, options: GenerateOptions = DEFAULTS, **overrides: Unpack[GenerateOverrides]
@@ -123,8 +136,8 @@ class ChatSession:
         self._chats.hold()
         return typed
 
-    def set_plan(self, plan: str | LayerPlan) -> None:
-        """Reshapes the model in mid-conversation.
+    def set_plan(self, plan: PlanLike) -> None:
+        """Reshapes the model in mid-conversation; the plan is as for `Model.with_plan`.
 
         See `engine.Session.set_plan`: what the new plan has to compute anew, the next turn does.
         """
@@ -132,12 +145,12 @@ class ChatSession:
 
     def set_system(self, text: str | None) -> None:
         """Replaces the system prompt, from the next turn on for the whole history; None takes it away."""
-        self.conversation.set_system(text)
+        self.conversation.set_system(None if text is None else arguments.text("text", text))
         self._chats.hold()
 
     def set_role(self, reversed_role: bool) -> None:
         """Lets the model play the user from now on, or the assistant again."""
-        self.conversation.reversed_role = reversed_role
+        self.conversation.reversed_role = arguments.switch("reversed_role", reversed_role)
 
     def restart(self) -> None:
         """Forgets the conversation, but not the system prompt and the opening line."""

@@ -15,7 +15,7 @@ from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, Stack
 from jaxchat.checkpoints.quantized import stored_format, stored_format_of
 from jaxchat.checkpoints.source import Source, convert_into, row_blocks
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.families import count_parameters, parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantizedTensor
@@ -69,7 +69,7 @@ class AssembledSource:
                 ]
                 raise UsageError(
                     f"{path} is quantized in another way than {self.assembly.models[self.assembly.base]} "
-                    f"({', '.join(kinds)}); use the original models and give --quant"
+                    f"({', '.join(kinds)}); use the original models and give {option('quant')}"
                 )
         manifest = Manifest(
             format="native",

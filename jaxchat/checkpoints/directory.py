@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from jaxchat import demo
 from jaxchat.checkpoints.foreign import advice_on, found_in, refuse_quantized
 from jaxchat.checkpoints.manifest import MANIFEST, WEIGHT_DTYPES, Manifest, config_of, recorded_plan
 from jaxchat.config import ModelConfig
@@ -54,14 +55,14 @@ class ModelDirectory:
 
     @staticmethod
     def at(path: "str | Path | ModelDirectory") -> "ModelDirectory":
-        """What is at a path, in whatever format.
+        """What is at a path, in whatever format; `box` is the model in the box if no folder is called so.
 
         Raises:
           UsageError: there is no such directory.
         """
         if isinstance(path, ModelDirectory):
             return path
-        path = Path(path)
+        path = demo.place(path)
         if not path.exists():
             raise UsageError(f"{path}: no such model directory; {_how_to_get(path)}")
         if not path.is_dir():

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxchat.errors import JaxchatError
+from jaxchat.errors import JaxchatError, option
 
 _ORIGINAL = "not read; take the model's original *.safetensors files"
 _TORCH = "not read; convert it to safetensors with transformers' save_pretrained"
@@ -60,7 +60,7 @@ def fail_quantized(where: Path | str, method: str) -> NoReturn:
     """Raises the error about a checkpoint that is quantized by another program's method."""
     raise JaxchatError(
         f"{where}: quantized with {method}, which is not read; take the original model, and quantize it "
-        "here with --quant int8 or int4"
+        f"here with {option('quant', 'int8')} or int4"
     )
 
 

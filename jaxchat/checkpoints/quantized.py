@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxchat.checkpoints.manifest import Manifest, Quantization
 from jaxchat.config import Param
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.quant import QuantFormat, QuantizedTensor, empty, format_for
 from jaxchat.visible import shown
 
@@ -104,9 +104,9 @@ def choose_format(directory: object, manifest: Manifest, wanted: Quant) -> Quant
         return stored
     if stored is not None:
         asked = "none" if wanted is None else str(wanted)
-        origin = f" {manifest.source}" if manifest.source else ""
         raise UsageError(
-            f"{directory}: holds {stored} weights, not {asked}; leave --quant out, or convert the original"
-            f"{origin} anew: python tools/convert.py --src ORIGINAL --dst DIR --quant {asked}"
+            f"{directory}: holds {stored} weights, not {asked}; leave {option('quant')} out, or take the "
+            f"model it was made from. If there is none, `jaxchat convert --src {directory} --dst DIR --to_hf "
+            "--dequantize` writes out the numbers that these stand for, which can be quantized again"
         )
     return wanted

@@ -6,14 +6,9 @@ data without holes.
 """
 
 import dataclasses
-import functools
-import io
 import json
 import math
-import mmap
 import os
-import stat
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxchat.checkpoints.open_file import OpenFile
 from jaxchat.errors import JaxchatError
 from jaxchat.misplaced import refuse_misplaced
 
@@ -86,11 +82,9 @@ class SafetensorsFile:
     def __init__(self, path: str | Path, *, advice: str = "download the file again"):
         self.path = Path(path)
         try:
-            self._file = _opened(self.path, advice)
-            weakref.finalize(self, self._file.close)
-            self._state = self._now()
-            size = self._state[0]
-            header, data_start = _read_header(self._file, size, self.path, advice)
+            self._file = OpenFile(self.path, advice)
+            size = self._file.size
+            header, data_start = _read_header(self._file.file, size, self.path, advice)
         except OSError as error:
             raise JaxchatError(f"{self.path}: cannot be read ({error.strerror or error}); {advice}") from None
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
@@ -111,28 +105,8 @@ class SafetensorsFile:
             shape = (stop - start, *shape[1:])
         out = np.empty(shape, dtype)
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        self._read_into(out.reshape(-1).view(np.uint8).data, self.entries[name].start + start * row_bytes)
+        self._file.read(out, self.entries[name].start + start * row_bytes)
         return out[0] if isinstance(rows, int) else out
-
-    def _read_into(self, buffer: memoryview, offset: int) -> None:
-        try:
-            self._file.seek(offset)
-            done = 0
-            while done < len(buffer) and (count := self._file.readinto(buffer[done:])):
-                done += count
-            state = self._now()
-        except OSError as error:
-            raise JaxchatError(f"{self.path}: cannot be read ({error.strerror or error})") from None
-        if done < len(buffer) or state != self._state:
-            raise JaxchatError(
-                f"{self.path}: was changed while it was read ({self._state[0]} bytes, now {state[0]}); "
-                "wait until it is complete, and run this again"
-            )
-
-    def _now(self) -> tuple[int, int]:
-        """Size and time of the last change."""
-        found = os.fstat(self._file.fileno())
-        return found.st_size, found.st_mtime_ns
 
     def view(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of the mapping; nothing is read before it is used.
@@ -141,11 +115,7 @@ class SafetensorsFile:
         """
         entry, dtype = self.entries[name], self._dtype(name)
         count = math.prod(entry.shape)
-        return np.frombuffer(self._map, dtype, count, entry.start).reshape(entry.shape)
-
-    @functools.cached_property
-    def _map(self) -> mmap.mmap:
-        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._file.map, dtype, count, entry.start).reshape(entry.shape)
 
     def _dtype(self, name: str) -> np.dtype:
         stored = self.entries[name].dtype
@@ -154,12 +124,6 @@ class SafetensorsFile:
                 f"{self.path}: tensor {name} has dtype {stored}; readable: {', '.join(DTYPES)}"
             )
         return DTYPES[stored]
-
-
-def _opened(path: Path, advice: str) -> io.FileIO:
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-        raise JaxchatError(f"{path}: not a file; {advice}")
-    return io.FileIO(path)
 
 
 def _read_header(file: Any, size: int, path: Path, advice: str) -> tuple[dict[str, Any], int]:

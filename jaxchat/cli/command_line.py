@@ -18,7 +18,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, NoReturn, TypeV
 
 from jaxchat import __version__
 from jaxchat.cli.flags import FlagField, Given, flag_fields, help_text, parse, read
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError, UsageError, in_flags
 from jaxchat.files import UnreadableError, limited, text_of
 from jaxchat.options import Flag
 from jaxchat.visible import message
@@ -149,7 +149,8 @@ def guarded(body: Callable[[], int], *, debug: Callable[[], bool] = lambda: Fals
     """Runs what returns an exit code; a failure becomes one line on standard error and a code of its own."""
     _use_utf8()
     try:
-        code = body()
+        with in_flags():
+            code = body()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

@@ -23,8 +23,9 @@ KERNELS = ("auto", "reference", "native", "pallas")
 _flag = functools.partial(Flag, group="Model")
 
 MODEL = _flag(
-    help="The model: a directory as on Hugging Face, or one that `jaxchat convert` wrote",
-    example="-m models/llama-3-8b",
+    help="The model: a directory as on Hugging Face, or one that `jaxchat convert` wrote; box is the model "
+    "in the box, unless there is a folder of that name",
+    example="-m models/llama-3-8b, -m box",
     elsewhere=("model_dir", "checkpoint", "hf", "hf_repo"),
     value="DIR",
     short="m",
@@ -39,9 +40,7 @@ LAYER_SPEC = _flag(
     elsewhere=("layers",),
     value="LAYERS",
 )
-BoxedModel = Annotated[
-    str | None, dataclasses.replace(MODEL, help=f"{MODEL.help}; the model in the box if not given")
-]
+BoxedModel = Annotated[str | None, dataclasses.replace(MODEL, help=f"{MODEL.help}. If not given, box")]
 """For commands that have a model of their own to fall back on, see `ModelFlags.or_boxed`."""
 
 DTYPE = _flag(
@@ -141,7 +140,8 @@ class ModelFlags:
             return Path(self.recipe).stem
         if self.model is None:
             return ""
-        return os.fsencode(os.path.basename(os.path.realpath(self.model))).decode(errors="replace")
+        path = os.path.realpath(demo.place(self.model))
+        return os.fsencode(os.path.basename(path)).decode(errors="replace")
 
     def or_boxed(self) -> Self:
         """The same, with the model in the box if it names none."""

@@ -5,10 +5,9 @@ import functools
 from typing import Annotated
 
 from jaxchat.cli.model_flags import LAYER_SPEC, MAX_LENGTH, BoxedModel, LoadFlags
-from jaxchat.options import Flag, Format, GenerateOptions, PrefixIn, unescape
+from jaxchat.options import MAX_SLOTS, Flag, Format, GenerateOptions, PrefixIn, unescape
 from jaxchat.text.reasoning import ThoughtTags, parse_thought_tags
 
-MAX_SLOTS = 1 << 16
 _what = functools.partial(Flag, group="What to do")
 _chat = functools.partial(Flag, group="Chat")
 _output = functools.partial(Flag, group="Output")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from jaxchat.analysis.questions import Questions
 from jaxchat.cli.command_line import Command, Conflict, Ended, Need, catch_interrupts, complain, read_text
-from jaxchat.cli.model_flags import RECIPE_NEEDS, LoadFlags
+from jaxchat.cli.model_flags import RECIPE_NEEDS, BoxedModel, LoadFlags
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import try_to_replace, write_atomically
 from jaxchat.options import Flag
@@ -30,7 +30,7 @@ JOURNAL = "journal.jsonl"
 
 _WINDOW = 256
 _USAGE = """\
-usage: {program} -m DIR --text FILE --out DIR [...]
+usage: {program} [-m DIR] --text FILE --out DIR [...]
 
 Shows what each layer of a model does: how much it changes its input (block
 influence, angular distance), the perplexity without it, without its attention
@@ -38,7 +38,7 @@ or its MLP, and with every block of layers run twice (RYS), and what the model
 would say if it ended there (logit lens). Writes CSV, JSON and PNG files; an
 interrupted run goes on where it stopped.
 
-  {program} -m llama-3-8b --text story.txt --out analysis
+  {program} --text story.txt --out analysis
   {program} -m llama-3-8b --text story.txt --out analysis \\
       --parts influence,rys --rys_sample 100 --quant int4
 """
@@ -50,6 +50,7 @@ _text = functools.partial(Flag, group="Text")
 class AnalyzeRequest(LoadFlags):
     """A model, a text, what to measure, and where to write it."""
 
+    model: BoxedModel = None
     text: Annotated[
         str | None,
         _text(
@@ -117,13 +118,14 @@ class AnalyzeRequest(LoadFlags):
 
 def _run(request: AnalyzeRequest, given: frozenset[str]) -> int:
     _refuse(request)
+    request = request.or_boxed()
     chosen = request.chosen()
     out = _output_directory(str(request.out))
     # Imports JAX, which --help and usage errors need not wait for.
     from jaxchat.cli.progress_bar import loading_bar
 
     text = None if request.text is None else read_text(request.text, "text")
-    ids = None if request.token_ids is None else _token_ids(request.token_ids)
+    ids = None if request.token_ids is None else _token_ids(request.token_ids, chosen.config.vocab_size)
     with loading_bar() as progress:
         catch_interrupts()
         model = request.load(chosen, progress)
@@ -184,7 +186,8 @@ def _write(result: "Analysis", model: "Model", request: AnalyzeRequest, out: Pat
     if request.plots:
         from jaxchat.analysis import plots
 
-        files |= plots.png_files(result, name, text_of)
+        source = Path(request.text or request.token_ids or "").name
+        files |= plots.png_files(result, name, text_of, of="standard input" if source == "-" else source)
     for file, data in files.items():
         write_atomically(out / file, data)
     Console(highlight=False).print(report.tables(result))
@@ -200,8 +203,6 @@ def _token_text(tokenizer: "Tokenizer", token: int) -> str:
 
 def _refuse(request: AnalyzeRequest) -> None:
     example = "e.g. jaxchat analyze -m models/llama-3-8b --text story.txt --out analysis"
-    if request.model is None and request.recipe is None:
-        raise UsageError(f"no model: give its directory with -m, {example}")
     if request.text is None and request.token_ids is None:
         raise UsageError(f"no text: give a file with --text, {example}")
     if request.text is None and not request.special_tokens:
@@ -225,11 +226,14 @@ def _output_directory(name: str) -> Path:
     return out
 
 
-def _token_ids(name: str) -> list[int]:
+def _token_ids(name: str, size: int) -> list[int]:
     words = read_text(name, "token_ids").replace(",", " ").split()
     for number, word in enumerate(words):
-        if not re.fullmatch(r"[0-9]{1,9}", word):
-            raise UsageError(f"--token_ids {name}: entry {number} is {word[:20]!r}; expected a token id")
+        if not re.fullmatch(r"[0-9]{1,9}", word) or int(word) >= size:
+            raise UsageError(
+                f"--token_ids {name}: entry {number} is {word[:20]!r}; expected a token id of this "
+                f"model, 0 to {size - 1}"
+            )
     return [int(word) for word in words]
 
 
@@ -242,6 +246,7 @@ def _windows(model: "Model", request: AnalyzeRequest, text: str | None, given: l
         if text is not None
         else given or []
     )
+    _refuse_unreadable(model, request, text, ids)
     length = request.window or min(_WINDOW, model.engine.max_length)
     if length > model.engine.max_length:
         raise UsageError(
@@ -253,9 +258,30 @@ def _windows(model: "Model", request: AnalyzeRequest, text: str | None, given: l
     return cut_windows(ids[bos is not None : request.max_tokens], length, bos=bos)
 
 
+def _refuse_unreadable(model: "Model", request: AnalyzeRequest, text: str | None, ids: list[int]) -> None:
+    """Refuses a text that predicts nothing, and says so of one that the tokenizer hardly knows."""
+    from jaxchat.analysis import unknown
+
+    where = f"--token_ids {request.token_ids}" if text is None else f"--text {request.text}"
+    tokens = model.tokenizer
+    if tokens is None or text is None:
+        own, problem = ids, None
+    else:
+        own = ids[1:] if ids[:1] == [tokens.bos_id] else ids
+        problem = unknown.problem(tokens, text, own)
+    if len(ids) >= 2:
+        if problem is not None:
+            complain(f"warning: {where}: {problem}; what follows is mostly about that token")
+        return
+    found = problem or f"{len(ids)} {'token' if len(ids) == 1 else 'tokens'}, and predicting one takes two"
+    raise UsageError(f"{where}: {found}; give a {'longer text' if problem is None else 'text it can read'}")
+
+
 def _first_ids(model: "Model", text: str, count: int, *, parse_special: bool) -> list[int]:
     """The first `count` or more token ids of a text, of which a tokenizer need not read gigabytes."""
     length = 8 * count
+    if not text:
+        return []
     while True:
         ids = model.encode(text[:length], parse_special=parse_special)
         # Where the text was cut, the last few tokens may be others than in the whole.

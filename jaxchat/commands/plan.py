@@ -16,7 +16,7 @@ from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
 from jaxchat.cli.command_line import Command, complain
 from jaxchat.cli.flags import flag_fields
-from jaxchat.cli.model_flags import KV_DTYPE, RECIPE_NEEDS, ModelFlags
+from jaxchat.cli.model_flags import KV_DTYPE, RECIPE_NEEDS, BoxedModel, ModelFlags
 from jaxchat.config import MAX_LAYERS, ModelConfig
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan, PlanError
@@ -24,7 +24,7 @@ from jaxchat.options import Flag
 from jaxchat.recipes.recipe import source_plan, to_mergekit
 
 _USAGE = """\
-usage: {program} (-m DIR | --num_layers N | --recipe FILE) [...]
+usage: {program} [-m DIR | --num_layers N | --recipe FILE] [...]
 
 Converts layer plans between notations, and says what a plan costs: parameters,
 bytes, operations, and the tokens a second that a device's memory allows. Reads
@@ -44,6 +44,7 @@ _cost = functools.partial(Flag, group="Cost")
 class PlanRequest(ModelFlags):
     """A plan, what to write it as, and what to count."""
 
+    model: BoxedModel = None
     num_layers: Annotated[
         int | None,
         Flag(
@@ -174,8 +175,11 @@ def _print_cost(request: PlanRequest, subject: _Subject, config: ModelConfig) ->
 
 def _refuse(request: PlanRequest, given: frozenset[str]) -> None:
     models = [f"--{name}" for name in ("model", "num_layers", "recipe") if name in given]
-    if not models:
-        raise UsageError("no model: give its directory with -m, a --recipe, or only --num_layers")
+    if not models and request.to is not None:  # which prints no name that would tell whose layers these are
+        raise UsageError(
+            "--to needs to know how many layers there are: give a model with -m (box is the one in the box), "
+            "a --recipe, or only --num_layers"
+        )
     if len(models) > 1:
         raise UsageError(f"{' and '.join(models)} are given; give one")
     if request.recipe_name is not None and request.to != "mergekit" and not request.json:
@@ -196,6 +200,7 @@ def _subject(request: PlanRequest) -> _Subject:
     if request.num_layers is not None:
         spec = "all" if request.layer_spec is None else request.layer_spec
         return _Subject(LayerPlan.parse(spec, request.num_layers), None, None, None)
+    request = request.or_boxed()
     chosen = request.chosen()
     name = request.model if request.recipe is None else Path(request.recipe).name
     return _Subject(chosen.plan, chosen.config, chosen.assembly, name)

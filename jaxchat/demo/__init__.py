@@ -4,6 +4,28 @@ from pathlib import Path
 
 from jaxchat.errors import JaxchatError
 
+NAME = "box"
+"""What names the model wherever a model's directory is expected."""
+
+
+def place(directory: str | Path) -> Path:
+    """Where a model is whose directory or name was given: a folder that is there comes before the name.
+
+    Raises:
+      JaxchatError: as `path`; or a folder of the name is there, and holds no model.
+    """
+    found = Path(directory)
+    if str(directory) != NAME:
+        return found
+    if not found.is_dir():
+        return path()
+    if not (found / "config.json").exists():
+        raise JaxchatError(
+            f"{NAME}: the model in the box, or the folder of that name here? The folder comes first, and "
+            "holds no config.json; rename it, or work in another directory"
+        )
+    return found
+
 
 def path() -> Path:
     """The directory of the model, to be given to `jaxchat.load` or `--model`.

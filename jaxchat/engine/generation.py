@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxchat.arguments import whole
 from jaxchat.engine import steps
 from jaxchat.engine.sampling import SamplingParams
 from jaxchat.engine.session import Session, State
-from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.options import LENGTHS, SEEDS, Overflow
-from jaxchat.values import check_number
+from jaxchat.errors import JaxchatError, UsageError, option
+from jaxchat.options import MAX_SEED, Overflow
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -92,7 +92,7 @@ class Generation:
             if limits is None:
                 continue
             if limits.max_new_tokens is not None:
-                check_number("max_new_tokens", limits.max_new_tokens, LENGTHS)
+                whole("max_new_tokens", limits.max_new_tokens, 1)
             if not ids:
                 raise UsageError("an empty prompt: give at least one token")
         for name, values in (*self.params._asdict().items(), ("seeds", np.asarray(self.seeds))):
@@ -101,7 +101,7 @@ class Generation:
                     f"{name}: got values of shape {values.shape}, expected one for each of {batch}"
                 )
         for seed in self.seeds:
-            check_number("seed", seed, SEEDS)
+            whole("seed", seed, 0, MAX_SEED)
 
     def stop(self, row: int) -> None:
         """Ends a sequence after the token last yielded for it."""
@@ -164,7 +164,7 @@ class Generation:
             self.session.drop_cache()  # broken values would outlive a rollback
             raise JaxchatError(
                 f"the model's logits are {found}: the checkpoint is broken or the dtype too narrow; try "
-                "--dtype float32"
+                + option("dtype", "float32")
             )
 
     def _step(self, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -313,6 +313,6 @@ def _all_equal(logprobs: np.ndarray, logits: jax.Array, rows: Sequence[int]) -> 
 
     The logits are fetched only where the tokens drawn from them are as probable as one of all.
     """
-    if not np.allclose(logprobs, -np.log(logits.shape[-1])):
+    if not rows or not np.allclose(logprobs, -np.log(logits.shape[-1])):
         return False
     return bool(np.ptp(np.asarray(logits)[rows], axis=-1).max() == 0)

@@ -13,19 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import memory, pallas
+from jaxchat.arguments import refused, whole
 from jaxchat.config import FINAL_NORM, ModelConfig
 from jaxchat.engine import steps
 from jaxchat.engine.rows import Contexts
-from jaxchat.errors import AdvisedError, UsageError
+from jaxchat.errors import AdvisedError, UsageError, option
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanArrays
 from jaxchat.layers.cache import KVCache, cache_bytes, cache_sharding, empty_cache
 from jaxchat.layers.step import Params, Step
 from jaxchat.lengths import next_power_of_two
-from jaxchat.options import KV_DTYPES
+from jaxchat.options import KV_DTYPES, MAX_SLOTS
 from jaxchat.pallas import Kernels
 from jaxchat.pallas.cache_attention import QuantizedRows
 from jaxchat.pallas.storage import stored_dtype
+from jaxchat.visible import shown
 
 PREFILL_BUCKETS = (16, 64, 256, 1024)
 """Prompt chunks are padded to one of these lengths, so that a chat compiles a handful of steps."""
@@ -82,12 +84,13 @@ class Engine:
         kernels: str | pallas.Kernels = "auto",
         mesh: jax.sharding.Mesh | None = None,
     ):
-        if max_length is not None and max_length < 1:
-            raise UsageError(f"--max_length is {max_length}; it must be at least 1")
-        if config.learned_positions and max_length and max_length > config.max_position_embeddings:
+        if max_length is not None:
+            max_length = whole("max_length", max_length, 1)
+        most = config.max_position_embeddings
+        if config.learned_positions and max_length and max_length > most:
             raise UsageError(
-                f"--max_length is {max_length}, but this model has {config.max_position_embeddings} learned "
-                f"positions; choose at most {config.max_position_embeddings}"
+                f"{option('max_length')} is {max_length}, but this model has {most} learned positions; "
+                f"choose at most {most}"
             )
         self.config = config
         if isinstance(kernels, str):
@@ -100,6 +103,18 @@ class Engine:
         self.stored_kv_dtype = stored_dtype(self.kv_dtype, platform_of(params))
         self.mesh = mesh
         self.placement = _placement(params, mesh)
+
+    def __repr__(self) -> str:
+        """What it is, in a line."""
+        return f"<Engine {self.described()}>"
+
+    def described(self) -> str:
+        """The model in a few words."""
+        config = self.config
+        return (
+            f"{config.model_type}: {config.num_layers} layers, vocabulary of {config.vocab_size}, context of "
+            f"{self.max_length}, computed in {self.dtype} on {platform_of(self.params)}"
+        )
 
     def session(self, plan: LayerPlan | None = None, *, batch: int = 1, max_slots: int = 0) -> "Session":
         """A new, empty session of `batch` sequences under one plan."""
@@ -117,7 +132,9 @@ class Engine:
         return self.placement if self.mesh is None else cache_sharding(self.config, self.mesh, batch)
 
     def check_plan(self, plan: LayerPlan) -> None:
-        """Raises UsageError for a plan over another number of layers."""
+        """Raises UsageError for what is no plan, or one over another number of layers."""
+        if not isinstance(plan, LayerPlan):
+            raise refused("plan", plan, "a LayerPlan")
         if plan.num_layers != self.config.num_layers:
             raise UsageError(
                 f"the plan is over {plan.num_layers} layers, the model has {self.config.num_layers}"
@@ -160,7 +177,7 @@ def kernels_for(name: str, device: jax.Device, mesh: jax.sharding.Mesh | None) -
 def read_kv_dtype(given: str | np.dtype) -> np.dtype:
     """The dtype of a name in `KV_DTYPES`; a dtype as it is."""
     if isinstance(given, str) and given not in KV_DTYPES:
-        raise UsageError(f"--kv_dtype is {given!r}; expected one of {', '.join(KV_DTYPES)}")
+        raise refused("kv_dtype", given, f"one of {', '.join(KV_DTYPES)}")
     return jnp.dtype(given)
 
 
@@ -193,12 +210,17 @@ class Session:
 
     def __init__(self, engine: Engine, plan: LayerPlan, *, batch: int = 1, max_slots: int = 0):
         self.engine = engine
-        self.contexts = Contexts(engine.config, batch)
-        self._slots = max_slots
+        self.contexts = Contexts(engine.config, whole("batch", batch, 1))
+        self._slots = whole("max_slots", max_slots, 0, MAX_SLOTS)
         self._cache: KVCache | None = None
         self.plan = plan
         self._plan_arrays: PlanArrays
         self.set_plan(plan)
+
+    def __repr__(self) -> str:
+        """What it is, in a line."""
+        tokens = ", ".join(map(str, map(len, self.ids[:8]))) + (", ..." if self.batch > 8 else "")
+        return f"<Session of {self.batch}, with {tokens} tokens, plan {shown(str(self.plan))}>"
 
     @property
     def batch(self) -> int:
@@ -285,7 +307,7 @@ class Session:
         if len(ids) > self.engine.max_length:
             raise ContextOverflowError(
                 f"the stored context has {len(ids)} tokens but the context holds {self.engine.max_length}",
-                "raise --max_length",
+                f"raise {option('max_length')}",
             )
         slots, length = rows.k.shape[0], rows.k.shape[2]
         self.ids[row][:] = ids
@@ -316,7 +338,7 @@ class Session:
             if part.dtype != self.engine.kv_dtype:
                 raise UsageError(
                     f"the stored {name} are {part.dtype}, the cache here is {self.engine.kv_dtype}: "
-                    f"restore them with --kv_dtype {part.dtype}"
+                    f"restore them with {option('kv_dtype', str(part.dtype))}"
                 )
         needed = (shape[:-1], np.dtype(np.float32)) if self.engine.kv_dtype == np.int8 else None
         for name, scale in (("keys", rows.k_scale), ("values", rows.v_scale)):
@@ -355,7 +377,7 @@ class Session:
         if longest > self.engine.max_length:
             raise ContextOverflowError(
                 f"the prompt has {longest} tokens but the context holds {self.engine.max_length}",
-                "shorten it, raise --max_length or use --overflow truncate_oldest",
+                f"shorten it, raise {option('max_length')} or use {option('overflow', 'truncate_oldest')}",
             )
         self._reserve(longest)
         for r in rows:
@@ -431,7 +453,7 @@ class Session:
         if longest > self.engine.max_length:
             raise ContextOverflowError(
                 f"the text has {longest} tokens but the context holds {self.engine.max_length}",
-                "score it in pieces or raise --max_length",
+                f"score it in pieces or raise {option('max_length')}",
             )
         for row in rows:
             self.contexts.follow_rotation(row)

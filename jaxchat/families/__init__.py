@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxchat.config import ModelConfig, Param
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError, UsageError, told
 from jaxchat.families import gemma, gpt2, llama, mistral, phi3, qwen
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.families.tables import Family
@@ -64,7 +64,7 @@ def relayered_config(values: Mapping[str, Any], config: ModelConfig, *, source: 
             raise UsageError(
                 f"{source}: a Hugging Face {found.model_type} configuration cannot describe these layers: "
                 f"{field.name} would be {_shortened(said)}, not {_shortened(meant)}; a native checkpoint "
-                "that records the plan can (leave --to_hf and --plan bake out)"
+                f"that records the plan can ({told('plan=record', 'leave --to_hf and --plan bake out')})"
             )
     return result
 

@@ -1,6 +1,8 @@
 """GPT-2: learned positions, LayerNorm with bias, fused qkv, weights stored [in, out] (Conv1D)."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from jaxchat.config import GLOBAL_WINDOW, Block, Half, ModelConfig, Param
 from jaxchat.errors import JaxchatError
@@ -10,15 +12,32 @@ from jaxchat.families.tables import Family, embedding, head, linear, norm
 _QKV = ("N*H", "K*H", "K*H")
 
 
+_ALIASES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "n_positions": "max_position_embeddings",
+}
+"""transformers' `GPT2Config.attribute_map`: what else a key may be called; of both the alias counts."""
+
+
+def _key(hf: HfConfig, key: str) -> str:
+    """What the file calls a key."""
+    return _ALIASES[key] if hf.values.get(_ALIASES[key]) is not None else key
+
+
 def config(hf: HfConfig) -> ModelConfig:
     """Reads a GPT2Config."""
     hf.refuse("add_cross_attention")
-    num_layers, num_heads = hf.layers("n_layer"), hf.integer("n_head", at_least=1)
-    hidden = hf.integer("n_embd", at_least=1)
+    num_layers, num_heads = hf.layers(_key(hf, "n_layer")), hf.integer(_key(hf, "n_head"), at_least=1)
+    hidden = hf.integer(_key(hf, "n_embd"), at_least=1)
+    positions = _key(hf, "n_positions")
+    if hf.values.get(positions) is None:
+        positions = "n_ctx"  # OpenAI's own name
     head_dim = hidden // num_heads
     if head_dim < 1:
         raise JaxchatError(
-            f"{hf.at('n_embd')} is {hidden}; expected at least {num_heads}, one a head (n_head)"
+            f"{hf.at(_key(hf, 'n_embd'))} is {hidden}; expected at least {num_heads}, one a head"
         )
     scale = head_dim**-0.5 if hf.flag("scale_attn_weights", True) else 1.0
     by_layer = hf.flag("scale_attn_by_inverse_layer_idx", False)
@@ -33,7 +52,7 @@ def config(hf: HfConfig) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=head_dim,
-        max_position_embeddings=hf.length("n_positions", 1024),
+        max_position_embeddings=hf.length(positions, 1024),
         norm="layernorm",
         norm_eps=hf.nonnegative("layer_norm_epsilon", 1e-5),
         blocks=(Block(mlp="plain", activation=hf.activation("gelu_new", "activation_function")),),
@@ -86,6 +105,12 @@ def _norm(name: str, hf: str, config: ModelConfig, half: Half | None) -> list[Pa
     return [weight, bias]
 
 
+def _relayer(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """See `Family`."""
+    own = {name: value for name, value in values.items() if name != _ALIASES["n_layer"]}
+    return {**own, "n_layer": config.num_layers}
+
+
 # The original `gpt2` checkpoint has no prefix.
 FAMILIES = (
     Family(
@@ -94,6 +119,6 @@ FAMILIES = (
         config,
         params,
         (("", ""), ("transformer.", "")),
-        relayer=lambda values, config: {**values, "n_layer": config.num_layers},
+        relayer=_relayer,
     ),
 )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxchat.config import Role
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.pallas import cache_attention, native, stacked_matmul
 from jaxchat.pallas.cache_attention import Attend, WriteRows
 from jaxchat.pallas.stacked_matmul import StackedMatmul, StackedMatmuls
@@ -177,7 +177,7 @@ def select(name: str, platform: str) -> Kernels:
       UsageError: no such name, or not on this platform.
     """
     if name not in NAMES:
-        raise UsageError(f"--kernels is {name!r}; expected one of {', '.join(NAMES)}")
+        raise UsageError(f"{option('kernels')} is {name!r}; expected one of {', '.join(NAMES)}")
     available = _available(platform)
     wanted = _AUTO[platform] if name == "auto" else (name,)
     if platform == "cpu" and name != "reference" and not native.available():
@@ -185,4 +185,6 @@ def select(name: str, platform: str) -> Kernels:
     for candidate in wanted:
         if candidate in available:
             return available[candidate]()
-    raise UsageError(f"--kernels {name} is not available on {platform}; available: {', '.join(available)}")
+    raise UsageError(
+        f"{option('kernels', name)} is not available on {platform}; available: {', '.join(available)}"
+    )

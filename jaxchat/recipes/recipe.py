@@ -12,9 +12,11 @@ from typing import Any
 
 import yaml
 
+from jaxchat import demo
 from jaxchat.checkpoints.assembly import Assembly, LayerSource, may_differ
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.config import EMBED, FINAL_NORM, HEAD, Half, ModelConfig, Param
+from jaxchat.errors import option, told
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanError, Slot
 from jaxchat.recipes import mergekit_file
@@ -47,7 +49,7 @@ def read_recipe(
     Args:
       path: the YAML file.
       model_paths: model names as the recipe spells them -> directories. Other references are directories,
-        relative to the recipe or to the working directory.
+        relative to the recipe or to the working directory, or else `box`, the model in the box.
       keep_identity: slots with both scales 0 become layers of their own whose projections are zero, as
         mergekit writes them, and are executed; else they are counted but take no compute and no KV cache.
 
@@ -103,6 +105,11 @@ def source_plan(assembly: Assembly, num_layers: int) -> LayerPlan:
 # --- models
 
 
+def _place_of(name: str, directory: object) -> str:
+    """How a caller says where a model that a recipe names is."""
+    return told(f"model_paths={{{name!r}: {str(directory)!r}}}", f"--model_path {name}={directory}")
+
+
 class _Models:
     """The models of a recipe, by the order in which it names them."""
 
@@ -128,18 +135,18 @@ class _Models:
                 if not found.is_plain:
                     model.place.fail(
                         f"{directory} records a layer plan, whose slots a recipe does not know; write them "
-                        f"out: tools/convert.py --src {directory} --dst DIR --plan bake, or use the original"
+                        f"out: jaxchat convert --src {directory} --dst DIR --plan bake, or use the original"
                     )
                 self.directories.append(found)
                 self._places.append(model.place)
         return self._by_name[model.name]
 
     def _find(self, model: ModelName) -> Path:
-        advice = f"give it with --model_path {model.name}=DIR"
+        advice = f"give it with {_place_of(model.name, 'DIR')}"
         if model.name in self._paths:
-            directory = self._paths[model.name]
+            directory = demo.place(self._paths[model.name])
             if not directory.is_dir():
-                raise RecipeError(f"--model_path {model.name}={directory}: no such directory")
+                raise RecipeError(f"{_place_of(model.name, directory)}: no such directory")
             return directory
         for sign, what in (("+", "a LoRA"), ("@", "a revision")):
             if sign in model.name:
@@ -151,6 +158,8 @@ class _Models:
         for directory in tried:
             if directory.is_dir():
                 return directory
+        if demo.place(model.name).is_dir():
+            return demo.place(model.name)
         return model.place.fail(
             f"no model {model.name!r}: tried {' and '.join(str(directory) for directory in tried)}; {advice}"
         )
@@ -160,8 +169,8 @@ class _Models:
         for name in self._paths:
             if name not in self._by_name:
                 raise RecipeError(
-                    f"--model_path {name}: the recipe has no model of that name; "
-                    f"it has {', '.join(self._by_name)}"
+                    f"{option('model_paths', flag='model_path')} {name}: the recipe has no model of that "
+                    f"name; it has {', '.join(self._by_name)}"
                 )
         # Of a head that is tied in one model only, mergekit's result depends on what files happen to hold.
         allowed = may_differ(self.configs[base]) - {"tied_embeddings"}
@@ -387,8 +396,8 @@ class _Notes:
         hf = {p.layer_name: p.hf_layer_name for p in parameter_table(config) if p.per_layer}
         outputs = {half: _output_weight(half, config) for half in halves}
         if not any(halves.values()):
-            self._count("{} with both scales 0: counted and exported, but not executed (--keep_identity runs "
-                        "them)")  # fmt: skip
+            runs = f"{option('keep_identity')} runs them"
+            self._count(f"{{}} with both scales 0: counted and exported, but not executed ({runs})")
         elif any(scale != 1 for scale in halves.values()):
             names = [
                 outputs[half].hf_layer_name.removesuffix(".weight") for half, s in halves.items() if s != 1

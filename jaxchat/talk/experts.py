@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from jaxchat import demo
 from jaxchat.chat.batch import Message
 from jaxchat.chat.replies import TextStream
 from jaxchat.chat.session import ChatSession
@@ -22,7 +23,7 @@ from jaxchat.values import wrong
 PROMPT = "Please classify the question to one of these classes:\n{classes}\n\nQuestion: {question}"
 """What the selector is asked; `{classes}` are the numbered names and descriptions."""
 
-_EXPERT_KEYS = ("name", "description", "model", "layer_spec", "system", "options")
+_EXPERT_KEYS = ("name", "says", "description", "model", "layer_spec", "system", "options")
 _PANEL_KEYS = ("experts", "selector", "prompt", "sticky")
 
 
@@ -32,6 +33,8 @@ class Expert:
 
     Attributes:
       name: short; the selector's probability of saying it decides.
+      says: instead of the name, how the selector would begin to answer a question for this expert. Small
+        models know no classes, but how an answer begins.
       description: what the expert is for, shown to the selector.
       model: who answers, under its plan.
       system: the system prompt.
@@ -40,6 +43,7 @@ class Expert:
 
     name: str
     model: Model
+    says: str = ""
     description: str = ""
     system: str | None = None
     options: GenerateOptions = dataclasses.field(default_factory=GenerateOptions)
@@ -94,7 +98,7 @@ class Panel:
     Args:
       experts: at least one, with different names.
       selector: the model that chooses; default the first expert's.
-      prompt: what it is asked, with `{classes}` and `{question}`.
+      prompt: what it is asked, with `{question}` and, unless every expert `says` something, `{classes}`.
       sticky: choose at the first question only, until `restart`.
     """
 
@@ -108,14 +112,18 @@ class Panel:
     ):
         if not experts:
             raise UsageError("a panel needs at least one expert")
-        for field in ("{classes}", "{question}"):
+        by_name = not all(expert.says for expert in experts)
+        for field in ("{classes}", "{question}") if by_name else ("{question}",):
             if field not in prompt:
                 raise UsageError(f"the selector's prompt has no {field}: it is asked with that")
         self.experts = {expert.name: expert for expert in experts}
+        labels = [expert.says or expert.name for expert in experts]
         if len(self.experts) != len(experts):
             raise UsageError(
                 f"two experts have one name: {', '.join(e.name for e in experts)}; give each its own"
             )
+        if len(set(labels)) != len(labels):
+            raise UsageError(f"two experts say the same: {', '.join(labels)}; let each say something else")
         self.selector = selector or experts[0].model
         self.prompt, self.sticky = prompt, sticky
         self.restart()
@@ -134,7 +142,10 @@ class Panel:
             for number, expert in enumerate(self.experts.values(), 1)
         ]
         asked = self.prompt.replace("{classes}", "\n".join(lines)).replace("{question}", question)
-        self._choice = choose(self.selector, asked, list(self.experts))
+        names = {expert.says or name: name for name, expert in self.experts.items()}
+        found = choose(self.selector, asked, list(names))
+        shares = {names[label]: share for label, share in found.probabilities.items()}
+        self._choice = Choice(names[found.name], shares)
         return self._choice
 
     def ask(self, question: str) -> tuple[Choice, TextStream]:
@@ -168,8 +179,9 @@ def read_panel(path: str | Path, models: ModelLoader, options: GenerateOptions) 
 
         experts:
           - name: Stories
+            says: Once upon a time        # optional: how the selector would begin to answer for this one
             description: tales about animals and children
-            model: path/to/model          # relative to this file; default the selector's
+            model: path/to/model          # relative to this file, or box; default the selector's
             layer_spec: 0:3,2:            # optional, as the other keys from here on
             system: You tell stories.
             options: {temperature: 0.8}   # as in GenerateOptions
@@ -247,6 +259,7 @@ def _expert(
         options = with_setting(options, str(key), text, where=f"{where}.options: ")
     return Expert(
         name=name,
+        says=_text(values, "says", where) or "",
         description=_text(values, "description", where) or "",
         model=_model(values, where, path, models, default),
         system=_text(values, "system", where),
@@ -263,8 +276,9 @@ def _model(
             raise UsageError(f"{where}: model is missing: name a directory, here or for the selector")
         with _named(f"{where}.layer_spec"):
             return default if spec is None else default.with_plan(spec)
+    beside = path.parent / directory
     with _named(where):
-        return models(path.parent / directory, spec)
+        return models(directory if directory == demo.NAME and not beside.is_dir() else beside, spec)
 
 
 def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:

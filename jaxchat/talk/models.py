@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxchat import demo
 from jaxchat.runtime import Model, load
 
 
@@ -23,7 +24,7 @@ class ModelLoader:
 
     def __call__(self, directory: str | Path, layer_spec: str | None = None) -> Model:
         """The model in a directory under a plan; None is every layer once, or the plan it was saved with."""
-        path = Path(os.path.realpath(directory))
+        path = Path(os.path.realpath(demo.place(directory)))
         if path not in self._loaded:
             if self._said:
                 self._said(f"loading {directory}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.errors import JaxchatError, UsageError, told
 from jaxchat.files import UnreadableError, read_optional_json, read_small_text
 from jaxchat.misplaced import refuse_misplaced
 from jaxchat.text.template_process import Answer, ask, start
@@ -91,8 +91,7 @@ class ChatTemplate:
         if name not in self._sources:
             names = ", ".join(sorted(self._sources)) or "none"
             raise JaxchatError(
-                f"{self.path}: no chat template named {name!r} (found: {names}); texts can be continued with "
-                "--format completion"
+                f"{self.path}: no chat template named {name!r} (found: {names}); {_continued()}"
             )
         return self._sources[name]
 
@@ -102,7 +101,7 @@ class ChatTemplate:
         if "broken" in answer:
             raise JaxchatError(
                 f"{self.path}: broken chat template ({answer['broken']}): download the file again; "
-                "texts can be continued with --format completion"
+                f"{_continued()}"
             )
         if "failed" in answer:
             raise JaxchatError(
@@ -135,6 +134,11 @@ class ChatTemplate:
         context = {**self.variables, "documents": None, **kwargs}
         context |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         return self._text_of(ask("render", source, context))
+
+
+def _continued() -> str:
+    """What can be done without a template."""
+    return f"texts can be continued with {told('generate() or stream()', '--format completion')}"
 
 
 def _find_sources(directory: Path, config: Config) -> tuple[Path, dict[str, str]] | None:

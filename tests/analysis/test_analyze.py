@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -108,9 +109,7 @@ def test_every_window_begins_with_bos_where_texts_do():
     assert windows.predicted == 7
 
 
-@pytest.mark.parametrize(
-    ("ids", "length", "error"), [([5], 8, "too short: 1 token"), ([5, 6], 1, "--window")]
-)
+@pytest.mark.parametrize(("ids", "length", "error"), [([5], 8, "too short: 1 token"), ([5, 6], 1, "^window")])
 def test_texts_and_windows_that_predict_nothing_are_refused(ids, length, error):
     with pytest.raises(UsageError, match=error):
         analysis.cut_windows(ids, length)
@@ -329,17 +328,17 @@ def test_questions_that_make_no_sense_are_refused(load):
     loaded = load("llama")
     with pytest.raises(UsageError, match="unknown part 'colour'; expected some of influence,"):
         analysis.Questions(parts=("colour",))
-    with pytest.raises(UsageError, match="--rys_sample is 0"):
+    with pytest.raises(UsageError, match=r"^rys_sample is 0"):
         analysis.Questions(rys_sample=0)
     with pytest.raises(UsageError, match="selects none of the first window's 16 tokens"):
         study(loaded, lens_positions=(40, None))
-    with pytest.raises(UsageError, match="--top_k is 68; expected 1 to 67"):
+    with pytest.raises(UsageError, match=r"^top_k is 68; expected 1 to 67"):
         study(loaded, top_k=68)
     with pytest.raises(UsageError, match="executes no slot"):
         analysis.analyze(loaded.engine, LayerPlan.parse("[[0, 0, 0]]", 3), WINDOWS)
     with pytest.raises(UsageError, match="token id 70 is not in the vocabulary: expected 0 to 66"):
         analysis.analyze(loaded.engine, loaded.plan, analysis.cut_windows([5, 70], 8))
-    with pytest.raises(UsageError, match="--window is 97, but the model's context holds 96"):
+    with pytest.raises(UsageError, match=r"^window is 97, but the model's context holds 96"):
         analysis.analyze(loaded.engine, loaded.plan, analysis.cut_windows(random_ids(97), 97))
 
 
@@ -462,7 +461,7 @@ def test_a_line_that_was_cut_short_is_dropped_and_written_anew(tmp_path):
 def test_a_journal_of_something_else_is_refused_by_name(tmp_path):
     Journal(tmp_path / "journal", {"--model": "ab", "--window": "8"}).close()
     with pytest.raises(
-        UsageError, match=r"--window is 9 now and was 8; give another --out, or delete .*/journal"
+        UsageError, match=r"--window is 9 now and was 8; give another directory, or delete .*/journal"
     ):
         Journal(tmp_path / "journal", {"--model": "ab", "--window": "9"})
 
@@ -479,9 +478,30 @@ def test_two_may_not_write_one_journal(tmp_path):
 def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
     path = tmp_path / "journal"
     path.write_bytes(content)
-    with pytest.raises(JaxchatError, match=r"/journal:[12].*; delete the file, or give another --out"):
+    with pytest.raises(JaxchatError, match=r"/journal:[12].*; delete the file, or give another directory"):
         Journal(path, {})
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (10**9, "has the token id 1e\\+09; expected some of 0 to"),
+        (-1, "has the token id -1"),
+        (1.5, "has the token id 1.5"),
+        (None, "has the token id nan"),
+        (10**30, "has the token id 1e\\+30"),
+        ("a", "expected numbers of the shape"),
+    ],
+)
+def test_token_ids_of_a_journal_that_was_edited_are_refused(load, value, message):
+    loaded, known = load("llama"), {}
+    questions = analysis.Questions(parts=("lens",))
+    analysis.analyze(loaded.engine, loaded.plan, WINDOWS, questions, batch=3, results=known)
+    (name,) = [name for name in known if " top " in name]
+    known[name][0][1][0][0] = value
+    with pytest.raises(analysis.KnownResultError, match=message):
+        analysis.analyze(loaded.engine, loaded.plan, WINDOWS, questions, batch=3, results=known)
 
 
 # --- the command
@@ -509,7 +529,7 @@ def test_files_tables_and_a_second_run_that_computes_nothing(chat_model, story, 
     first = capsys.readouterr()
     assert "41 windows, 1249 predicted tokens, 3 slots\n" in first.err
     assert "All layers, the most important first" in first.out
-    assert "The best repeats, of all (i, j)" in first.out
+    assert re.search(r"(The best repeats|No repeat improves .* least harmful), of all \(i, j\)", first.out)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"journal.jsonl", "layers.csv", "rys.csv", "lens.csv", "lens_tokens.csv", "analysis.json",
                      "skip.png", "rys.png", "lens.png"}  # fmt: skip
@@ -543,6 +563,61 @@ def test_a_recipe_is_analyzed_like_its_layer_spec(chat_model, story, tmp_path):
     assert first == second
 
 
+@pytest.mark.parametrize(
+    ("flag", "content", "message"),
+    [
+        ("--text", "", "0 tokens, and predicting one takes two; give a longer text"),
+        ("--text", "a", "1 token, and predicting one takes two"),
+        ("--token_ids", "5", "1 token, and predicting one takes two"),
+        ("--token_ids", "5 70000", "entry 1 is '70000'; expected a token id of this model, 0 to "),
+    ],
+)
+def test_a_text_that_predicts_nothing_is_named(chat_model, flag, content, message, tmp_path, capsys):
+    file = tmp_path / "short.txt"
+    file.write_text(content)
+    assert main("-m", chat_model, flag, file, "--out", tmp_path / "out") == 2
+    assert f"{flag} {file}: {message}" in capsys.readouterr().err
+
+
+def test_a_text_that_the_tokenizer_does_not_know_says_so(shared_data, tmp_path, capsys):
+    craft, file = shared_data / "models" / "CraftGPT-hf", tmp_path / "quotes.txt"
+    file.write_text("he said \N{LEFT DOUBLE QUOTATION MARK}no\N{RIGHT DOUBLE QUOTATION MARK} and left")
+    assert main("-m", craft, "--text", file, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{file}: 21 characters became 1 token, the unknown one" in error
+    assert "does not know '\N{LEFT DOUBLE QUOTATION MARK}'" in error
+
+
+def test_only_repeats_that_improve_are_called_best(found, capsys):
+    from rich.console import Console
+
+    worse = dataclasses.replace(found, rys=dict.fromkeys(found.rys, found.base + 0.1))
+    better = dataclasses.replace(worse, rys={**worse.rys, (1, 2): found.base - 0.1})
+    for result, title, rows in ((worse, "No repeat improves", 5), (better, "The best repeats", 1)):
+        Console(width=100).print(report.tables(result))
+        _, _, table = capsys.readouterr().out.partition(title)
+        assert len([line for line in table.splitlines() if re.match(r" *\d+ +\d+ +\d+ ", line)]) == rows
+    plots = pytest.importorskip("jaxchat.analysis.plots")
+    assert plots.rys_figure(worse, "tiny").axes[0].get_legend() is None
+    assert "no repeat improves" in plots.rys_figure(worse, "tiny").axes[0].get_title()
+    assert "best: (1, 2), -9.5 %" in plots.rys_figure(better, "tiny").axes[0].get_legend().texts[0].get_text()
+
+
+def test_plots_name_their_text_and_one_point_does_not_stretch_a_scale(found):
+    plots = pytest.importorskip("jaxchat.analysis.plots")
+    nats = np.array(found.lens_nats)
+    nats[0] = nats[1:].max() + 20
+    nan = {half: np.where(np.arange(len(n)) == 0, np.nan, n) for half, n in found.skip.items()}
+    wild = dataclasses.replace(found, lens_nats=nats, skip=nan)
+    curve = plots.lens_figure(wild, "tiny", str).axes[1]
+    assert curve.get_xlim()[1] < math.exp(nats[1:].max() + 5)
+    assert len(curve.texts) == 1
+    axes = plots.skip_figure(wild, "tiny").axes[0]
+    tops = [bar.get_height() for bars in axes.containers for bar in bars]
+    assert max(tops) == pytest.approx(max(found.ratio(n) - 1 for half in nan.values() for n in half[1:]))
+    assert f"ids.txt, {found.predicted} tokens" in plots._caption(found, "ids.txt")
+
+
 def test_every_window_begins_as_texts_do_for_the_tokenizer(tmp_path, story, shared_data):
     stories = shared_data / "models" / "stories260K-hf"
     arguments = ("--text", story, "--out", tmp_path / "out", "--window", "20", "--max_tokens", "99")
@@ -566,7 +641,7 @@ def test_token_ids_need_no_tokenizer(tiny_directory, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "no model: give its directory with -m"),
+        ([], "no text: give a file with --text"),
         (["-m", "MODEL", "--recipe", "STORY", "--out", "OUT"], "--model cannot be combined with --recipe"),
         (["-m", "MODEL", "--model_path", "a=b", "--out", "OUT"], "--model_path needs --recipe"),
         (["-m", "MODEL", "--out", "OUT"], "no text: give a file with --text"),

@@ -139,7 +139,7 @@ def test_a_context_longer_than_the_learned_positions_is_refused():
     config = read_config(
         {"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
     )
-    with pytest.raises(UsageError, match=r"--max_length is 17, .* at most 16"):
+    with pytest.raises(UsageError, match=r"max_length is 17, .* at most 16"):
         show.describe(config, LayerPlan.identity(1), name="x", max_length=17)
 
 

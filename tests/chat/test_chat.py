@@ -133,7 +133,7 @@ def test_a_broken_template_names_its_file(source, tmp_path):
     template = ChatTemplate.load(tmp_path, Letters())  # in nobody's way who needs none
     for needed in (template.check, lambda: template.render([])):
         with pytest.raises(
-            JaxchatError, match=r"chat_template\.jinja: broken .*--format completion"
+            JaxchatError, match=r"chat_template\.jinja: broken .*with generate\(\) or stream\(\)"
         ) as excinfo:
             needed()
         assert "\n" not in str(excinfo.value)

@@ -144,7 +144,7 @@ def test_a_plan_changed_a_moment_ago_can_be_saved(model, tmp_path):
 def test_another_plan_is_refused_by_name(model, tmp_path):
     model.with_plan("0:2,1:").chat_session().save(tmp_path / "a.session")
     with pytest.raises(
-        UsageError, match=r"made under the layer plan 0,1,1,2, this is all: give --layer_spec"
+        UsageError, match=r"made under the layer plan 0,1,1,2, this is all: give plan='0,1,1,2'"
     ):
         model.load_session(tmp_path / "a.session")
 
@@ -224,7 +224,7 @@ def test_a_context_that_is_too_long_here_is_refused(model, directory, tmp_path):
     chat = model.chat_session()
     run(chat.send("hello" * 8, **SHORT))
     chat.save(tmp_path / "a.session")
-    with pytest.raises(UsageError, match=r"the context holds 40; raise --max_length"):
+    with pytest.raises(UsageError, match=r"the context holds 40; raise max_length"):
         jaxchat.load(directory, max_length=40).load_session(tmp_path / "a.session")
 
 

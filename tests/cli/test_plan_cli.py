@@ -200,7 +200,7 @@ def test_a_wrong_plan_is_pointed_at_and_the_exit_code_is_2():
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([], "no model: give its directory with -m, a --recipe, or only --num_layers"),
+        (["--to", "rys"], "--to needs to know how many layers there are: give a model with -m"),
         (["-m", "x", "--num_layers", "3"], "--model and --num_layers are given; give one"),
         (["-m", "nowhere"], "nowhere: no such model directory"),
         (["--recipe", "nowhere.yml"], "nowhere.yml: No such file or directory"),

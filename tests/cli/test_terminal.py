@@ -348,7 +348,7 @@ def test_commands_that_have_nothing_to_work_on_say_so(talk):
         "/save needs a name, e.g. /save talk, or a file, e.g. /save ./talk.session",
         "no session is saved as nowhere; `jaxchat sessions` lists those there are",
         "/role pirate: expected user or assistant",
-        "no option 'heat'; options: max_new_tokens, ",
+        "unknown option 'heat'. The options are max_new_tokens, ",
         "/set top_p: expected name=value, e.g. /set temperature=0.2",
         "top_p is '2'; expected a number above 0, at mo",
         "no command /stts; did you mean /stats",

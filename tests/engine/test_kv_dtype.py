@@ -109,7 +109,7 @@ def test_stored_rows_of_another_dtype_are_refused(make_session):
         logits_of(session, PROMPT)
         stored[kv_dtype] = session.cached_rows()
     with pytest.raises(
-        UsageError, match=r"stored keys are int8, the cache here is bfloat16: .* --kv_dtype int8"
+        UsageError, match=r"stored keys are int8, the cache here is bfloat16: .* kv_dtype='int8'"
     ):
         make_session("bfloat16").restore(PROMPT, stored["int8"])
     with pytest.raises(UsageError, match=r"scales of the keys .* int8 keys: expected float32 \[3, 2, 8\]"):
@@ -150,7 +150,7 @@ def test_the_cache_takes_the_bytes_that_show_tells(make_session, kv_dtype):
 
 
 def test_an_unknown_dtype_is_refused_before_anything_is_loaded(make_session, tmp_path):
-    message = "--kv_dtype is 'int4'; expected one of float32, bfloat16, int8"
+    message = "kv_dtype is 'int4'; expected one of float32, bfloat16, int8"
     with pytest.raises(UsageError, match=message):
         make_session("int4")
     write_tiny_chat(tmp_path)

@@ -132,7 +132,7 @@ def test_the_seeds_recipe_is_a_plan_with_four_slots_that_are_not_executed(opench
     assert assembly.layers == tuple(LayerSource(0, layer) for layer in range(32))
     assert (assembly.dtype, assembly.base, assembly.tokenizer) == ("bfloat16", 0, 0)
     assert assembly.notes == (
-        "4 slots with both scales 0: counted and exported, but not executed (--keep_identity runs them)",
+        "4 slots with both scales 0: counted and exported, but not executed (keep_identity runs them)",
     )
 
 
@@ -765,21 +765,21 @@ def test_passthrough_of_two_sources_in_one_slice_is_refused(read, models):
 def test_a_missing_model_says_what_was_tried_and_how_to_name_it(read, tmp_path):
     message = error_of(read, sources(("x/y", 0, 8)))
     assert "slices[0].sources[0].model: no model 'x/y': tried " in message
-    assert f"{tmp_path}/x/y and x/y; give it with --model_path x/y=DIR" in message
+    assert f"{tmp_path}/x/y and x/y; give it with model_paths={{'x/y': 'DIR'}}" in message
 
 
 def test_a_recipe_cannot_smuggle_control_characters_into_the_terminal(read):
     message = error_of(read, sources(('"\\e[31mx\\ny"', 0, 8)))
     assert message.isprintable()
-    assert "--model_path  [31mx y=DIR" in message
+    assert r"model_paths={'\x1b[31mx\ny': 'DIR'}" in message
 
 
 def test_a_model_path_must_be_a_directory_and_a_name_of_the_recipe(read, models, tmp_path):
     models("a")
     text = sources(("a", 0, 8))
-    assert "--model_path a=/nowhere: no such directory" in error_of(read, text, {"a": "/nowhere"})
+    assert "model_paths={'a': '/nowhere'}: no such directory" in error_of(read, text, {"a": "/nowhere"})
     message = error_of(read, text, {"b": tmp_path / "a"})
-    assert message == "--model_path b: the recipe has no model of that name; it has a"
+    assert message == "model_paths b: the recipe has no model of that name; it has a"
 
 
 def test_a_model_path_may_name_what_looks_like_a_revision(read, models, tmp_path):

@@ -218,6 +218,30 @@ def test_a_panel_is_read_from_yaml(directory, tmp_path):
     assert panel.prompt == "{classes}? {question}"
 
 
+def test_the_selector_may_choose_by_how_an_answer_begins(model):
+    says = {"tales": "Once", "greetings": "Hello"}
+    experts = [Expert(name=name, says=text, model=model) for name, text in says.items()]
+    choice = Panel(experts, prompt="{question}").choose("hello?")
+    found = choose(model, "hello?", list(says.values()))
+    assert dict(choice.probabilities) == {name: found.probabilities[text] for name, text in says.items()}
+    assert says[choice.name] == found.name
+    with pytest.raises(UsageError, match="two experts say the same: Once, Once"):
+        Panel([dataclasses.replace(experts[0], name="more"), experts[0]], prompt="{question}")
+
+
+def test_a_panel_may_name_the_model_in_the_box(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("jaxchat.talk.models.load", lambda directory, **settings: loaded.append(directory))
+    ModelLoader()("box")
+    (tmp_path / "panel.yaml").write_text(
+        "experts: [{name: a, model: box, says: Once}]\nprompt: '{question}'\n"
+    )
+    read_panel(tmp_path / "panel.yaml", ModelLoader(), OPTIONS)
+    (tmp_path / "box").mkdir()
+    read_panel(tmp_path / "panel.yaml", ModelLoader(), OPTIONS)
+    assert loaded == ["box", "box", tmp_path / "box"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -227,7 +251,7 @@ def test_a_panel_is_read_from_yaml(directory, tmp_path):
         ("experts: [{model: m}]", r"experts\[0\]: name is missing"),
         ("experts: [{name: a, modle: m}]", r"experts\[0\]: unknown key 'modle'"),
         ("experts: [{name: 3, model: m}]", r"experts\[0\].name is 3: expected text"),
-        ("experts: [{name: a, model: m, options: {heat: 1}}]", "no option 'heat'"),
+        ("experts: [{name: a, model: m, options: {heat: 1}}]", "unknown option 'heat'"),
         ("experts: [{name: a, model: nowhere}]", "nowhere"),
         ("{experts: [{name: a, model: m}], sticky: 1}", "sticky is 1: expected true or false"),
         ("{experts: [{name: a, model: m}], prompt: hello}", "has no {classes}"),

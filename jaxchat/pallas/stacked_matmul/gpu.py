@@ -25,7 +25,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxchat import quant
 from jaxchat.config import Role
-from jaxchat.errors import UsageError
+from jaxchat.errors import UsageError, option
 from jaxchat.lengths import next_power_of_two
 from jaxchat.pallas.stacked_matmul import reference
 from jaxchat.quant import InParts, QuantizedTensor
@@ -99,7 +99,10 @@ def prepare(value: Any, role: Role, tied: bool) -> Any:
     for part in jax.tree.leaves(value):
         sharding = getattr(part, "sharding", None)
         if sharding is not None and len(sharding.device_set) > 1:
-            raise UsageError("--kernels pallas runs on one GPU; on several give --kernels reference")
+            raise UsageError(
+                f"{option('kernels', 'pallas')} runs on one GPU; on several give "
+                f"{option('kernels', 'reference')}"
+            )
     return _in_words(value) if isinstance(value, QuantizedTensor) else value
 
 
