@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from jaxchat import demo
-from jaxchat.cli.command_line import Command, exit_process, run
+from jaxchat.cli.command_line import Command, catch_interrupts, exit_process, run
 from jaxchat.cli.terminal.commands import explained_word
 from jaxchat.errors import UsageError
 from jaxchat.files import try_to_replace, write_atomically
@@ -153,6 +153,7 @@ def program(name: str, doc: str | None, request: type[R], body: Callable[[R], No
 
     def do(filled: R, given: frozenset[str]) -> int:
         filled.try_to_save()
+        catch_interrupts()
         body(filled)
         return 0
 

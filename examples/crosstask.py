@@ -9,8 +9,13 @@ the user, which makes better conversations. A directory that is named twice is l
 """
 
 import dataclasses
+import signal
 import time
 from typing import Annotated
+
+if __name__ == "__main__":
+    # Ctrl-C while modules load just ends the program: an exception there would surface as a failed import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from common import Common, Turns, exit_process, program, say
 

@@ -12,7 +12,12 @@ descriptions; see `jaxchat.talk.experts.read_panel`.
 
 import contextlib
 import dataclasses
+import signal
 from typing import Annotated, Any
+
+if __name__ == "__main__":
+    # Ctrl-C while modules load just ends the program: an exception there would surface as a failed import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from common import BOX, Common, Questions, Turns, exit_process, program, say, typed
 

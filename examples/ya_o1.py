@@ -11,7 +11,12 @@ same reply. \\n is a line break. The summarizer then answers from question and t
 
 import contextlib
 import dataclasses
+import signal
 from typing import Annotated, Any, NamedTuple
+
+if __name__ == "__main__":
+    # Ctrl-C while modules load just ends the program: an exception there would surface as a failed import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from common import BOX, Common, Questions, Turns, exit_process, program, typed
 

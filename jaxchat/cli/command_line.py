@@ -178,7 +178,10 @@ def guarded(body: Callable[[], int], *, debug: Callable[[], bool] = lambda: Fals
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends the process."""
+    """Ends the process; a signal may end it sooner, but interrupts nothing that tidies up."""
+    for number in (signal.SIGINT, *_ENDING):
+        if signal.getsignal(number) in (signal.default_int_handler, _end):
+            signal.signal(number, signal.SIG_DFL)
     if code > 128:
         # XLA's threads may be in the middle of a step, and ending the interpreter under them can crash.
         sys.stderr.flush()
@@ -196,10 +199,13 @@ def catch_interrupts() -> None:
     if signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+    for number in _ENDING:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, _end)
+
+
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that tell a process to end; Windows has no SIGHUP."""
 
 
 class Ended(SystemExit):
