@@ -12,8 +12,10 @@ from jaxchat.cli.command_line import Command, exit_process, run
 from jaxchat.cli.terminal.commands import explained_word
 from jaxchat.errors import UsageError
 from jaxchat.files import try_to_replace, write_atomically
-from jaxchat.options import Flag, GenerateOptions, with_setting
+from jaxchat.options import LENGTHS, SAMPLING_RANGES, SEEDS, Flag, GenerateOptions, with_setting
+from jaxchat.pallas.backends import use_32_bits
 from jaxchat.talk import ModelLoader
+from jaxchat.visible import visible
 
 BOX = demo.NAME
 """Stands for the model in the box where a directory is expected."""
@@ -23,16 +25,23 @@ BOX = demo.NAME
 class Common:
     """The flags of every example."""
 
-    seed: Annotated[int, Flag(help="The same seed gives the same text", example="--seed 7")] = 0
-    temperature: Annotated[float, Flag(help="0 takes the likeliest token", example="--temperature 1.0")] = 0.7
+    seed: Annotated[int, Flag(help="The same seed gives the same text", example="--seed 7", limits=SEEDS)] = 0
+    temperature: Annotated[
+        float,
+        Flag(
+            help="0 takes the likeliest token",
+            example="--temperature 1.0",
+            limits=SAMPLING_RANGES["temperature"],
+        ),
+    ] = 0.7
     max_new_tokens: Annotated[
-        int, Flag(help="Of a message, at most", example="--max_new_tokens 60", low=1)
+        int, Flag(help="Of a message, at most", example="--max_new_tokens 60", limits=LENGTHS)
     ] = 200
     quant: Annotated[
         str | None, Flag(help="Quantize while loading", example="--quant int8", value="FORMAT")
     ] = None
     max_length: Annotated[
-        int | None, Flag(help="The longest context in tokens", example="--max_length 4096", low=1)
+        int | None, Flag(help="The longest context in tokens", example="--max_length 4096", limits=LENGTHS)
     ] = None
     json: Annotated[
         str | None,
@@ -51,16 +60,18 @@ class Common:
             name, equals, value = text.partition("=")
             if not equals:
                 raise UsageError(f"{flag} {text}: expected NAME=VALUE, such as temperature=0.2")
-            options = with_setting(options, name, value)
+            options = with_setting(options, name, value, where=f"{flag} ")
         return options
 
     def loader(self) -> ModelLoader:
         """Loads directories, each once; `box` is the model in the box."""
+        use_32_bits()
         return ModelLoader(quant=self.quant, max_length=self.max_length, said=lambda text: say(f"{text} ..."))
 
     def write(self, text: str) -> None:
         """Writes text of the conversation; to standard error if the transcript has standard output."""
-        print(text, end="", flush=True, file=sys.stderr if self.json == "-" else sys.stdout)
+        stream = sys.stderr if self.json == "-" else sys.stdout
+        print(visible(text) if stream.isatty() else text, end="", flush=True, file=stream)
 
     def save(self, transcript: dict[str, Any]) -> None:
         """Writes the transcript where --json says."""
@@ -85,6 +96,7 @@ class Common:
 
 
 R = TypeVar("R", bound=Common)
+Turns = Annotated[int, Flag(help="End after so many", example="--turns 20", limits=LENGTHS)]
 
 
 Questions = Annotated[
@@ -101,7 +113,7 @@ Questions = Annotated[
 
 def say(text: str) -> None:
     """Writes a line beside the conversation."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def typed(restart: Callable[[], None] | None = None) -> Iterator[str]:
@@ -153,4 +165,4 @@ def program(name: str, doc: str | None, request: type[R], body: Callable[[R], No
     return main
 
 
-__all__ = ["BOX", "Common", "Questions", "exit_process", "program", "say", "typed"]
+__all__ = ["BOX", "Common", "Questions", "Turns", "exit_process", "program", "say", "typed"]

@@ -12,14 +12,14 @@ import dataclasses
 import time
 from typing import Annotated
 
-from common import Common, exit_process, program, say
+from common import Common, Turns, exit_process, program, say
 
-from jaxchat.options import Flag
+from jaxchat.options import LENGTHS, Flag
 from jaxchat.talk import Speaker, Turn, crosstalk
 
 
 def _place(name: str, what: str, example: str) -> Flag:
-    return Flag(name=name, help=what, example=example, group="Arguments", positional=True)
+    return Flag(name=name, help=what, example=example, group="Arguments", value="DIR", positional=True)
 
 
 def _plan(who: str) -> Flag:
@@ -47,14 +47,18 @@ class Request(Common):
 
     a_model: Annotated[str, _place("A", "The first model's directory; box is the model in the box", "box")]
     b_model: Annotated[str, _place("B", "The second model's directory", "models/llama-3-8b")]
-    opening: Annotated[str, _place("opening", "What A says first", '"hello!"')]
+    opening: Annotated[
+        str,
+        Flag(help="What A says first", example='"hello!"', group="Arguments", positional=True),
+    ]
     reversed_role: Annotated[bool, Flag(help="A plays the user", example="--reversed_role")] = False
-    turns: Annotated[int, Flag(help="End after so many", example="--turns 20")] = 10
+    turns: Turns = 10
     conversations: Annotated[
         int,
         Flag(
             help="So many at once, with seeds from --seed on, decoded as one batch",
             example="--conversations 4",
+            limits=LENGTHS,
         ),
     ] = 1
     a_layer_spec: Annotated[str | None, _plan("A")] = None

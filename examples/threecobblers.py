@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 from typing import Annotated, Any
 
-from common import BOX, Common, Questions, exit_process, program, say, typed
+from common import BOX, Common, Questions, Turns, exit_process, program, say, typed
 
 from jaxchat.options import Flag
 from jaxchat.talk import Expert, Panel
@@ -39,7 +39,7 @@ class Request(Common):
     questions: Questions = ()
     sticky: Annotated[bool, Flag(help="The first expert stays", example="--sticky")] = False
     ask_all: Annotated[bool, Flag(help="Every expert answers", example="--ask_all")] = False
-    turns: Annotated[int, Flag(help="End after so many questions", example="--turns 3")] = 100
+    turns: Turns = 100
 
 
 _BOX_EXPERTS = {

@@ -13,9 +13,9 @@ import contextlib
 import dataclasses
 from typing import Annotated, Any, NamedTuple
 
-from common import BOX, Common, Questions, exit_process, program, typed
+from common import BOX, Common, Questions, Turns, exit_process, program, typed
 
-from jaxchat.options import Flag, unescape
+from jaxchat.options import LENGTHS, Flag, unescape
 from jaxchat.talk import Nudge, Thinker
 from jaxchat.talk.thinking import NUDGES, PREFIX, PROMPT, SYSTEM
 
@@ -33,6 +33,7 @@ class Request(Common):
             help="The directory of the model that thinks; box is the model in the box",
             example="box",
             group="Arguments",
+            value="DIR",
             positional=True,
         ),
     ]
@@ -42,11 +43,12 @@ class Request(Common):
             help="The directory of the model that answers; may be the same",
             example="models/llama-3-8b",
             group="Arguments",
+            value="DIR",
             positional=True,
         ),
     ]
     questions: Questions = ()
-    turns: Annotated[int, Flag(help="End after so many questions", example="--turns 3")] = 100
+    turns: Turns = 100
     thinker_layer_spec: Annotated[
         str | None,
         Flag(help="The thinker's layer plan", example="--thinker_layer_spec 0:20,10:", value="LAYERS"),
@@ -75,7 +77,9 @@ class Request(Common):
             shown=f"{', '.join(map(repr, NUDGES))}, of box {', '.join(map(repr, BOX_NUDGES))}",
         ),
     ] = None
-    budget: Annotated[int | None, Flag(help="Of tokens for the whole thought", example="--budget 500")] = None
+    budget: Annotated[
+        int | None, Flag(help="Of tokens for the whole thought", example="--budget 500", limits=LENGTHS)
+    ] = None
     system: Annotated[
         str | None,
         Flag(

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,15 +24,21 @@ class UnreadableError(ValueError):
     """Why a file cannot be read, in words that follow its name."""
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
+def read_bytes(path: Path, limit: int, *, pipe: bool = False) -> bytes:
     """A regular file of at most `limit` bytes. Anything else is refused unread, a pipe and a device unopened.
+
+    Args:
+      path: the file.
+      limit: more is refused.
+      pipe: whether it may be a pipe, such as `<(...)` of a shell: not where nobody has named it.
 
     Raises:
       UnreadableError: there is no such file, it is no file, or it is too large.
     """
     try:
+        path = _as_named(path)
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
+        if not (stat.S_ISREG(mode) or (pipe and stat.S_ISFIFO(mode))):
             raise UnreadableError(f"{_kind_of(mode)}, not a file")
         with path.open("rb") as file:
             return limited(file, limit)
@@ -39,6 +46,15 @@ def read_bytes(path: Path, limit: int) -> bytes:
         if isinstance(error, UnreadableError):
             raise
         raise UnreadableError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def _as_named(path: Path) -> Path:
+    """The same file where the locale's encoding is not UTF-8, but the name is."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return Path(os.fsdecode(str(path).encode(errors="surrogateescape")))
+    return path
 
 
 def limited(file: BinaryIO, limit: int) -> bytes:
@@ -64,12 +80,12 @@ def _kind_of(mode: int) -> str:
 
 
 def read_small_text(path: Path) -> str:
-    """The UTF-8 text of a file of at most `MAX_SMALL_BYTES`, without a byte order mark.
+    """The UTF-8 text of a file or pipe of at most `MAX_SMALL_BYTES`, without a byte order mark.
 
     Raises:
       UnreadableError: there is no such file, it is too large, or no text.
     """
-    return text_of(read_bytes(path, MAX_SMALL_BYTES))
+    return text_of(read_bytes(path, MAX_SMALL_BYTES, pipe=True))
 
 
 def text_of(data: bytes) -> str:
@@ -187,15 +203,40 @@ def _leads_to(stream: int, found: os.stat_result) -> bool:
 
 
 def _made_beside(target: Path, mode: int) -> Path:
-    """A new, empty file in the folder of another."""
-    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{os.urandom(4).hex()}")
+    """A new, empty file in the folder of another, in place of those that killed processes have left there."""
+    name = f".{target.name[:100]}."
+    _remove_leftovers(target.parent, name)
+    temporary = target.with_name(f"{name}{os.getpid()}-{os.urandom(4).hex()}")
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     except FileNotFoundError:
+        if target.parent.is_dir():  # one that takes no files: /proc
+            raise
         raise FileNotFoundError(
             errno.ENOENT, f"there is no folder {target.parent}; make it first, or name another", str(target)
         ) from None
     return temporary
+
+
+def _remove_leftovers(folder: Path, start: str) -> None:
+    pattern = re.compile(re.escape(start) + r"(\d+)-[0-9a-f]{8}")
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if (match := pattern.fullmatch(entry.name)) and not _is_running(match[1]):
+                os.unlink(entry)
+
+
+def _is_running(number: str) -> bool:
+    """Whether a process of this number runs here; True where that cannot be told."""
+    if os.name == "nt" or not number.isascii() or not number.isdigit():  # there `kill` asks nothing, it kills
+        return True
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_atomically(path: Path, data: bytes) -> None:

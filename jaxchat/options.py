@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
-import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 from jaxchat import arguments
 from jaxchat.errors import UsageError
+from jaxchat.values import Range, read_choice, read_number, read_switch
 from jaxchat.visible import shown
 
 Format = Literal["chat", "completion"]
@@ -21,7 +20,6 @@ KV_DTYPES = ("float32", "bfloat16", "int8")
 
 MAX_SLOTS = 1 << 16
 """Of a KV cache."""
-MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +37,8 @@ class Flag:
       name: its name, if not the field's.
       choices: the values there are, where the type does not say so.
       low, high: the least and the greatest number.
+      limits: the same with more words, instead of both.
+      or_none: of a file or directory, `''` is a value, too: none.
       many: it may be given more than once.
       read: from the text (of `many` the texts) to the field's value; a `UsageError` says what is wrong.
       shown: how the default is written, where that is not as Python prints it.
@@ -55,6 +55,8 @@ class Flag:
     choices: tuple[str, ...] = ()
     low: float | None = None
     high: float | None = None
+    limits: Range | None = None
+    or_none: bool = False
     many: bool = False
     read: Callable[[Any], Any] | None = None
     shown: str | None = None
@@ -62,49 +64,36 @@ class Flag:
     elsewhere: tuple[str, ...] = ()
 
 
-class Range(NamedTuple):
-    """The numbers that a sampling parameter may be.
-
-    Attributes:
-      type: `int` or `float`.
-      low, high: the least and the greatest.
-      expected: the same in words.
-    """
-
-    type: type
-    low: float
-    high: float
-    expected: str
-
-
 _MAX, _TINY = float.fromhex("0x1.fffffep127"), 2.0**-126  # of float32
 SAMPLING_RANGES: Mapping[str, Range] = {
-    "temperature": Range(float, 0, _MAX, "a number >= 0 (0 = greedy)"),
-    "top_k": Range(int, 0, 2**31 - 1, "an integer >= 0 (0 = off)"),
-    "top_p": Range(float, _TINY, 1, "a number > 0 and <= 1 (1 = off)"),
-    "min_p": Range(float, 0, 1, "a number from 0 to 1 (0 = off)"),
-    "repetition_penalty": Range(float, _TINY, _MAX, "a number > 0 (1 = off)"),
-    "presence_penalty": Range(float, -_MAX, _MAX, "a finite number (0 = off)"),
-    "frequency_penalty": Range(float, -_MAX, _MAX, "a finite number (0 = off)"),
+    "temperature": Range(float, 0, _MAX, words="a number, 0 or more", note="0 takes the most probable token"),
+    "top_k": Range(int, 0, 2**31 - 1, note="0 is off"),
+    "top_p": Range(float, _TINY, 1, words="a number above 0, at most 1", note="1 is off"),
+    "min_p": Range(float, 0, 1, note="0 is off"),
+    "repetition_penalty": Range(float, _TINY, _MAX, words="a number above 0", note="1 is off"),
+    "presence_penalty": Range(float, -_MAX, _MAX, words="a finite number", note="0 is off"),
+    "frequency_penalty": Range(float, -_MAX, _MAX, words="a finite number", note="0 is off"),
 }
-
-
-def outside(name: str, value: Any) -> str | None:
-    """What is wrong with the value of a sampling parameter; None if nothing is."""
-    limits = SAMPLING_RANGES[name]
-    number = numbers.Integral if limits.type is int else numbers.Real
-    problem = f"{name}: got {value!r}, expected {limits.expected}"
-    if isinstance(value, bool) or not isinstance(value, number):
-        return problem
-    try:
-        inside = limits.low <= float(value) <= limits.high  # NaN is not in any range
-    except OverflowError:
-        inside = False
-    return None if inside else problem
+"""The numbers that each sampling parameter may be."""
+_TOP_K = Range(int, -1, 2**31 - 1, words="a whole number, 0 or more", note="0 or -1 is off")
+SEEDS = Range(int, 0, 2**32 - 1)
+LENGTHS = Range(int, 1)
+"""Of a text, a context, a batch: at least one."""
+_RANGES: Mapping[str, Range] = {
+    "max_new_tokens": LENGTHS,
+    **SAMPLING_RANGES,
+    "top_k": _TOP_K,
+    "seed": SEEDS,
+}
+"""What the options may be, as people write them."""
 
 
 _length = functools.partial(Flag, group="How long")
 _sampling = functools.partial(Flag, group="Sampling")
+
+
+def _ranged(name: str, **more: Any) -> Flag:
+    return _sampling(limits=_RANGES[name], **more)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,13 +112,14 @@ class GenerateOptions:
         _length(
             help="At most so many new tokens; if not given, until the model ends or the context is full",
             example="--max_new_tokens 200",
-            low=1,
+            limits=LENGTHS,
             elsewhere=("n", "n_predict", "num_predict", "predict", "max_tokens"),
         ),
     ] = None
     temperature: Annotated[
         float,
-        _sampling(
+        _ranged(
+            "temperature",
             help="0 always takes the most probable token, higher is more varied. Where this and the next "
             "four are not given, they are as the model's generation_config.json recommends, if it does",
             example="-t 0.7",
@@ -139,11 +129,17 @@ class GenerateOptions:
     ] = 0.0
     top_k: Annotated[
         int,
-        _sampling(help="Choose among the N most probable tokens; 0 or -1 is off", example="-k 40", short="k"),
+        _ranged(
+            "top_k",
+            help="Choose among the N most probable tokens; 0 or -1 is off",
+            example="-k 40",
+            short="k",
+        ),
     ] = 0
     top_p: Annotated[
         float,
-        _sampling(
+        _ranged(
+            "top_p",
             help="Choose among the fewest tokens with this total probability; 1 is off",
             example="-q 0.9",
             short="q",
@@ -151,14 +147,16 @@ class GenerateOptions:
     ] = 1.0
     min_p: Annotated[
         float,
-        _sampling(
+        _ranged(
+            "min_p",
             help="Leave out tokens less probable than this fraction of the most probable; 0 is off",
             example="--min_p 0.05",
         ),
     ] = 0.0
     repetition_penalty: Annotated[
         float,
-        _sampling(
+        _ranged(
+            "repetition_penalty",
             help="Weaken every token of prompt and output (CTRL); 1 is off",
             example="--repetition_penalty 1.1",
             elsewhere=("repeat_penalty",),
@@ -166,15 +164,18 @@ class GenerateOptions:
     ] = 1.0
     presence_penalty: Annotated[
         float,
-        _sampling(
+        _ranged(
+            "presence_penalty",
             help="Subtract from the logit of tokens already generated; 0 is off",
             example="--presence_penalty 0.5",
         ),
     ] = 0.0
     frequency_penalty: Annotated[
         float,
-        _sampling(
-            help="The same for every time they were generated; 0 is off", example="--frequency_penalty 0.5"
+        _ranged(
+            "frequency_penalty",
+            help="The same for every time they were generated; 0 is off",
+            example="--frequency_penalty 0.5",
         ),
     ] = 0.0
     seed: Annotated[
@@ -183,8 +184,7 @@ class GenerateOptions:
             help="The same seed gives the same text on the same kind of machine. A chat that is not given "
             "one draws its own, which /stats and /set tell, and /retry draws the next",
             example="--seed 7",
-            low=0,
-            high=MAX_SEED,
+            limits=SEEDS,
         ),
     ] = 0
     stop: Annotated[
@@ -218,12 +218,11 @@ class GenerateOptions:
     ] = "error"
 
     def __post_init__(self) -> None:
+        for name, limits in _RANGES.items():
+            if name != "max_new_tokens" or self.max_new_tokens is not None:
+                object.__setattr__(self, name, arguments.number(name, getattr(self, name), limits))
         if self.top_k == -1:  # as others write "off"
             object.__setattr__(self, "top_k", 0)
-        for name, limits in SAMPLING_RANGES.items():
-            if problem := outside(name, getattr(self, name)):
-                raise UsageError(problem)
-            object.__setattr__(self, name, limits.type(getattr(self, name)))
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
 
@@ -234,8 +233,6 @@ class GenerateOptions:
 
 
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    "max_new_tokens": lambda name, value: None if value is None else arguments.whole(name, value, 1),
-    "seed": lambda name, value: arguments.whole(name, value, 0, MAX_SEED),
     "stop": lambda name, value: (
         value if isinstance(value, str) else tuple(arguments.texts(name, value or ()))
     ),
@@ -243,7 +240,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "ignore_eos": arguments.switch,
     "overflow": lambda name, value: arguments.one_of(name, value, get_args(Overflow)),
 }
-"""What the other fields may be, see `arguments`."""
+"""What the fields that are no numbers may be, see `arguments`."""
 
 DEFAULTS = GenerateOptions()
 
@@ -284,7 +281,7 @@ def checked_options(overrides: GenerateOverrides, options: GenerateOptions = DEF
 class UnknownOptionError(UsageError, TypeError):
     """A name that is no field of `GenerateOptions`; the message says which one may be meant."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, where: str = ""):
         hints = get_type_hints(GenerateOptions, include_extras=True)
         elsewhere = {
             other: field
@@ -293,11 +290,18 @@ class UnknownOptionError(UsageError, TypeError):
             for other in flag.elsewhere
         }
         advice = f"; did you mean {elsewhere[name]}?" if name in elsewhere else arguments.meant(name, hints)
-        super().__init__(f"unknown option {shown(name)}{advice or '.'} The options are {', '.join(hints)}")
+        options = f"The options are {', '.join(hints)}"
+        super().__init__(f"{where}unknown option {shown(name)}{advice or '.'} {options}")
 
 
-def with_setting(options: GenerateOptions, name: str, value: str) -> GenerateOptions:
+def with_setting(options: GenerateOptions, name: str, value: str, *, where: str = "") -> GenerateOptions:
     """`options` with one field read from text, as `/set name=value` gives it.
+
+    Args:
+      options: those that stay.
+      name: the field's.
+      value: its text.
+      where: what to put before its name in an error.
 
     Raises:
       UsageError: no such field, or no such value.
@@ -305,14 +309,9 @@ def with_setting(options: GenerateOptions, name: str, value: str) -> GenerateOpt
     >>> with_setting(GenerateOptions(), "top_k", "40").top_k
     40
     """
-    types = get_type_hints(GenerateOptions)
-    if name not in types:
-        raise UnknownOptionError(name)
-    expected, read = _READERS.get(name) or _READERS[types[name]]
-    try:
-        return dataclasses.replace(options, **{name: read(value)})
-    except (ValueError, OverflowError):
-        raise UsageError(f"{name}={value}: expected {expected}") from None
+    if name not in _READERS:
+        raise UnknownOptionError(name, where)
+    return dataclasses.replace(options, **{name: _READERS[name](where + name, value)})
 
 
 def setting_text(value: Any) -> str:
@@ -325,54 +324,35 @@ def setting_text(value: Any) -> str:
     return ",".join(texts) or "none"
 
 
-def read_switch(text: str) -> bool:
-    """`on` or `off`, also `true`, `1`, `yes` and their opposites; anything else is a `ValueError`."""
-    words = {"on": True, "true": True, "1": True, "yes": True}
-    words |= {"off": False, "false": False, "0": False, "no": False}
-    if text.lower() not in words:
-        raise ValueError(text)
-    return words[text.lower()]
+_NONE = ("", "none")
 
 
-def _read_integer(text: str, low: int, high: float) -> int:
-    if not low <= (value := int(text)) <= high:
-        raise ValueError(text)
-    return value
+def _number_reader(limits: Range) -> Callable[[str, str], Any]:
+    return lambda name, text: read_number(name, text, limits)
 
 
-def _read_limit(text: str) -> int | None:
-    return None if text in ("", "none") else _read_integer(text, 1, math.inf)
+def _read_limit(name: str, text: str) -> int | None:
+    return None if text in _NONE else read_number(name, text, LENGTHS._replace(note="or none"))
 
 
-def _read_seed(text: str) -> int:
-    return _read_integer(text, 0, MAX_SEED)
+def _read_texts(name: str, text: str) -> tuple[str, ...]:
+    return () if text in _NONE else tuple(unescape(part, name) for part in text.split(","))
 
 
-def _read_choice(text: str) -> str:
-    if text not in get_args(Overflow):
-        raise ValueError(text)
-    return text
+def _read_ids(name: str, text: str) -> tuple[int, ...]:
+    parts = [] if text in _NONE else text.split(",")
+    return tuple(read_number(name, part, Range(int, note="ids with commas between them")) for part in parts)
 
 
-def _read_texts(text: str) -> tuple[str, ...]:
-    return () if text in ("", "none") else tuple(unescape(part, "stop") for part in text.split(","))
-
-
-def _read_numbers(text: str) -> tuple[int, ...]:
-    return () if text in ("", "none") else tuple(map(int, text.split(",")))
-
-
-_READERS: dict[Any, tuple[str, Callable[[str], Any]]] = {
-    "max_new_tokens": ("an integer of at least 1, or none", _read_limit),
-    "seed": (f"an integer from 0 to {MAX_SEED}", _read_seed),
-    float: ("a number", float),
-    int: ("an integer", int),
-    bool: ("on or off", read_switch),
-    str | Sequence[str] | None: ("texts with commas between them (\\x2c is a comma), or none", _read_texts),
-    Sequence[int] | None: ("token ids with commas between them, or none", _read_numbers),
-    Overflow: (" or ".join(get_args(Overflow)), _read_choice),
+_READERS: Mapping[str, Callable[[str, str], Any]] = {
+    "max_new_tokens": _read_limit,
+    **{name: _number_reader(limits) for name, limits in _RANGES.items() if name != "max_new_tokens"},
+    "stop": _read_texts,
+    "stop_token_ids": _read_ids,
+    "ignore_eos": read_switch,
+    "overflow": lambda name, text: read_choice(name, text, get_args(Overflow)),
 }
-"""How a field of `GenerateOptions` is read from text, by its name or its type: what to expect, and how."""
+"""How the text of each field of `GenerateOptions` is read, given the name to call it by."""
 
 
 # --- escapes in text from the command line and the chat's commands

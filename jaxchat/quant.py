@@ -20,6 +20,7 @@ from jax import lax
 
 from jaxchat.config import Param
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.visible import shown
 
 Array = jax.Array | np.ndarray
 
@@ -112,8 +113,8 @@ _GGUF_NAMES = {
 
 def _unknown_format(text: str) -> UsageError:
     return UsageError(
-        f"unknown quantization {text!r}; use none, {', '.join(_GGUF_NAMES)}, or int8 or int4, optionally "
-        "with a group :32 :64 :128 :channel and with :affine :plain :f32 appended, for example int4:64"
+        f"unknown quantization {shown(text)}; use none, {', '.join(_GGUF_NAMES)}, or int8 or int4, "
+        "optionally with a group :32 :64 :128 :channel and with :affine :plain :f32, for example int4:64"
     )
 
 
@@ -338,7 +339,10 @@ def _to_float32(w: np.ndarray) -> np.ndarray:
 def _quantize_rows(x: np.ndarray, fmt: QuantFormat, out: QuantizedTensor, name: str) -> None:
     """Quantizes rows x [o, I] into `out`. A last group cut short by the end of the row is fitted as it is."""
     if not np.isfinite(np.max(np.abs(x), initial=0.0)):
-        raise JaxchatError(f"{name}: holds NaN or infinite weights; the checkpoint is damaged or overflowed")
+        raise JaxchatError(
+            f"{name}: holds NaN or infinite weights, which cannot be quantized; the checkpoint is damaged: "
+            "download it again, or do without --quant"
+        )
     group, full = out.group, x.shape[1] // out.group
     pieces = [(slice(0, full), x[:, : full * group])] if full else []
     if x.shape[1] > full * group:

@@ -26,6 +26,7 @@ from jaxchat.engine.session import Engine, Session, kernels_for, read_kv_dtype
 from jaxchat.errors import JaxchatError, UsageError, told
 from jaxchat.layer_plan import LayerPlan, PlanLike, as_plan
 from jaxchat.options import DEFAULTS, MAX_SLOTS, GenerateOptions, GenerateOverrides, checked_options
+from jaxchat.pallas import backends
 from jaxchat.quant import QuantFormat
 from jaxchat.recipes.recipe import read_recipe
 from jaxchat.text.chat_template import ChatTemplate
@@ -441,7 +442,7 @@ def load(
         directory, base_plan = assembly.models[assembly.tokenizer], assembly.plan
     chosen = as_plan(plan, base_plan)
     # Before the weights: what is wrong with a setting or a small file is not told after minutes of loading.
-    selected = kernels_for(kernels, jax.devices()[0] if mesh is None else mesh.devices.flat[0], mesh)
+    selected = kernels_for(kernels, backends.devices()[0] if mesh is None else mesh.devices.flat[0], mesh)
     cache_dtype = None if kv_dtype is None else read_kv_dtype(kv_dtype)
     tokenizer, template = directory.tokenizer, directory.template
     weights: dict[str, Any] = {"dtype": dtype, "quant": wanted, "mesh": mesh, "progress": progress}

@@ -36,7 +36,8 @@ def message(text: str) -> str:
 
     What to do stands at the end, so that stays.
     """
-    text = visible(text)
+    # Of bytes that Python could not read and kept: as UTF-8, which they mostly are.
+    text = visible(text.encode(errors="surrogateescape").decode(errors="replace"))
     if len(text) > MAX_MESSAGE:
         head, tail = text[: MAX_MESSAGE - 600], text[-500:]
         text = f"{head} [... {len(text) - len(head) - len(tail):,} characters ...] {tail}"

@@ -153,7 +153,7 @@ def test_a_full_context_ends_with_the_reason_context(model):
         (lambda m: m.generate("a", token_ids=[[1]]), UsageError, "give either prompts or token_ids"),
         (lambda m: m.generate(["a", ""]), UsageError, "prompt 1 is empty"),
         (lambda m: m.generate("a", temprature=1.0), TypeError, "unknown option 'temprature'"),
-        (lambda m: m.generate("a", temperature=-1.0), UsageError, "temperature: got -1.0"),
+        (lambda m: m.generate("a", temperature=-1.0), UsageError, "temperature is -1.0"),
         (lambda m: m.generate("a" * 96), UsageError, None),
         (lambda m: m.generate("a" * 200), ContextOverflowError, "200 tokens but the context holds 96"),
         (lambda m: m.with_plan("9"), UsageError, "layer 9 is out of range"),
@@ -497,11 +497,15 @@ def test_options_by_name_are_the_fields_of_the_value():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"top_p": 0}, "top_p: got 0, expected a number > 0 and <= 1"),
-        ({"top_k": 1.5}, "top_k: got 1.5, expected an integer >= 0"),
-        ({"temperature": float("nan")}, "temperature: got nan, expected a number >= 0"),
-        ({"min_p": True}, "min_p: got True, expected a number from 0 to 1"),
-        ({"presence_penalty": "hot"}, "presence_penalty: got 'hot', expected a finite number"),
+        ({"top_p": 0}, "top_p is 0; expected a number above 0, at most 1"),
+        ({"top_k": 1.5}, "top_k is 1.5; expected a whole number, 0 or more"),
+        ({"temperature": float("nan")}, "temperature is nan; expected a number, 0 or more"),
+        ({"min_p": True}, "min_p is True; expected a number, 0 to 1"),
+        ({"presence_penalty": "hot"}, "presence_penalty is 'hot'; expected a finite number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number, 1 or more"),
+        ({"seed": 2**32}, "seed is 4294967296; expected a whole number, 0 to 4294967295"),
+        ({"ignore_eos": "no"}, "ignore_eos is 'no'; expected True or False"),
+        ({"overflow": "shift"}, "overflow is 'shift'; expected error or truncate_oldest"),
     ],
 )
 def test_options_are_checked_where_they_are_made(values, message):

@@ -71,7 +71,12 @@ def place(text: str) -> Path:
     """
     if not text.strip():
         raise UsageError("a session needs a name or a file, e.g. talk or ./talk.session")
-    return list_folder() / f"{text}{_SUFFIX}" if is_name(text) else Path(text).expanduser()
+    if is_name(text):
+        return list_folder() / f"{text}{_SUFFIX}"
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # ~ of a user without a home directory
+        return Path(text)
 
 
 def existing_place(text: str) -> Path:

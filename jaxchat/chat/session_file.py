@@ -106,7 +106,7 @@ def load(path: str | Path) -> SavedChat:
         raise UsageError(f"{path}: no such file; give one that a session was saved to")
     file = SafetensorsFile(path, advice=_LOST)
     stored = _stored(file)
-    arrays = {name: file.view(name) for name in file.entries}
+    arrays = {name: file.read(name) for name in file.entries}
     for name, expected in stored.crc32.items():
         if name not in arrays or _crc32(arrays[name]) != expected:
             raise JaxchatError(f"{path}: damaged: {name} is not what was saved; {_LOST}")

@@ -125,11 +125,6 @@ class AssembledSource:
         rows = slice(first.row, first.row + len(tensors))
         return jax.tree.map(lambda array: array[rows], whole)
 
-    def release(self, param: Param, index: int) -> None:
-        """See `Source`."""
-        source, own, tensor = self._find(param, index)
-        source.release(own, tensor.row)
-
 
 class BakedSource:
     """A source under a layer plan, physically unrolled: layer p is slot p, with its scales multiplied in.
@@ -171,10 +166,6 @@ class BakedSource:
 
     def mapped(self, param: Param) -> None:
         """See `Source`: no file holds the plan's layers."""
-
-    def release(self, param: Param, index: int) -> None:
-        """See `Source`."""
-        self._source.release(param, self._row(param, index))
 
 
 def gathered_config(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:

@@ -22,7 +22,8 @@ from jaxchat.families import read_config
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.files import read_json, read_optional_json
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.options import SAMPLING_RANGES, outside
+from jaxchat.options import SAMPLING_RANGES
+from jaxchat.values import check_number
 
 if TYPE_CHECKING:
     from jaxchat.checkpoints.source import Source, Wanted
@@ -174,8 +175,10 @@ class ModelDirectory:
             value = _meant(name, values.get(name))
             if value is None:
                 continue
-            if problem := outside(name, value):
-                logger.warning("%s: ignored: %s", self.path / GENERATION_CONFIG, problem)
+            try:
+                check_number(name, value, SAMPLING_RANGES[name])
+            except UsageError as error:
+                logger.warning("%s: ignored: %s", self.path / GENERATION_CONFIG, error)
             else:
                 found[name] = SAMPLING_RANGES[name].type(value)
         return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -79,7 +80,7 @@ class HfSource:
         if embed not in self._files:
             self._names[hf] = head
             return config, "only"
-        if _same(self._files[embed].view(embed), self._files[head].view(head)):
+        if self._same(embed, head):
             return config, "copy"
         logger.warning(
             "%s: the configuration ties the output head to the embedding, but %s and %s differ; "
@@ -89,6 +90,19 @@ class HfSource:
             head,
         )
         return dataclasses.replace(config, tied_embeddings=False), "untied"
+
+    def _same(self, a: str, b: str) -> bool:
+        """Whether two matrices are equal bit by bit, read in pieces."""
+        one, other = self._files[a], self._files[b]
+        shape = one.entries[a].shape
+        if (shape, one.entries[a].dtype) != (other.entries[b].shape, other.entries[b].dtype):
+            return False
+        rows = max(1, _COMPARE_BYTES // max(1, math.prod(shape[1:]) * 4))
+        pieces = [slice(start, start + rows) for start in range(0, shape[0], rows)] if shape else []
+        return all(
+            np.array_equal(one.read(a, piece).view(np.uint8), other.read(b, piece).view(np.uint8))
+            for piece in pieces
+        )
 
     def _verify(self, head: str, tied_head: str) -> None:
         expected = {
@@ -127,18 +141,13 @@ class HfSource:
     def layer(self, param: Param, index: int) -> np.ndarray:
         """See `Source`: [out, in] of one layer, cut out of a fused tensor and turned where need be."""
         name = self._name(param, index)
-        value = self._files[name].view(name)
+        rows = slice(*param.fused_range(self.config)) if param.fused else slice(None)
         if param.transposed:
-            value = value.T
-        return value[slice(*param.fused_range(self.config))] if param.fused else value
+            return self._files[name].read(name).T[rows]
+        return self._files[name].read(name, rows)
 
     def mapped(self, param: Param) -> None:
         """See `Source`: layers are tensors of their own."""
-
-    def release(self, param: Param, index: int) -> None:
-        """See `Source`."""
-        name = self._name(param, index)
-        self._files[name].release(name)
 
 
 def _find_rename(family: Family, config: ModelConfig, names: Iterable[str]) -> tuple[str, str]:
@@ -156,15 +165,6 @@ def _wanted_names(family: Family, config: ModelConfig, rename: tuple[str, str], 
         family.rename(p.hf, rename).format(i) for p in parameter_table(config) for i in wanted.get(p.name, ())
     }
     return names | {family.rename(HEAD, rename)} if HEAD in wanted else names
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two matrices are equal bit by bit, compared in pieces so that no mask of their size is made."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    rows = max(1, _COMPARE_BYTES // max(1, a[:1].nbytes))
-    pieces = (slice(start, start + rows) for start in range(0, len(a), rows))
-    return all(np.array_equal(a[piece].view(np.uint8), b[piece].view(np.uint8)) for piece in pieces)
 
 
 def _weight_map(directory: Path) -> tuple[str, dict[str, Path]]:

@@ -22,6 +22,7 @@ from jaxchat.checkpoints.quantized import Quant, Storage, choose_format, stored_
 from jaxchat.checkpoints.safetensors_file import ALIGNMENT
 from jaxchat.checkpoints.source import Source, convert_into
 from jaxchat.config import ModelConfig, Param
+from jaxchat.pallas import backends
 from jaxchat.pallas.storage import as_bits
 from jaxchat.quant import QuantFormat, QuantizedTensor, empty, format_for, layer_slice, quantize
 from jaxchat.sharding import param_sharding
@@ -150,7 +151,7 @@ class Meter:
 def _load(
     source: Source, wanted: Mapping[str, Storage], mesh: Mesh | None, meter: Meter
 ) -> dict[str, jax.Array | QuantizedTensor]:
-    devices: list[Any] = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    devices: list[Any] = list(backends.devices()[:1]) if mesh is None else list(mesh.devices.flat)
     is_host = devices[0].platform == "cpu" and len(devices) == 1
     sizes = {
         p.name: stored_bytes(p.stacked_shape(source.config), wanted[p.name])
@@ -183,12 +184,11 @@ def _mapped(source: Source, param: Param, storage: Storage) -> np.ndarray | Quan
 def layers_of(
     source: Source, param: Param, storage: Storage, meter: Meter
 ) -> Iterator[tuple[int, np.ndarray | QuantizedTensor]]:
-    """Each (index, layer as `storage` says, in C order) of a parameter, released after its turn."""
+    """Each (index, layer as `storage` says, in C order) of a parameter."""
     for index in range(param.rows(source.config)):
         values = source.layer(param, index)
         yield index, _stored_as(values, storage, _label(param, index))
         meter.add(values.nbytes)
-        source.release(param, index)
 
 
 def _stored_as(
@@ -212,7 +212,7 @@ def _label(param: Param, index: int) -> str:
 def _load_param(
     source: Source, param: Param, storage: Storage, mesh: Mesh | None, meter: Meter
 ) -> jax.Array | QuantizedTensor:
-    device: Any = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device: Any = backends.devices()[0] if mesh is None else mesh.devices.flat[0]
     sharding: Sharding = SingleDeviceSharding(device)
     if mesh is not None:
         columns = param.layer_shape(source.config)[-1]
@@ -237,7 +237,6 @@ def _fill_host(source: Source, param: Param, dtype: np.dtype, meter: Meter) -> n
         assert isinstance(values, np.ndarray)  # quantized parameters stay quantized
         convert_into(stack[index] if param.per_layer else stack, values, _label(param, index))
         meter.add(values.nbytes)
-        source.release(param, index)
     return stack
 
 
@@ -251,7 +250,6 @@ def _quantize_host(source: Source, param: Param, fmt: QuantFormat, meter: Meter)
         else:
             quantize(values, fmt, name=_label(param, index), out=out)
         meter.add(values.nbytes)
-        source.release(param, index)
     return stack
 
 

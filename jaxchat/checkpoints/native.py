@@ -1,5 +1,6 @@
 """Native checkpoints as a `Source`: the stacks themselves, mapped."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from jaxchat.checkpoints.safetensors_file import DTYPES, NAMES, SafetensorsFile
 from jaxchat.checkpoints.source import verify
 from jaxchat.config import ModelConfig, Param
 from jaxchat.families import parameter_table
-from jaxchat.quant import QuantizedTensor, layer_slice
+from jaxchat.quant import QuantizedTensor
 
 
 class NativeSource:
@@ -46,17 +47,14 @@ class NativeSource:
 
     def mapped(self, param: Param) -> np.ndarray | QuantizedTensor:
         """See `Source`."""
-        storage: Storage = self._formats[param.name] or self.dtype(param)
-        return from_arrays(param.name, param.layer_shape(self.config)[-1], storage, self.file.view)
+        return self._arrays(param, self.file.view)
 
     def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
         """See `Source`."""
-        stack = self.mapped(param)
-        if not param.per_layer:
-            return stack
-        return layer_slice(stack, index) if isinstance(stack, QuantizedTensor) else stack[index]
+        return self._arrays(
+            param, lambda name: self.file.read(name, index if param.per_layer else slice(None))
+        )
 
-    def release(self, param: Param, index: int) -> None:
-        """See `Source`."""
-        for name in self._specs(param):
-            self.file.release(name)
+    def _arrays(self, param: Param, get: Callable[[str], np.ndarray]) -> np.ndarray | QuantizedTensor:
+        storage: Storage = self._formats[param.name] or self.dtype(param)
+        return from_arrays(param.name, param.layer_shape(self.config)[-1], storage, get)

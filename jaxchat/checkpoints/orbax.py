@@ -23,6 +23,7 @@ from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table
 from jaxchat.misplaced import refuse_misplaced
+from jaxchat.pallas import backends
 from jaxchat.pallas.storage import stored, stored_dtype
 from jaxchat.sharding import param_sharding
 
@@ -74,6 +75,7 @@ class OrbaxSource:
         """See `Source`."""
         if param.name not in self._stacks:
             arguments = {param.name: ocp.RestoreArgs(restore_type=np.ndarray)}
+            self._stacks = {}  # one at a time is enough
             self._stacks = self._restore({param.name: 0}, arguments)
         stack = self._stacks[param.name]
         return stack[index] if param.per_layer else stack
@@ -81,17 +83,12 @@ class OrbaxSource:
     def mapped(self, param: Param) -> None:
         """See `Source`: nothing is mapped."""
 
-    def release(self, param: Param, index: int) -> None:
-        """See `Source`."""
-        if index == param.rows(self.config) - 1:
-            self._stacks.clear()
-
     def load(self, target: np.dtype | None, mesh: Mesh | None) -> dict[str, jax.Array]:
         """Restores every parameter straight into its place, as `load_params` describes."""
         item, arguments = {}, {}
         for param in self.table:
             sharding = (
-                SingleDeviceSharding(jax.devices()[0])
+                SingleDeviceSharding(backends.devices()[0])
                 if mesh is None
                 else param_sharding(param, self.config, mesh)
             )

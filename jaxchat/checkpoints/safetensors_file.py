@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files by mapping, without copies: the format only, no models and no JAX.
+"""Reading and writing safetensors files, whole tensors or mapped ones: the format only, no models and no JAX.
 
 Format: https://huggingface.co/docs/safetensors/index#format. Eight bytes of little-endian header length N, N
 bytes of JSON (`name -> dtype, shape, data_offsets`, offsets counted from the end of the header), then the
@@ -6,11 +6,14 @@ data without holes.
 """
 
 import dataclasses
+import functools
+import io
 import json
 import math
 import mmap
 import os
 import stat
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -62,7 +65,10 @@ class Entry:
 
 
 class SafetensorsFile:
-    """A mapped file. Opening reads the header only and checks it against the size of the file.
+    """An open file. Opening reads the header only and checks it against the size of the file.
+
+    `read` copies and notices if the file changes; `view` maps, for what is to stay on the disk. Of a view
+    whose file is cut short the operating system ends the process (SIGBUS).
 
     Attributes:
       path: the file.
@@ -80,42 +86,80 @@ class SafetensorsFile:
     def __init__(self, path: str | Path, *, advice: str = "download the file again"):
         self.path = Path(path)
         try:
-            if not stat.S_ISREG(self.path.stat().st_mode):  # a pipe would be waited for
-                raise JaxchatError(f"{self.path}: not a file; {advice}")
-            with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                header, data_start = _read_header(file, size, self.path, advice)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = _opened(self.path, advice)
+            weakref.finalize(self, self._file.close)
+            self._state = self._now()
+            size = self._state[0]
+            header, data_start = _read_header(self._file, size, self.path, advice)
         except OSError as error:
-            raise JaxchatError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+            raise JaxchatError(f"{self.path}: cannot be read ({error.strerror or error}); {advice}") from None
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         entries = {name: _entry(name, value, data_start, self.path) for name, value in header.items()}
         _check_offsets(entries, data_start, size, self.path, advice)
         self.entries = {name: entry for name, entry in entries.items() if not name.startswith(PAD_PREFIX)}
+
+    def read(self, name: str, rows: slice | int = slice(None)) -> np.ndarray:
+        """A copy of the tensor, or of some of its rows: `tensor[rows]`.
+
+        Raises:
+          JaxchatError: the file has changed since it was opened.
+        """
+        dtype, shape = self._dtype(name), self.entries[name].shape
+        start, stop = 0, 1
+        if shape:
+            start, stop, _ = (slice(rows, rows + 1) if isinstance(rows, int) else rows).indices(shape[0])
+            shape = (stop - start, *shape[1:])
+        out = np.empty(shape, dtype)
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self._read_into(out.reshape(-1).view(np.uint8).data, self.entries[name].start + start * row_bytes)
+        return out[0] if isinstance(rows, int) else out
+
+    def _read_into(self, buffer: memoryview, offset: int) -> None:
+        try:
+            self._file.seek(offset)
+            done = 0
+            while done < len(buffer) and (count := self._file.readinto(buffer[done:])):
+                done += count
+            state = self._now()
+        except OSError as error:
+            raise JaxchatError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+        if done < len(buffer) or state != self._state:
+            raise JaxchatError(
+                f"{self.path}: was changed while it was read ({self._state[0]} bytes, now {state[0]}); "
+                "wait until it is complete, and run this again"
+            )
+
+    def _now(self) -> tuple[int, int]:
+        """Size and time of the last change."""
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
 
     def view(self, name: str) -> np.ndarray:
         """The tensor as a read-only view of the mapping; nothing is read before it is used.
 
         The view keeps the mapping alive.
         """
-        entry = self.entries[name]
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise JaxchatError(
-                f"{self.path}: tensor {name} has dtype {entry.dtype}; readable: {', '.join(DTYPES)}"
-            )
+        entry, dtype = self.entries[name], self._dtype(name)
         count = math.prod(entry.shape)
         return np.frombuffer(self._map, dtype, count, entry.start).reshape(entry.shape)
 
-    def release(self, name: str) -> None:
-        """Lets the operating system drop the tensor's pages from memory; they can be read again."""
-        if not hasattr(self._map, "madvise"):
-            return
-        entry = self.entries[name]
-        start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        stop = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if stop > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+    @functools.cached_property
+    def _map(self) -> mmap.mmap:
+        return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _dtype(self, name: str) -> np.dtype:
+        stored = self.entries[name].dtype
+        if stored not in DTYPES:
+            raise JaxchatError(
+                f"{self.path}: tensor {name} has dtype {stored}; readable: {', '.join(DTYPES)}"
+            )
+        return DTYPES[stored]
+
+
+def _opened(path: Path, advice: str) -> io.FileIO:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise JaxchatError(f"{path}: not a file; {advice}")
+    return io.FileIO(path)
 
 
 def _read_header(file: Any, size: int, path: Path, advice: str) -> tuple[dict[str, Any], int]:

@@ -47,10 +47,6 @@ class Source(Protocol):
         """The whole parameter, [L, ...] or [...], as a view of the file that maps it; None if none does."""
         ...
 
-    def release(self, param: Param, index: int) -> None:
-        """Says that `layer(param, index)` is not needed any more."""
-        ...
-
 
 Wanted = Mapping[str, Collection[int]]
 """What is to be read of a model: parameter -> its layers ({0} of what is not per layer)."""

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from jaxchat.checkpoints.load import Meter, Progress, layers_of, storages
 from jaxchat.checkpoints.manifest import (
     MANIFEST,
     NATIVE_FILE,
+    ORBAX_FOLDER,
     Manifest,
     Stack,
     recorded_plan,
@@ -44,7 +46,7 @@ from jaxchat.checkpoints.source import Source, convert_into
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import Family, family_of, relayered_config
-from jaxchat.files import locked
+from jaxchat.files import locked, try_to_replace
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantizedTensor
 from jaxchat.quant import dequantize as dequantize_tensor
@@ -203,6 +205,7 @@ def to_hf(
     shards = _split(tensors, max_shard_bytes)
     with _new_directory(model.directories, Path(dst), overwrite) as directory:
         meter = Meter(source, progress)
+        meter.add(0)
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         if len(shards) == 1:
             names = ["model.safetensors"]
@@ -262,6 +265,7 @@ def _write_native(
     for param in source.table:
         specs |= tensor_specs(param.name, param.stacked_shape(source.config), stored_as[param.name])
     meter = Meter(source, progress)
+    meter.add(0)  # says how much there is, before the first layer is done
     with SafetensorsWriter(path, specs, metadata={"format": "jaxchat"}, alignment=ALIGNMENT) as writer:
         for param in source.table:
             for index, values in layers_of(source, param, stored_as[param.name], meter):
@@ -314,8 +318,6 @@ def _write_hf_file(source: Source, path: Path, tensors: list[_HfTensor], meter: 
             values = [_plain(value, tensor) for value in stored]
             fused = np.concatenate(values) if len(values) > 1 else values[0]
             writer.write(tensor.name, fused.T if tensor.parts[0].transposed else fused)
-            for param in tensor.parts:
-                source.release(param, tensor.layer)
             meter.add(sum(value.nbytes for value in stored))
 
 
@@ -363,55 +365,110 @@ def _write_json(path: Path, value: object) -> None:
 @contextlib.contextmanager
 def _new_directory(sources: tuple[ModelDirectory, ...], dst: Path, overwrite: bool) -> Iterator[Path]:
     """A directory to write into, which becomes `dst` if the block ends well and disappears otherwise."""
-    dst = Path(os.path.abspath(dst))
+    given, dst = dst, _destination(dst)
     for src in sources:
-        _check_destination(src.path, dst, overwrite)
+        _check_destination(src.path, dst, given, overwrite)
     with contextlib.ExitStack() as held:
         try:
             dst.parent.mkdir(parents=True, exist_ok=True)
+            try_to_replace(dst.with_name(f".{dst.name}{_LOCK}"))  # a lock waits where it cannot be made
             _remove_leftovers(dst)
             partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
             held.enter_context(_locked(partial))
             partial.mkdir()
+        except FileExistsError:
+            raise JaxchatError(
+                f"{given}: cannot be created: there is a file where a folder would be; give another --dst"
+            ) from None
         except OSError as error:
-            raise JaxchatError(f"{dst}: cannot be created ({error.strerror or error})") from None
+            raise JaxchatError(
+                f"{given}: cannot be created ({error.strerror or error}); give another --dst"
+            ) from None
         try:
             yield partial
             _publish(partial, dst)
         except OSError as error:
             raise JaxchatError(
-                f"{dst}: cannot be written ({error.strerror or error}); nothing was left behind"
+                f"{given}: cannot be written ({error.strerror or error}); nothing was left behind"
             ) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
-    source, target = src.resolve(), dst.resolve()
-    if source == target or target in source.parents or source in target.parents:
-        raise UsageError(f"{dst}: source and destination must be separate directories (source: {src})")
+def _destination(given: Path) -> Path:
+    """Where the directory is to be: behind the links, so that those stay, and lead to the new one.
+
+    Raises:
+      UsageError: the links lead in a circle.
+    """
+    path = Path(os.path.realpath(given))
+    if path.is_symlink():
+        raise UsageError(f"{given}: a link that leads back to itself; give another --dst")
+    return path
+
+
+def _check_destination(src: Path, dst: Path, given: Path, overwrite: bool) -> None:
+    source = Path(os.path.realpath(src))
+    if source == dst or dst in source.parents or source in dst.parents:
+        raise UsageError(f"{given}: source and destination must be separate directories (source: {src})")
     if not os.path.lexists(dst):
         return
     if not overwrite:
-        raise UsageError(f"{dst}: exists already; choose another --dst, or replace it with --overwrite")
-    known = (MANIFEST, "config.json")
-    if not dst.is_dir() or (any(dst.iterdir()) and not any((dst / name).exists() for name in known)):
-        raise UsageError(f"{dst}: is not a model directory, so --overwrite does not replace it")
+        raise UsageError(f"{given}: exists already; choose another --dst, or replace it with --overwrite")
+    names = sorted(path.name for path in dst.iterdir()) if dst.is_dir() else [""]
+    if names and not {MANIFEST, CONFIG} & set(names):
+        raise UsageError(
+            f"{given}: is not a model directory, so --overwrite does not replace it; give another --dst"
+        )
+    if strange := _not_ours(dst):
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise UsageError(
+            f"{given}: holds {strange[0]}{more}, which no conversion writes, so --overwrite does not replace "
+            "it; move that away, or give another --dst"
+        )
+
+
+def _not_ours(directory: Path) -> list[str]:
+    """What is in a directory that no conversion has written there, by its path within."""
+    known = {path.relative_to(directory).as_posix() for path in text_files(directory)}
+    known |= {MANIFEST, CONFIG, GENERATION_CONFIG}
+    found: list[Path] = []
+    for folder, folders, files in os.walk(directory):
+        inside = [Path(folder, name) for name in folders]
+        found += [path for path in inside if path.is_symlink() or not any(path.iterdir())]
+        found += [Path(folder, name) for name in files]
+    names = [path.relative_to(directory).as_posix() for path in found]
+    return sorted(name for name in names if name not in known and not _WRITTEN.fullmatch(name))
+
+
+_WRITTEN = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    rf"|{ORBAX_FOLDER}/((ocdbt\.process_\d+/)?(manifest\.ocdbt|d/[0-9a-f]+)|array_metadatas/process_\d+"
+    r"|commit_success\.txt|_[A-Za-z_]+)"
+)
+"""The weights, as Hugging Face's layout, we and Orbax name them."""
 
 
 def _remove_leftovers(dst: Path) -> None:
     """Removes what a killed conversion to `dst` left, and puts back what one was about to replace."""
     for path in list(dst.parent.iterdir()):
         if path.name.startswith(f".{dst.name}.old-"):
-            if dst.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(dst)
+            with _locked(path.with_name(path.name.replace(".old-", ".partial-"))):
+                _undo_replacement(path, dst)
         elif path.name.startswith(f".{dst.name}.partial-"):
             partial = path.with_name(path.name.removesuffix(_LOCK))
             with _locked(partial):
                 if partial.exists():
                     shutil.rmtree(partial)
+
+
+def _undo_replacement(old: Path, dst: Path) -> None:
+    if old.is_symlink():
+        old.unlink()
+    elif dst.exists():
+        shutil.rmtree(old)
+    else:
+        old.rename(dst)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """What the commands share: one way to run them, with their help, streams, log level, errors and exit codes.
 
 A command is a dataclass whose fields are flags (`flags.py`) and a function that takes it.
-Exit codes: 0, 1 failure, 2 wrong usage, 130 interrupted, 141 nobody reads the output any more. Needs no JAX.
+Exit codes: 0, 1 failure, 2 wrong usage, 130 interrupted, 129 or 143 ended by SIGHUP or SIGTERM, 141 nobody
+reads the output any more. Needs no JAX.
 """
 
 import contextlib
@@ -137,8 +138,9 @@ def run(command: Command[Any], argv: Sequence[str] | None = None, *, program: st
             print(f"jaxchat {__version__}")
             return 0
         _set_log_level(common.log_level)
+        request = read(command.request, given)
         command.refuse(given)
-        return command.run(read(command.request, given), given.names)
+        return command.run(request, given.names)
 
     return guarded(body, debug=lambda: common.log_level == "debug")
 
@@ -154,6 +156,9 @@ def guarded(body: Callable[[], int], *, debug: Callable[[], bool] = lambda: Fals
     except KeyboardInterrupt:
         _end_line()
         return INTERRUPTED
+    except Ended as end:
+        _drop_output()
+        return end.exit_code
     except BrokenPipeError:
         _drop_output()
         return BROKEN_PIPE
@@ -174,7 +179,7 @@ def guarded(body: Callable[[], int], *, debug: Callable[[], bool] = lambda: Fals
 
 def exit_process(code: int) -> NoReturn:
     """Ends the process."""
-    if code in (INTERRUPTED, BROKEN_PIPE):
+    if code > 128:
         # XLA's threads may be in the middle of a step, and ending the interpreter under them can crash.
         sys.stderr.flush()
         os._exit(code)
@@ -184,10 +189,30 @@ def exit_process(code: int) -> NoReturn:
 def catch_interrupts() -> None:
     """From here on Ctrl-C raises KeyboardInterrupt, in a program that has let it just end the process so far.
 
+    SIGTERM and SIGHUP raise `Ended`, so that what is half written is removed.
+
     Programs do so while modules load, where an exception would surface as a failed import.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _end)
+
+
+class Ended(SystemExit):
+    """The process was told to end, by a signal: unlike Ctrl-C this leaves a chat, too."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.exit_code = 128 + number
+
+
+def _end(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # cleaning up is not to be interrupted by the next one
+    raise Ended(number)
 
 
 def read_text(name: str, flag: str) -> str:
@@ -213,13 +238,16 @@ def complain(text: str) -> None:
 
 
 def _use_utf8() -> None:
-    """UTF-8 whatever the locale; what cannot be written is replaced, what cannot be read is kept apart."""
+    """UTF-8 whatever the locale; what cannot be written is replaced, what cannot be read is kept apart.
+
+    A byte order mark that begins the input is left out.
+    """
     for name, errors in (("stdin", "surrogateescape"), ("stdout", "replace"), ("stderr", "replace")):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell: `>&-`
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors=errors)
+            stream.reconfigure(encoding="utf-8-sig" if name == "stdin" else "utf-8", errors=errors)
 
 
 class _Visible(logging.Formatter):

@@ -6,6 +6,8 @@ that is a dataclass brings the flags of its own fields. Any other field is no fl
 
 import dataclasses
 import difflib
+import os
+import re
 import textwrap
 import types
 import typing
@@ -16,6 +18,8 @@ from absl import flags
 
 from jaxchat.errors import UsageError
 from jaxchat.options import Flag
+from jaxchat.values import Range, read_choice, read_number, read_switch
+from jaxchat.visible import shown
 
 R = TypeVar("R")
 _REQUIRED = dataclasses.MISSING
@@ -50,7 +54,7 @@ class Given(NamedTuple):
     Attributes:
       names: of the flags that are there, switches that are off not counted.
       texts: of the places without a flag, in order.
-      values: of all flags, as absl holds them.
+      values: of all flags, as absl holds them: texts, of switches True or False.
     """
 
     names: frozenset[str]
@@ -71,7 +75,7 @@ def flag_fields(request: type) -> list[FlagField]:
             if field.default_factory is not _REQUIRED:
                 default = field.default_factory()
             found.append(FlagField(flag.name or field.name, flag, kind, default))
-            _definition(found[-1])
+            _check_type(found[-1])
         elif _is_request(kind):
             found += flag_fields(kind)
     return found
@@ -82,9 +86,14 @@ def define(fields: Sequence[FlagField]) -> flags.FlagValues:
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     for field in fields:
-        if not field.flag.positional:
-            definer, more = _definition(field)
-            definer(field.name, None, help="", short_name=field.flag.short, flag_values=values, **more)
+        if field.flag.positional:
+            continue
+        definer: Callable[..., Any] = flags.DEFINE_multi_string if field.flag.many else flags.DEFINE_string
+        if field.type is bool:
+            definer = flags.DEFINE_bool
+        definer(field.name, None, help="", short_name=field.flag.short, flag_values=values)
+        if field.type is bool:
+            values[field.name].parser = _Switch(field.spelled)
     return values
 
 
@@ -106,8 +115,10 @@ def parse(fields: Sequence[FlagField], argv: Sequence[str], stray: str) -> Given
         dashes = "-" if f"-{error.flagname}" in (word.partition("=")[0] for word in argv) else "--"
         advice = _advice(error.flagname.replace("-", "_").lower(), fields)
         raise UsageError(f"unknown flag {dashes}{error.flagname}; {advice}") from None
-    except flags.Error as error:
-        raise UsageError(" ".join(str(error).split()).removeprefix("flag ")) from None
+    except flags.Error as error:  # the last flag has no value
+        name = re.split(r"flag --?", " ".join(str(error).split()))[-1]
+        full = next((f.spelled for f in fields if name in (f.name, f.flag.short)), f"--{name}")
+        raise UsageError(f"{full} needs a value; --help shows examples") from None
     places = [field for field in fields if field.flag.positional]
     if len(rest) > len(places):
         raise UsageError(f"unexpected argument {rest[len(places)]!r}; {stray}")
@@ -172,25 +183,66 @@ def _filled(request: type[R], given: Given, texts: dict[str, str]) -> R:
             if _is_request(kind):
                 values[field.name] = _filled(kind, given, texts)
             continue
-        name = flag.name or field.name
-        value = texts.get(name) if flag.positional else given.values[name].value
+        found = FlagField(flag.name or field.name, flag, kind, field.default)
+        value = texts.get(found.name) if flag.positional else given.values[found.name].value
         if value is not None:
-            values[field.name] = _value(name, flag, tuple(value) if flag.many else value)
+            values[field.name] = _value(found, tuple(value) if flag.many else value)
     return request(**values)
 
 
-def _value(name: str, flag: Flag, value: Any) -> Any:
-    if flag.value not in _BYTES:
+def _value(field: FlagField, value: Any) -> Any:
+    """What a flag's text says; that of a switch is read already."""
+    flag = field.flag
+    if isinstance(value, bool):
+        return value
+    if flag.value in _BYTES:
         for text in value if flag.many else (value,):
-            _check_text(text, name)
-    return value if flag.read is None else flag.read(value)
+            _check_path(field, text)
+    else:
+        value = tuple(_text(field, text) for text in value) if flag.many else _text(field, value)
+    return value if flag.read is None and flag.many else (flag.read or _reader(field))(value)
 
 
-def _check_text(value: Any, name: str) -> None:
+def _text(field: FlagField, text: str) -> str:
+    """What was typed, as UTF-8 whatever the locale: Python keeps bytes it cannot read as lone surrogates."""
     try:
-        str(value).encode()
-    except UnicodeEncodeError:  # Python keeps bytes it cannot read as lone surrogates
-        raise UsageError(f"--{name} is not UTF-8 text") from None
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError:
+            raise UsageError(f"{field.spelled} is not UTF-8 text; give it in UTF-8, or in a file") from None
+    return text
+
+
+def _check_path(field: FlagField, text: str) -> None:
+    what = "directory" if "DIR" in field.flag.value else "file"
+    if not text and not field.flag.or_none:
+        raise UsageError(f"{field.spelled} is empty; give the name of a {what}")
+    if len(text) > _LONGEST_PATH or any(len(part) > _LONGEST_NAME for part in text.split("/")):
+        raise UsageError(
+            f"{field.spelled} is {shown(text)}, {len(text):,} characters; give the name of a {what}, which "
+            "cannot be so long"
+        )
+
+
+_LONGEST_PATH, _LONGEST_NAME = 4095, 255
+"""Characters of a path, and of each of its names, on Linux; others allow no more."""
+
+
+def _reader(field: FlagField) -> Callable[[str], Any]:
+    """How the text of a flag becomes a value, by its type."""
+    flag, name = field.flag, field.spelled
+    if choices := flag.choices or _choices(field.type):
+        return lambda text: read_choice(name, text, choices)
+    if field.type in (int, float):
+        limits = flag.limits or Range(field.type, flag.low, flag.high)
+        return lambda text: read_number(name, text, limits)
+    return lambda text: text
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
 def help_text(usage: str, fields: Sequence[FlagField]) -> str:
@@ -254,21 +306,22 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _definition(field: FlagField) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """How absl defines a flag: the function, and what else to hand it."""
-    flag = field.flag
-    if flag.many:
-        return flags.DEFINE_multi_string, {}
-    if typing.get_origin(field.type) is Literal or flag.choices:
-        return flags.DEFINE_enum, {"enum_values": flag.choices or typing.get_args(field.type)}
-    if field.type in (int, float):
-        definer = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
-        return definer, {"lower_bound": flag.low, "upper_bound": flag.high}
-    if field.type is bool:
-        return flags.DEFINE_bool, {}
-    if field.type is str or flag.read is not None:
-        return flags.DEFINE_string, {}
-    raise TypeError(f"--{field.name}: no flag can be read as {field.type}; give it `read`")
+def _check_type(field: FlagField) -> None:
+    known = field.type in (int, float, bool, str) or _choices(field.type)
+    if not (known or field.flag.many or field.flag.read is not None):
+        raise TypeError(f"--{field.name}: no flag can be read as {field.type}; give it `read`")
+
+
+class _Switch(flags.BooleanParser):
+    """Reads the value of a switch that has one: `--json=off`."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def parse(self, argument: str | int) -> bool:
+        """See absl; a `UsageError` passes through it."""
+        return read_switch(self._name, str(argument))
 
 
 def _with_underscores(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:

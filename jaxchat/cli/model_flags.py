@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
@@ -51,8 +52,8 @@ DTYPE = _flag(
 )
 QUANT = _flag(
     help="Quantize the weights while loading: int8 or int4, optionally with a group :32 :64 :128 :channel "
-    "and with :affine :plain :f32, or llama.cpp's q8_0 q4_0 q4_1; as stored if not given. `jaxchat convert "
-    "--quant` does it once and for all",
+    "and with :affine (offsets, too), :plain (scales without a search) and :f32 (wider scales), or "
+    "llama.cpp's q8_0 q4_0 q4_1; as stored if not given. `jaxchat convert --quant` does it once and for all",
     example="--quant int4, --quant int8:channel",
     elsewhere=("load_in_4bit", "load_in_8bit", "q_bits", "quantize", "quantization"),
     value="FORMAT",
@@ -137,7 +138,10 @@ class ModelFlags:
         """What people call the model."""
         if self.recipe is not None:
             return Path(self.recipe).stem
-        return "" if self.model is None else demo.place(self.model).resolve().name
+        if self.model is None:
+            return ""
+        path = os.path.realpath(demo.place(self.model))
+        return os.fsencode(os.path.basename(path)).decode(errors="replace")
 
     def or_boxed(self) -> Self:
         """The same, with the model in the box if it names none."""
@@ -183,6 +187,7 @@ class LoadFlags(ModelFlags):
             "none",
             example="--compilation_cache_dir /tmp/xla",
             value="DIR",
+            or_none=True,
         ),
     ] = None
 
@@ -195,8 +200,11 @@ class LoadFlags(ModelFlags):
         max_slots: int = 0,
     ) -> "Model":
         """Loads the model that `chosen` gave."""
-        from jaxchat.runtime import load  # imports JAX, which --help and usage errors need not wait for
+        # Imports JAX, which --help and usage errors need not wait for.
+        from jaxchat.pallas.backends import use_32_bits
+        from jaxchat.runtime import load
 
+        use_32_bits()
         return load(
             **chosen.location(),
             plan=chosen.plan,

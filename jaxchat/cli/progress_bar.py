@@ -55,10 +55,19 @@ def loading_bar(
 
 @contextlib.contextmanager
 def copying_bar(label: str) -> Iterator[Report]:
-    """Bytes with rate and remaining time, from the start."""
-    with _bytes_bar(label) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """Bytes with rate and remaining time, from the first report on, which says how many there are."""
+    bar = _bytes_bar(label)
+
+    def report(done: int, total: int) -> None:
+        if not bar.tasks:
+            bar.add_task("", total=total)
+            bar.start()
+        bar.update(bar.tasks[0].id, completed=done)
+
+    try:
+        yield report
+    finally:
+        bar.stop()
 
 
 def _bytes_bar(label: str) -> Progress:

@@ -172,6 +172,7 @@ class Request(LoadFlags):
             "directory if not given, '' for none",
             example="-i --history_file notes.txt",
             value="FILE",
+            or_none=True,
         ),
     ] = None
     verbose: Annotated[

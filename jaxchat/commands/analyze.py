@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from jaxchat.analysis.questions import Questions
-from jaxchat.cli.command_line import Command, Conflict, Need, catch_interrupts, complain, read_text
+from jaxchat.cli.command_line import Command, Conflict, Ended, Need, catch_interrupts, complain, read_text
 from jaxchat.cli.model_flags import RECIPE_NEEDS, BoxedModel, LoadFlags
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import try_to_replace, write_atomically
@@ -132,7 +132,7 @@ def _run(request: AnalyzeRequest, given: frozenset[str]) -> int:
     windows = _windows(model, request, text, ids)
     try:
         result = _measure(model, windows, request, out)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended):
         complain(f"interrupted; the results so far are in {out / JOURNAL}: run again to go on")
         raise
     _write(result, model, request, out)

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from jaxchat.cli.command_line import Command, catch_interrupts, complain
+from jaxchat.cli.command_line import Command, Ended, catch_interrupts, complain
 from jaxchat.cli.model_flags import DTYPES, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
 from jaxchat.errors import UsageError
 from jaxchat.options import Flag
@@ -78,8 +78,8 @@ class ConvertRequest:
         str | None,
         Flag(
             help="Quantize the weights: int8 or int4, optionally with a group :32 :64 :128 :channel and "
-            "with :affine :plain :f32, or llama.cpp's q8_0 q4_0 q4_1; norms stay as they are, and at 4 bits "
-            "embedding and head get 8",
+            "with :affine (offsets, too), :plain (scales without a search) and :f32 (wider scales), or "
+            "llama.cpp's q8_0 q4_0 q4_1; norms stay as they are, and at 4 bits embedding and head get 8",
             example="--quant int4, --quant int8:channel",
             value="FORMAT",
         ),
@@ -125,7 +125,7 @@ def _run(request: ConvertRequest, given: frozenset[str]) -> int:
     started = time.monotonic()
     try:
         manifest = _written(request)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended):
         complain(f"interrupted; nothing was left in {request.dst}; run the same command again to start over")
         raise
     size = sum(path.stat().st_size for path in Path(str(request.dst)).rglob("*") if path.is_file())

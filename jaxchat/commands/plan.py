@@ -17,7 +17,7 @@ from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
 from jaxchat.cli.command_line import Command, complain
 from jaxchat.cli.flags import flag_fields
 from jaxchat.cli.model_flags import KV_DTYPE, RECIPE_NEEDS, BoxedModel, ModelFlags
-from jaxchat.config import ModelConfig
+from jaxchat.config import MAX_LAYERS, ModelConfig
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan, PlanError
 from jaxchat.options import Flag
@@ -52,6 +52,7 @@ class PlanRequest(ModelFlags):
             example="--num_layers 32",
             group="Model",
             low=1,
+            high=MAX_LAYERS,
         ),
     ] = None
     to: Annotated[

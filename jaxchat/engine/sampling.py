@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxchat.errors import UsageError
 from jaxchat.options import SAMPLING_RANGES
+from jaxchat.values import wrong
 
 _INT_MAX = np.iinfo(np.int32).max
 _Values = float | Sequence[float] | np.ndarray
@@ -242,19 +243,17 @@ def _keep_top_p(scaled: jax.Array, top_p: jax.Array) -> jax.Array:
 
 def _checked(name: str, given: Any, batch: int) -> jax.Array:
     """One parameter [batch], float32 or int32, within its range."""
-    kind, low, high, expected = SAMPLING_RANGES[name]
-    dtype = np.int32 if kind is int else np.float32
+    limits = SAMPLING_RANGES[name]
+    dtype = np.int32 if limits.type is int else np.float32
     try:
         values = np.asarray(given)
     except ValueError:  # nested sequences of unequal lengths
         values = np.asarray(None)
     if values.dtype.kind not in ("iu" if dtype is np.int32 else "iuf"):
-        raise UsageError(f"{name}: got {given!r}, expected {expected}")
+        raise wrong(name, given, limits.expected)
     if values.shape not in ((), (batch,)):
-        raise UsageError(
-            f"{name}: got values of shape {values.shape}, expected one number or {batch} of them"
-        )
-    bad = ~((values >= low) & (values <= high))  # NaN is not in any range
+        raise UsageError(f"{name} has values of shape {values.shape}; expected one number or {batch} of them")
+    bad = ~((values >= limits.low) & (values <= limits.high))  # NaN is not in any range
     if bad.any():
-        raise UsageError(f"{name}: got {values[bad].flat[0]}, expected {expected}")
+        raise wrong(name, values[bad].flat[0].item(), limits.expected)
     return jax.device_put(np.broadcast_to(values, (batch,)).astype(dtype))  # by numpy: nothing to compile

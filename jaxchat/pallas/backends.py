@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from jaxchat.config import Role
-from jaxchat.errors import UsageError, option
+from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.pallas import cache_attention, native, stacked_matmul
 from jaxchat.pallas.cache_attention import Attend, WriteRows
 from jaxchat.pallas.stacked_matmul import StackedMatmul, StackedMatmuls
@@ -122,6 +123,51 @@ def _available(platform: str) -> dict[str, Callable[[], Kernels]]:
 @functools.cache
 def _warn_once(message: str) -> None:
     logging.getLogger("jaxchat").warning("%s; plain XLA serves, which is slower", message)
+
+
+def use_32_bits() -> None:
+    """Has JAX make 32-bit numbers whatever JAX_ENABLE_X64 says: for programs of ours, which need no others.
+
+    The library leaves that to the program that it is part of.
+    """
+    jax.config.update("jax_enable_x64", False)
+
+
+_INSTALLS = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}
+"""Platform -> the extra of jaxchat that brings what JAX needs for it."""
+
+
+@functools.cache
+def devices() -> tuple[jax.Device, ...]:
+    """JAX's devices, those of the platform that it prefers or that JAX_PLATFORMS names.
+
+    Raises:
+      JaxchatError: there are none; the message says what is asked for, and how to get it or do without.
+    """
+    try:
+        return tuple(jax.devices())
+    except Exception as error:  # of any type: an AssertionError, a RuntimeError
+        raise JaxchatError(_no_devices(" ".join(str(error).split()))) from None
+
+
+def _no_devices(reason: str) -> str:
+    wanted = jax.config.values.get("jax_platforms") or ""
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    known = [name for name in names if name in ("cpu", "rocm", *_INSTALLS)]
+    if names and not known:
+        return f"JAX_PLATFORMS is {wanted!r}; expected cpu, cuda or tpu; without it JAX takes what there is"
+    if not names:
+        return f"JAX finds no device ({reason[:300] or 'it says no more'}); try JAX_PLATFORMS=cpu"
+    extras = dict.fromkeys(_INSTALLS[name] for name in known if name in _INSTALLS)
+    install = "".join(f"install its software with pip install 'jaxchat[{extra}]', or " for extra in extras)
+    hidden = "CUDA_VISIBLE_DEVICES"
+    hint = f", and {hidden} is {os.environ[hidden]!r}" if "cuda" in extras and hidden in os.environ else ""
+    reason = reason.partition(" (set JAX_PLATFORMS")[0].removeprefix("Unable to initialize backend ")
+    why = f" ({reason[:200]})" if reason else ""
+    return (
+        f"JAX_PLATFORMS is {wanted!r}{hint}, but JAX finds no such device here{why}; {install}"
+        "do without JAX_PLATFORMS, or with JAX_PLATFORMS=cpu"
+    )
 
 
 def select(name: str, platform: str) -> Kernels:

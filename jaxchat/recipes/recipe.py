@@ -125,9 +125,9 @@ class _Models:
         """The number of a model; equal directories are one model."""
         if model.name not in self._by_name:
             directory = self._find(model)
-            resolved = [known.path.resolve() for known in self.directories]
-            if directory.resolve() in resolved:
-                self._by_name[model.name] = resolved.index(directory.resolve())
+            resolved = [os.path.realpath(known.path) for known in self.directories]
+            if os.path.realpath(directory) in resolved:
+                self._by_name[model.name] = resolved.index(os.path.realpath(directory))
             else:
                 self._by_name[model.name] = len(self.directories)
                 found = ModelDirectory.at(directory)

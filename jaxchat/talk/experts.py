@@ -1,5 +1,6 @@
 """A panel of experts: one model chooses who answers, by how probable it finds their names."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from jaxchat.files import UnreadableError, read_small_text
 from jaxchat.options import GenerateOptions, setting_text, with_setting
 from jaxchat.runtime import Model
 from jaxchat.talk.models import ModelLoader
+from jaxchat.values import wrong
 
 PROMPT = "Please classify the question to one of these classes:\n{classes}\n\nQuestion: {question}"
 """What the selector is asked; `{classes}` are the numbered names and descriptions."""
@@ -117,7 +119,9 @@ class Panel:
         self.experts = {expert.name: expert for expert in experts}
         labels = [expert.says or expert.name for expert in experts]
         if len(self.experts) != len(experts):
-            raise UsageError(f"two experts have one name: {', '.join(e.name for e in experts)}")
+            raise UsageError(
+                f"two experts have one name: {', '.join(e.name for e in experts)}; give each its own"
+            )
         if len(set(labels)) != len(labels):
             raise UsageError(f"two experts say the same: {', '.join(labels)}; let each say something else")
         self.selector = selector or experts[0].model
@@ -212,7 +216,17 @@ def read_panel(path: str | Path, models: ModelLoader, options: GenerateOptions) 
     if not isinstance(sticky, bool):
         raise UsageError(f"{path}: sticky is {sticky!r}: expected true or false")
     prompt = _text(root, "prompt", str(path))
-    return Panel(experts, selector, prompt=PROMPT if prompt is None else prompt, sticky=sticky)
+    with _named(str(path)):
+        return Panel(experts, selector, prompt=PROMPT if prompt is None else prompt, sticky=sticky)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Puts the place in the file before what is wrong there."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def _parsed(path: Path) -> Any:
@@ -222,6 +236,8 @@ def _parsed(path: Path) -> Any:
         raise UsageError(f"{path}: {error}; give a YAML file of experts") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deep; give a YAML file of experts") from None
 
 
 def _expert(
@@ -237,7 +253,10 @@ def _expert(
     for key, value in own.items():
         if isinstance(value, list):
             value = tuple(value)
-        options = with_setting(options, str(key), value if isinstance(value, str) else setting_text(value))
+        elif isinstance(value, dict):
+            raise wrong(f"{where}.options: {key}", value, "one value, or a list of them")
+        text = value if isinstance(value, str) else setting_text(value)
+        options = with_setting(options, str(key), text, where=f"{where}.options: ")
     return Expert(
         name=name,
         says=_text(values, "says", where) or "",
@@ -255,9 +274,11 @@ def _model(
     if directory is None:
         if default is None:
             raise UsageError(f"{where}: model is missing: name a directory, here or for the selector")
-        return default if spec is None else default.with_plan(spec)
+        with _named(f"{where}.layer_spec"):
+            return default if spec is None else default.with_plan(spec)
     beside = path.parent / directory
-    return models(directory if directory == demo.NAME and not beside.is_dir() else beside, spec)
+    with _named(where):
+        return models(directory if directory == demo.NAME and not beside.is_dir() else beside, spec)
 
 
 def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Loads models for a conversation, each set of weights once whatever plans run over it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class ModelLoader:
 
     def __call__(self, directory: str | Path, layer_spec: str | None = None) -> Model:
         """The model in a directory under a plan; None is every layer once, or the plan it was saved with."""
-        path = demo.place(directory).resolve()
+        path = Path(os.path.realpath(demo.place(directory)))
         if path not in self._loaded:
             if self._said:
                 self._said(f"loading {directory}")

@@ -152,8 +152,8 @@ def test_a_dataclass_is_filled_from_its_flags_and_keeps_its_defaults():
     [
         ((), "PLACE and --size must be given; --help shows examples"),
         (("x", "y", "--size", "1"), "unexpected argument 'y'; too many"),
-        (("x", "--size", "0"), "--size=0: "),
-        (("x", "--size", "1", "--kind", "c"), "--kind=c: value should be one of <a|b>"),
+        (("x", "--size", "0"), "--size is '0'; expected a whole number, "),
+        (("x", "--size", "1", "--kind", "c"), "--kind is 'c'; expected a or b"),
         (("x", "--size", "1", "--way", "\udcff"), "--way is not UTF-8 text"),
     ],
 )
@@ -237,7 +237,7 @@ def test_a_recommendation_that_is_none_is_no_reason_not_to_run(name, value, mean
     assert found.get(name) == meant
     assert found.get("temperature") == (meant if name == "temperature" else 0.7)
     GenerateOptions(**found)
-    says = rf"{tmp_path}/generation_config\.json: ignored: {name}: got .*, expected an? "
+    says = rf"{tmp_path}/generation_config\.json: ignored: {name} is .*; expected an? "
     assert [bool(re.match(says, message)) for message in caplog.messages] == [True] * (meant is None)
 
 
@@ -440,10 +440,19 @@ def test_show_as_json(chat_model, commands):
         (("-m", "MODEL", "--prompt_file", "nowhere"), "--prompt_file nowhere: No such file"),
         (("-m", "MODEL", "-p", "\udcff"), "--prompt is not UTF-8 text"),
         (("-m", "MODEL", "-p", "two", "words"), "unexpected argument 'words'; give the prompt in quotes"),
-        (("-m", "MODEL", "-p", "x", "--max_new_tokens", "0"), "--max_new_tokens=0: "),
-        (("-m", "MODEL", "-p", "x", "-t", "warm"), "--temperature=warm: "),
-        (("-m", "MODEL", "-p", "x", "--seed", "-1"), "--seed=-1: "),
-        (("-m", "MODEL", "-p", "x", "--dtype", "int3"), "--dtype=int3: value should be one of <float32|"),
+        (
+            ("-m", "MODEL", "-p", "x", "--max_new_tokens", "0"),
+            "--max_new_tokens is '0'; expected a whole",
+        ),
+        (("-m", "MODEL", "-p", "x", "-t", "warm"), "--temperature is 'warm'; expected a number, 0"),
+        (
+            ("-m", "MODEL", "-p", "x", "--seed", "-1"),
+            "--seed is '-1'; expected a whole number, 0 to",
+        ),
+        (
+            ("-m", "MODEL", "-p", "x", "--dtype", "int3"),
+            "--dtype is 'int3'; expected float32, bfl",
+        ),
         (("-m", "MODEL", "-i", "--json"), "--interactive cannot be combined with --json: "),
         (("-m", "MODEL", "-p", "x", "--json", "--markdown"), "--markdown cannot be combined with --json: "),
         (("-m", "MODEL", "-p", "x", "--reversed_role"), "--reversed_role needs --interactive: "),
@@ -465,10 +474,10 @@ def test_show_as_json(chat_model, commands):
         (("-m", "MODEL", "-p", "x", "--thought_tags", "<think>"), "--thought_tags is '<think>'; give two "),
         (
             ("-m", "MODEL", "-p", "x", "--ai_prefix_in", "answer"),
-            "--ai_prefix_in=answer: value should be one of",
+            "--ai_prefix_in is 'answer'; expected content or reasoning",
         ),
         (("-m", "MODEL", "-p", "x", "-s", "y", "--format", "completion"), "--system needs a chat"),
-        (("-m", "MODEL", "-p", "x", "-q", "1.5"), "top_p: got 1.5, expected"),
+        (("-m", "MODEL", "-p", "x", "-q", "1.5"), "--top_p is '1.5'; expected a number above 0, at most 1"),
         (("-m", "MODEL", "-p", "x", "--keep_identity"), "--keep_identity needs --recipe: "),
     ],
 )

@@ -332,12 +332,12 @@ def test_importing_the_command_defines_no_global_flag() -> None:
         ([], 2, "--src and --dst must be given"),
         (["--src", "{tmp}/hf"], 2, "--dst must be given"),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--fromat", "native"], 2, "did you mean --format?"),
-        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--format", "zip"], 2, "one of <native|orbax>"),
-        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--dtype", "int8"], 2, "one of <float32|"),
+        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--format", "zip"], 2, "expected native or orbax"),
+        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--dtype", "int8"], 2, "'int8'; expected float32, "),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "more"], 2, "unexpected argument 'more'"),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--to_hf", "--dtype", "float16"], 2, "--dtype cannot be"),
         (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--max_shard_bytes", "9"], 2, "needs --to_hf"),
-        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--to_hf", "--max_shard_bytes", "0"], 2, "positive"),
+        (["--src", "{tmp}/hf", "--dst", "{tmp}/x", "--to_hf", "--max_shard_bytes", "0"], 2, "1 or more"),
     ],
 )  # fmt: skip
 def test_wrong_usage(
@@ -434,4 +434,4 @@ def test_destination_that_cannot_be_created(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "file").write_text("x")
     arguments = ["convert", "--src", str(tmp_path / "hf"), "--dst", str(tmp_path / "file/native")]
     assert main(arguments) == 1
-    assert "cannot be created (File exists)" in capsys.readouterr().err
+    assert "cannot be created: there is a file where a folder would be" in capsys.readouterr().err

@@ -350,7 +350,7 @@ def test_commands_that_have_nothing_to_work_on_say_so(talk):
         "/role pirate: expected user or assistant",
         "unknown option 'heat'. The options are max_new_tokens, ",
         "/set top_p: expected name=value, e.g. /set temperature=0.2",
-        "top_p: got 2.0, expected a number > 0 and <= 1",
+        "top_p is '2'; expected a number above 0, at mo",
         "no command /stts; did you mean /stats",
         "no command /frob; /help lists them",
         "/set 'x: a quote is not closed",
@@ -530,7 +530,7 @@ def test_every_option_can_be_set_and_is_shown_as_it_is_read():
         assert with_setting(options, field.name, shown) == options
     assert options.stop == ("END", "\n", "a,b")
     assert options.min_p == 0.25
-    with pytest.raises(UsageError, match="seed=-1: expected an integer from 0 to 4294967295"):
+    with pytest.raises(UsageError, match="seed is '-1'; expected a whole number, 0 to 4294967295"):
         with_setting(options, "seed", "-1")
 
 

@@ -719,7 +719,7 @@ def test_max_new_tokens_ends_with_the_reason_length(engine):
 @pytest.mark.parametrize("max_new_tokens", [0, -3])
 def test_fewer_than_one_new_token_is_refused(engine, max_new_tokens):
     with pytest.raises(
-        UsageError, match=f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1"
+        UsageError, match=f"max_new_tokens is {max_new_tokens}; expected a whole number, 1 or"
     ):
         generate(new_session(engine, PROMPT), max_new_tokens=max_new_tokens)
 
@@ -776,7 +776,7 @@ def test_a_context_longer_than_the_learned_positions_is_refused(tiny_model):
 
 
 def test_a_context_shorter_than_one_token_is_refused(tiny_model):
-    with pytest.raises(UsageError, match=r"^max_length is 0; expected an integer of at least 1"):
+    with pytest.raises(UsageError, match=r"^max_length is 0; expected a whole number, 1 or more"):
         Engine(*tiny_model("llama"), max_length=0)
 
 
@@ -829,14 +829,22 @@ def test_a_generated_token_carries_the_models_own_log_probability(engine):
 
 
 def test_logits_that_are_not_finite_are_reported_and_leave_nothing_behind(engine):
-    broken = dict(engine.params)
-    broken["embed.weight"] = broken["embed.weight"].at[66].set(np.nan)
+    broken = {**engine.params, "embed.weight": engine.params["embed.weight"].at[66].set(np.nan)}
     session = new_session(Engine(engine.config, broken, max_length=MAX_LENGTH), [*PROMPT, 66, 3])
     with pytest.raises(JaxchatError, match="logits are not finite"):
         list(generate(session, max_new_tokens=3))
     session.rollback(len(PROMPT))
     expected = generated(new_session(engine, PROMPT), max_new_tokens=4)
     assert generated(session, max_new_tokens=4) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_all_equal_are_reported(engine, temperature):
+    broken = {**engine.params, "norm.weight": jnp.full_like(engine.params["norm.weight"], 0.0)}
+    session = new_session(Engine(engine.config, broken, max_length=MAX_LENGTH), PROMPT)
+    params = SamplingParams.make(1, temperature=temperature)
+    with pytest.raises(JaxchatError, match="logits are all equal"):
+        list(generate(session, max_new_tokens=3, params=params))
 
 
 @pytest.mark.parametrize("token", [-1, 67])
@@ -862,7 +870,7 @@ def test_seeds_and_sampling_parameters_must_match_the_batch(engine):
         generate(session, seeds=[3])
     with pytest.raises(UsageError, match=r"temperature: got values of shape \(1,\)"):
         generate(session, params=SamplingParams.make(1))
-    with pytest.raises(UsageError, match=r"^seed is -1; expected an integer from 0"):
+    with pytest.raises(UsageError, match="seed is -1; expected a whole number"):
         generate(session, seeds=[0, -1])
 
 

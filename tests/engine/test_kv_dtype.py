@@ -171,7 +171,7 @@ def test_the_command_line_takes_it(tmp_path, capsys):
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "<float32|bfloat16|int8>" in refused.stderr
+    assert "expected float32, bfloat16 or int8" in refused.stderr
 
 
 def test_perplexity_of_stories260k_hardly_moves(shared_data):

@@ -304,30 +304,33 @@ def test_a_nan_row_leaves_the_others_alone(logits):
 # --- validation
 
 
+GREEDY = " (0 takes the most probable token)"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.1}, "temperature: got -0.1, expected a number >= 0 (0 = greedy)"),
-        ({"temperature": float("nan")}, "temperature: got nan, expected a number >= 0 (0 = greedy)"),
-        ({"temperature": 1e39}, "temperature: got 1e+39, expected a number >= 0 (0 = greedy)"),
-        ({"temperature": "hot"}, "temperature: got 'hot', expected a number >= 0 (0 = greedy)"),
-        ({"temperature": None}, "temperature: got None, expected a number >= 0 (0 = greedy)"),
-        ({"top_k": -1}, "top_k: got -1, expected an integer >= 0 (0 = off)"),
-        ({"top_k": 2.5}, "top_k: got 2.5, expected an integer >= 0 (0 = off)"),
-        ({"top_k": True}, "top_k: got True, expected an integer >= 0 (0 = off)"),
-        ({"top_k": 2**31}, "top_k: got 2147483648, expected an integer >= 0 (0 = off)"),
-        ({"top_p": 0}, "top_p: got 0, expected a number > 0 and <= 1 (1 = off)"),
-        ({"top_p": [0.5, 1.01]}, "top_p: got 1.01, expected a number > 0 and <= 1 (1 = off)"),
-        ({"min_p": -0.5}, "min_p: got -0.5, expected a number from 0 to 1 (0 = off)"),
-        ({"min_p": 1.5}, "min_p: got 1.5, expected a number from 0 to 1 (0 = off)"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty: got 0.0, expected a number > 0 (1 = off)"),
-        ({"presence_penalty": float("inf")}, "presence_penalty: got inf, expected a finite number (0 = off)"),
+        ({"temperature": -0.1}, f"temperature is -0.1; expected a number, 0 or more{GREEDY}"),
+        ({"temperature": float("nan")}, f"temperature is nan; expected a number, 0 or more{GREEDY}"),
+        ({"temperature": 1e39}, f"temperature is 1e+39; expected a number, 0 or more{GREEDY}"),
+        ({"temperature": "hot"}, f"temperature is 'hot'; expected a number, 0 or more{GREEDY}"),
+        ({"temperature": None}, f"temperature is None; expected a number, 0 or more{GREEDY}"),
+        ({"top_k": -1}, "top_k is -1; expected a whole number, 0 to 2147483647 (0 is off)"),
+        ({"top_k": 2.5}, "top_k is 2.5; expected a whole number, 0 to 2147483647 (0 is off)"),
+        ({"top_k": True}, "top_k is True; expected a whole number, 0 to 2147483647 (0 is off)"),
+        ({"top_k": 2**31}, "top_k is 2147483648; expected a whole number, 0 to 2147483647 (0 is off)"),
+        ({"top_p": 0}, "top_p is 0; expected a number above 0, at most 1 (1 is off)"),
+        ({"top_p": [0.5, 1.01]}, "top_p is 1.01; expected a number above 0, at most 1 (1 is off)"),
+        ({"min_p": -0.5}, "min_p is -0.5; expected a number, 0 to 1 (0 is off)"),
+        ({"min_p": 1.5}, "min_p is 1.5; expected a number, 0 to 1 (0 is off)"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected a number above 0 (1 is off)"),
+        ({"presence_penalty": float("inf")}, "presence_penalty is inf; expected a finite number (0 is off)"),
         (
             {"frequency_penalty": float("-inf")},
-            "frequency_penalty: got -inf, expected a finite number (0 = off)",
+            "frequency_penalty is -inf; expected a finite number (0 is off)",
         ),
-        ({"top_p": [0.5] * 3}, "top_p: got values of shape (3,), expected one number or 2 of them"),
-        ({"top_p": [0.5, [0.5]]}, "top_p: got [0.5, [0.5]], expected a number > 0 and <= 1 (1 = off)"),
+        ({"top_p": [0.5] * 3}, "top_p has values of shape (3,); expected one number or 2 of them"),
+        ({"top_p": [0.5, [0.5]]}, "top_p is [0.5, [0.5]]; expected a number above 0, at most 1 (1 is off)"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -20,7 +20,8 @@ from jaxchat.cli.terminal.transcript import write_last_exchange
 from jaxchat.cli.terminal.writing import say
 from jaxchat.errors import UsageError
 from jaxchat.families import count_parameters
-from jaxchat.options import GenerateOptions, PrefixIn, read_switch, setting_text, unescape, with_setting
+from jaxchat.options import GenerateOptions, PrefixIn, setting_text, unescape, with_setting
+from jaxchat.values import read_choice, read_switch
 
 StartReply = Callable[[], TextStream]
 """Begins a reply, for the loop to write."""
@@ -239,14 +240,9 @@ _OWN = {
 
 
 def _read_own(name: str, value: str) -> Any:
-    if name == "ai_prefix_in":
-        if value not in get_args(PrefixIn):
-            raise UsageError(f"{name}={value}: expected {' or '.join(get_args(PrefixIn))}")
-        return value
-    try:
-        return read_switch(value)
-    except ValueError:
-        raise UsageError(f"{name}={value}: expected on or off") from None
+    return (
+        read_choice(name, value, get_args(PrefixIn)) if name == "ai_prefix_in" else read_switch(name, value)
+    )
 
 
 def _settings(chat: ChatState) -> dict[str, str]:

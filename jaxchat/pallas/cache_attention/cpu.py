@@ -26,7 +26,8 @@ def attend(
     if isinstance(k_cache, QuantizedRows) and isinstance(v_cache, QuantizedRows):
         operands = k_cache.codes, v_cache.codes, k_cache.scale, v_cache.scale
     elif jax.tree.leaves(k_cache)[0].dtype in (jnp.float32, jnp.bfloat16, jnp.uint16):
-        operands = *jax.tree.leaves((k_cache, v_cache)), jnp.zeros(0), jnp.zeros(0)
+        none = jnp.zeros(0, jnp.float32)
+        operands = *jax.tree.leaves((k_cache, v_cache)), none, none
     else:
         return reference.attend(
             q, k_cache, v_cache, slot, lengths, scale=scale, window=window, softcap=softcap
