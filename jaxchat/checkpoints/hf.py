@@ -1,4 +1,4 @@
-"""Hugging Face directories as a `Source`: safetensors files with one tensor a layer."""
+"""Hugging Face directories as a `Source`: files of safetensors or PyTorch with one tensor a layer."""
 
 import dataclasses
 import logging
@@ -14,19 +14,24 @@ from jaxchat.checkpoints.foreign import fail_quantized, found_in, quantization_o
 from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest
 from jaxchat.checkpoints.safetensors_file import DTYPES, SafetensorsFile
 from jaxchat.checkpoints.source import Wanted, fold_layers, listed, verify
+from jaxchat.checkpoints.torch_file import TorchFile
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import Family, count_parameters, family_of, parameter_table
 from jaxchat.files import read_json
 from jaxchat.visible import shown
 
+FILES = ("model.safetensors", "pytorch_model.bin")
+"""The weights, in the order of preference; shards are named in a file that ends in `.index.json`."""
 _COMPARE_BYTES = 1 << 24
+
+TensorFile = SafetensorsFile | TorchFile
 
 logger = logging.getLogger(__name__)
 
 
 class HfSource:
-    """A Hugging Face directory: `model.safetensors`, or shards with `model.safetensors.index.json`."""
+    """A Hugging Face directory: `model.safetensors` or `pytorch_model.bin`, or shards that an index names."""
 
     def __init__(self, directory: Path, config: ModelConfig, wanted: Wanted | None = None):
         """Opens and verifies every file that holds something `wanted`; None is everything.
@@ -169,11 +174,12 @@ def _wanted_names(family: Family, config: ModelConfig, rename: tuple[str, str], 
 
 def _weight_map(directory: Path) -> tuple[str, dict[str, Path]]:
     """Where a Hugging Face directory keeps its tensors: the file that says so, and tensor -> file."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        return str(single), dict.fromkeys(SafetensorsFile(single).entries, single)
-    if index.exists():
-        return str(index), _indexed(index)
+    for name in FILES:
+        single, index = directory / name, directory / f"{name}.index.json"
+        if os.path.lexists(single):
+            return str(single), dict.fromkeys(_opened(single).entries, single)
+        if os.path.lexists(index):
+            return str(index), _indexed(index)
     hint = found_in(directory) or "download the model's *.safetensors files"
     raise JaxchatError(
         f"{directory}: neither model.safetensors nor model.safetensors.index.json is there; {hint}"
@@ -196,14 +202,18 @@ def _is_file_name(name: str) -> bool:
     return Path(name).name == name and 0 < len(os.fsencode(name)) < 256 and name != ".." and "\0" not in name
 
 
-def _open_files(where: str, weight_map: Mapping[str, Path]) -> list[SafetensorsFile]:
+def _opened(path: Path) -> TensorFile:
+    return TorchFile(path) if path.suffix in (".bin", ".pt", ".pth") else SafetensorsFile(path)
+
+
+def _open_files(where: str, weight_map: Mapping[str, Path]) -> list[TensorFile]:
     paths = sorted(set(weight_map.values()))
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise JaxchatError(
             f"{where}: {len(missing)} of {len(paths)} shards are missing: {listed(missing)}; download them"
         )
-    files = {path: SafetensorsFile(path) for path in paths}
+    files = {path: _opened(path) for path in paths}
     lost = [
         f"{tensor} (in {path.name})"
         for tensor, path in weight_map.items()

@@ -162,6 +162,14 @@ def _opened(path: Path, advice: str) -> io.FileIO:
     return io.FileIO(path)
 
 
+def drop_pages(mapped: mmap.mmap, start: int, stop: int) -> None:
+    """Lets the operating system drop what of a mapping is within these bytes; it can be read again."""
+    start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if stop > start and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
 def _read_header(file: Any, size: int, path: Path, advice: str) -> tuple[dict[str, Any], int]:
     if size < 8:
         raise JaxchatError(f"{path}: truncated: expected at least 8 bytes, found {size}; {advice}")
