@@ -133,7 +133,7 @@ class TorchFile:
     def read(self, name: str, rows: slice | int = slice(None)) -> np.ndarray:
         """A copy of the tensor, or of some of its rows; its pages of the mapping can go."""
         entry = self.entries[name]
-        values = np.array(self.view(name)[rows])
+        values = np.array(self.view(name)[rows] if entry.shape else self.view(name))
         drop_pages(self._map, entry.start, entry.stop)
         return values
 
