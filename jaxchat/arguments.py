@@ -1,7 +1,7 @@
 """Values that a function was called with, checked before anything is done with them.
 
 Each check returns the value, numpy's numbers as Python's, or raises a `UsageError` that names the parameter.
-What parsers made of files is `typed.py`'s.
+What parsers made of files is `typed.py`'s, the numbers and what people type `values.py`'s.
 """
 
 import difflib
@@ -10,20 +10,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxchat.errors import UsageError, option
-from jaxchat.values import Range
-from jaxchat.visible import shown
+from jaxchat.values import Range, check_number, either, wrong
 
 
 def refused(name: str, value: Any, expected: str) -> UsageError:
     """The error for a value that is not what was expected. `name` may say where within: `token_ids[2]`."""
-    return UsageError(f"{option(name)} is {shown(value)}; expected {expected}")
+    return wrong(option(name), value, expected)
 
 
-def whole(name: str, value: Any, low: int, high: float = float("inf")) -> int:
+def number(name: str, value: Any, limits: Range) -> Any:
+    """A number of a range."""
+    check_number(option(name), value, limits)
+    return limits.type(value)
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     """An integer from `low` to `high`."""
-    found = _index(value)
-    if found is None or not low <= found <= high:
-        raise refused(name, value, Range(int, low, None if high == float("inf") else high).expected)
+    found: int = number(name, value, Range(int, low, high))
     return found
 
 
@@ -44,7 +47,7 @@ def switch(name: str, value: Any) -> bool:
 def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
     """One of some words."""
     if value not in choices or not isinstance(value, str):
-        raise refused(name, value, f"one of {', '.join(choices)}")
+        raise refused(name, value, either(choices))
     return value
 
 
@@ -72,7 +75,7 @@ def token_ids(name: str, value: Any) -> list[int]:
     for number, entry in enumerate(several(name, value, "a list of token ids")):
         found = _index(entry)
         if found is None or found < 0:
-            raise refused(f"{name}[{number}]", entry, "a token id, a whole number, 0 or more")
+            raise refused(f"{name}[{number}]", entry, "a token id, an integer of at least 0")
         ids.append(found)
     return ids
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 from jaxchat import arguments
 from jaxchat.errors import UsageError
-from jaxchat.values import Range, check_number, read_choice, read_number, read_switch
+from jaxchat.values import Range, read_choice, read_number, read_switch
 from jaxchat.visible import shown
 
 Format = Literal["chat", "completion"]
@@ -20,7 +20,6 @@ KV_DTYPES = ("float32", "bfloat16", "int8")
 
 MAX_SLOTS = 1 << 16
 """Of a KV cache."""
-MAX_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ SAMPLING_RANGES: Mapping[str, Range] = {
 }
 """The numbers that each sampling parameter may be."""
 _TOP_K = Range(int, -1, 2**31 - 1, words="a whole number, 0 or more", note="0 or -1 is off")
-SEEDS = Range(int, 0, MAX_SEED)
+SEEDS = Range(int, 0, 2**32 - 1)
 LENGTHS = Range(int, 1)
 """Of a text, a context, a batch: at least one."""
 _RANGES: Mapping[str, Range] = {
@@ -219,12 +218,11 @@ class GenerateOptions:
     ] = "error"
 
     def __post_init__(self) -> None:
+        for name, limits in _RANGES.items():
+            if name != "max_new_tokens" or self.max_new_tokens is not None:
+                object.__setattr__(self, name, arguments.number(name, getattr(self, name), limits))
         if self.top_k == -1:  # as others write "off"
             object.__setattr__(self, "top_k", 0)
-        for name in SAMPLING_RANGES:
-            value, limits = getattr(self, name), _RANGES[name]
-            check_number(name, value, limits)
-            object.__setattr__(self, name, limits.type(value))
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
 
@@ -235,8 +233,6 @@ class GenerateOptions:
 
 
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    "max_new_tokens": lambda name, value: None if value is None else arguments.whole(name, value, 1),
-    "seed": lambda name, value: arguments.whole(name, value, 0, MAX_SEED),
     "stop": lambda name, value: (
         value if isinstance(value, str) else tuple(arguments.texts(name, value or ()))
     ),
@@ -244,7 +240,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "ignore_eos": arguments.switch,
     "overflow": lambda name, value: arguments.one_of(name, value, get_args(Overflow)),
 }
-"""What the other fields may be, see `arguments`."""
+"""What the fields that are no numbers may be, see `arguments`."""
 
 DEFAULTS = GenerateOptions()
 
@@ -294,8 +290,8 @@ class UnknownOptionError(UsageError, TypeError):
             for other in flag.elsewhere
         }
         advice = f"; did you mean {elsewhere[name]}?" if name in elsewhere else arguments.meant(name, hints)
-        known = ", ".join(hints)
-        super().__init__(f"{where}unknown option {shown(name)}{advice or '.'} The options are {known}")
+        options = f"The options are {', '.join(hints)}"
+        super().__init__(f"{where}unknown option {shown(name)}{advice or '.'} {options}")
 
 
 def with_setting(options: GenerateOptions, name: str, value: str, *, where: str = "") -> GenerateOptions:

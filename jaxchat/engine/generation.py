@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat.arguments import whole
+from jaxchat.arguments import number
 from jaxchat.engine import steps
 from jaxchat.engine.sampling import SamplingParams
 from jaxchat.engine.session import Session, State
 from jaxchat.errors import JaxchatError, UsageError, option
-from jaxchat.options import MAX_SEED, Overflow
+from jaxchat.options import LENGTHS, SEEDS, Overflow
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -92,7 +92,7 @@ class Generation:
             if limits is None:
                 continue
             if limits.max_new_tokens is not None:
-                whole("max_new_tokens", limits.max_new_tokens, 1)
+                number("max_new_tokens", limits.max_new_tokens, LENGTHS)
             if not ids:
                 raise UsageError("an empty prompt: give at least one token")
         for name, values in (*self.params._asdict().items(), ("seeds", np.asarray(self.seeds))):
@@ -101,7 +101,7 @@ class Generation:
                     f"{name}: got values of shape {values.shape}, expected one for each of {batch}"
                 )
         for seed in self.seeds:
-            whole("seed", seed, 0, MAX_SEED)
+            number("seed", seed, SEEDS)
 
     def stop(self, row: int) -> None:
         """Ends a sequence after the token last yielded for it."""
@@ -158,13 +158,13 @@ class Generation:
         rows = self._active()
         if not np.isfinite(logprobs[rows]).all():
             found = "not finite (NaN or infinity)"
-        elif logits is not None and _all_equal(logprobs[rows], logits, rows):
+        elif rows and logits is not None and _all_equal(logprobs[rows], logits, rows):
             found = "all equal"
         if found:
             self.session.drop_cache()  # broken values would outlive a rollback
             raise JaxchatError(
                 f"the model's logits are {found}: the checkpoint is broken or the dtype too narrow; try "
-                + option("dtype", "float32")
+                f"{option('dtype', 'float32')}"
             )
 
     def _step(self, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -313,6 +313,6 @@ def _all_equal(logprobs: np.ndarray, logits: jax.Array, rows: Sequence[int]) -> 
 
     The logits are fetched only where the tokens drawn from them are as probable as one of all.
     """
-    if not rows or not np.allclose(logprobs, -np.log(logits.shape[-1])):
+    if not np.allclose(logprobs, -np.log(logits.shape[-1])):
         return False
     return bool(np.ptp(np.asarray(logits)[rows], axis=-1).max() == 0)
