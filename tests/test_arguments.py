@@ -70,7 +70,7 @@ def test_load_names_a_path_that_is_none():
         (lambda m: m.generate("a", stop=["x", None]), r"stop\[1\] is None"),
         (lambda m: m.generate("a", stop_token_ids=3), "stop_token_ids is 3"),
         (lambda m: m.generate("a", ignore_eos="false"), "ignore_eos is 'false'"),
-        (lambda m: m.generate("a", overflow="shift"), "overflow is 'shift'; expected one of error, trunc"),
+        (lambda m: m.generate("a", overflow="shift"), "overflow is 'shift'; expected error or trunc"),
         (lambda m: m.generate("a", options={"seed": 1}), "options is"),
         (lambda m: m.generate("a", max_tokens=5), "unknown option 'max_tokens'; did you mean max_new_tokens"),
         (lambda m: m.generate("a", temprature=1), "unknown option 'temprature'; did you mean temperature"),

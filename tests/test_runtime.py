@@ -505,7 +505,7 @@ def test_options_by_name_are_the_fields_of_the_value():
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number, 1 or more"),
         ({"seed": 2**32}, "seed is 4294967296; expected a whole number, 0 to 4294967295"),
         ({"ignore_eos": "no"}, "ignore_eos is 'no'; expected True or False"),
-        ({"overflow": "shift"}, "overflow is 'shift'; expected one of error, truncate_oldest"),
+        ({"overflow": "shift"}, "overflow is 'shift'; expected error or truncate_oldest"),
     ],
 )
 def test_options_are_checked_where_they_are_made(values, message):
