@@ -115,7 +115,7 @@ class Panel:
         by_name = not all(expert.says for expert in experts)
         for field in ("{classes}", "{question}") if by_name else ("{question}",):
             if field not in prompt:
-                raise UsageError(f"the selector's prompt has no {field}: it is asked with that")
+                raise UsageError(f"the selector's prompt has no {field}; write it where that belongs")
         self.experts = {expert.name: expert for expert in experts}
         labels = [expert.says or expert.name for expert in experts]
         if len(self.experts) != len(experts):
@@ -235,7 +235,9 @@ def _parsed(path: Path) -> Any:
     except UnreadableError as error:
         raise UsageError(f"{path}: {error}; give a YAML file of experts") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(
+            f"{path}: not YAML: {' '.join(str(error).split())}; give a YAML file of experts"
+        ) from None
     except RecursionError:
         raise UsageError(f"{path}: nested too deep; give a YAML file of experts") from None
 
