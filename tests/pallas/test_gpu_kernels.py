@@ -62,7 +62,7 @@ def test_programs_cover_every_row_and_column_with_blocks_of_powers_of_two(rows, 
 
 def test_weights_on_several_gpus_are_refused():
     spread = types.SimpleNamespace(sharding=types.SimpleNamespace(device_set={0, 1}))
-    with pytest.raises(UsageError, match="--kernels pallas runs on one GPU; on several give"):
+    with pytest.raises(UsageError, match="runs on one GPU; on several give"):
         matmul.prepare(spread, "weight", False)
 
 

@@ -37,7 +37,8 @@ def write(text: str) -> None:
 def say(text: str, codes: str = "") -> None:
     """A line on standard error, where everything goes that is not the text; `codes` as in `styled`."""
     shown = styled(visible(text), codes, sys.stderr) if is_terminal(sys.stderr) else text
-    print(shown, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{shown}\n")  # print writes the line break apart, and Ctrl-C could fall between
+    sys.stderr.flush()
 
 
 def styled(text: str, codes: str, stream: Any) -> str:
