@@ -19,6 +19,9 @@ jaxtyping.install_import_hook(
     "beartype.beartype",
 )
 
+# No test asks the Hub on the network; those of fetching have their own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from jaxchat.checkpoints.load import load_params  # noqa: E402
 from tests.support.commands import Commands  # noqa: E402
 from tests.support.tiny import write_tiny_hf  # noqa: E402

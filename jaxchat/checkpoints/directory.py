@@ -8,12 +8,13 @@ no JAX: what does (the parameters) is imported when it is asked for.
 import dataclasses
 import functools
 import logging
-import re
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from jaxchat import demo
+from jaxchat.checkpoints import hub
 from jaxchat.checkpoints.foreign import advice_on, found_in, refuse_quantized
 from jaxchat.checkpoints.manifest import MANIFEST, WEIGHT_DTYPES, Manifest, config_of, recorded_plan
 from jaxchat.config import ModelConfig
@@ -37,11 +38,12 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 _RECOMMENDABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def _how_to_get(path: Path) -> str:
-    """What to do about a model that is not there: `org/name` is how Hugging Face calls one."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
-        return f"download it with `hf download {path} --local-dir DIR`, and give DIR"
-    return f"give the folder that holds {CONFIG}"
+def _on_the_hub(path: str | Path) -> Path | None:
+    """The directory of a model that is called as on the Hub, unless there is a path of that name."""
+    if not isinstance(path, str) or os.path.lexists(path):
+        return None
+    name = hub.HubName.parse(path)
+    return None if name is None or os.path.lexists(path.split("/")[0]) else hub.fetch(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +59,17 @@ class ModelDirectory:
     def at(path: "str | Path | ModelDirectory") -> "ModelDirectory":
         """What is at a path, in whatever format; `box` is the model in the box if no folder is called so.
 
+        What is no path and reads like `org/name` or `org/name@revision` is fetched from the Hugging Face Hub.
+
         Raises:
           UsageError: there is no such directory.
+          JaxchatError: there is no such model on the Hub, or it cannot be reached.
         """
         if isinstance(path, ModelDirectory):
             return path
-        path = demo.place(path)
+        path = _on_the_hub(path) or demo.place(path)
         if not path.exists():
-            raise UsageError(f"{path}: no such model directory; {_how_to_get(path)}")
+            raise UsageError(f"{path}: no such model directory; give the folder that holds {CONFIG}")
         if not path.is_dir():
             foreign = advice_on(path)
             what = foreign or f"not a directory; give the folder that holds {CONFIG}"
@@ -82,7 +87,7 @@ class ModelDirectory:
     @property
     def name(self) -> str:
         """What people call it."""
-        return self.path.resolve().name
+        return hub.name_in_cache(self.path) or self.path.resolve().name
 
     @functools.cached_property
     def config_values(self) -> Mapping[str, Any]:

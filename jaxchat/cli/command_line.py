@@ -21,7 +21,7 @@ from jaxchat.cli.flags import FlagField, Given, flag_fields, help_text, parse, r
 from jaxchat.errors import JaxchatError, UsageError, in_flags
 from jaxchat.files import UnreadableError, limited, text_of
 from jaxchat.options import Flag
-from jaxchat.visible import message
+from jaxchat.visible import message, visible
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -233,6 +233,18 @@ def read_text(name: str, flag: str) -> str:
         ) from None
     except UnreadableError as error:
         raise UsageError(f"--{flag} {name}: {error}; give a text file in UTF-8") from None
+
+
+def agreed(question: str) -> bool:
+    """Asks before something is lost; `--yes` is what a command calls the flag that answers.
+
+    Raises:
+      UsageError: nobody is there to answer.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError("nobody can be asked here; give --yes")
+    print(f"{visible(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 # --- streams, logging and errors

@@ -6,6 +6,7 @@ A new command is such a file and a row here.
 COMMANDS = {
     "chat": "Chat with a model, line by line",
     "generate": "Continue one prompt, as text or as JSON",
+    "models": "List the models that were fetched from the Hugging Face Hub, and remove some",
     "sessions": "List the conversations that were saved under a name, and remove some",
     "show": "Print a model's shapes, layers, parameters and memory under a layer plan",
     "plan": "Convert layer plans between notations, and say what one costs",

@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
-from jaxchat.cli.command_line import Command, Conflict, Need
+from jaxchat.cli.command_line import Command, Conflict, Need, agreed
 from jaxchat.errors import UsageError
 from jaxchat.options import Flag
 
@@ -58,17 +58,10 @@ def _run(request: SessionsRequest, given: frozenset[str]) -> int:
     if missing := [name for name in request.remove if name not in known]:
         raise UsageError(f"no session is saved as {missing[0]}; `jaxchat sessions` lists those there are")
     for name in dict.fromkeys(request.remove):
-        if request.yes or _agreed(visible(f"remove {name}, saved {known[name].when}?")):
+        if request.yes or agreed(f"remove {name}, saved {known[name].when}?"):
             known[name].path.unlink()
             print(f"removed {name}")
     return 0
-
-
-def _agreed(question: str) -> bool:
-    if not sys.stdin.isatty():
-        raise UsageError("nobody can be asked here whether to remove a session; give --yes")
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def _as_json(session: "SavedSession") -> dict[str, Any]:

@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 
 from jaxchat import demo
+from jaxchat.checkpoints import hub
 from jaxchat.checkpoints.assembly import Assembly, LayerSource, may_differ
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.config import EMBED, FINAL_NORM, HEAD, Half, ModelConfig, Param
-from jaxchat.errors import option, told
+from jaxchat.errors import JaxchatError, option, told
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanError, Slot
 from jaxchat.recipes import mergekit_file
@@ -160,9 +161,14 @@ class _Models:
                 return directory
         if demo.place(model.name).is_dir():
             return demo.place(model.name)
-        return model.place.fail(
-            f"no model {model.name!r}: tried {' and '.join(str(directory) for directory in tried)}; {advice}"
-        )
+        missing = f"no model {model.name!r}: tried {' and '.join(str(directory) for directory in tried)}"
+        name = hub.HubName.parse(model.name)
+        if name is None:
+            return model.place.fail(f"{missing}; {advice}")
+        try:
+            return hub.fetch(name)
+        except JaxchatError as error:
+            return model.place.fail(f"{missing}, and the Hub: {error}; {advice}")
 
     def check(self, base: int) -> None:
         """Refuses models that cannot be one stack, and names for which there is no model."""

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxchat import demo
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.runtime import Model, load
 
 
@@ -24,10 +24,11 @@ class ModelLoader:
 
     def __call__(self, directory: str | Path, layer_spec: str | None = None) -> Model:
         """The model in a directory under a plan; None is every layer once, or the plan it was saved with."""
-        path = Path(os.path.realpath(demo.place(directory)))
+        found = ModelDirectory.at(directory)
+        path = Path(os.path.realpath(found.path))
         if path not in self._loaded:
             if self._said:
                 self._said(f"loading {directory}")
-            self._loaded[path] = load(directory, **self._settings)  # type: ignore[arg-type]
+            self._loaded[path] = load(found, **self._settings)  # type: ignore[arg-type]
         model = self._loaded[path]
         return model if layer_spec is None else model.with_plan(layer_spec)
