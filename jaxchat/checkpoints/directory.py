@@ -168,18 +168,18 @@ class ModelDirectory:
     def recommended_sampling(self) -> Mapping[str, float]:
         """The sampling options that `generation_config.json` recommends, by name.
 
-        Nothing is recommended where the file does not say `do_sample` (transformers' GenerationConfig). What
-        is no value of an option is read as off where that is what people mean by it, and else left out with
-        a warning: a recommendation is no reason not to run.
+        Nothing is recommended where the file does not say `do_sample` (transformers' GenerationConfig). A
+        number that is no value of an option is read as off where that is what people mean by it, and else
+        left out with a warning: a recommendation is no reason not to run.
         """
-        values = self._generation_values
-        if values.get("do_sample") is not True:
+        values = HfConfig(self._generation_values, str(self.path / GENERATION_CONFIG))
+        if values.values.get("do_sample") is not True:
             return {}
         found = {}
         for name in _RECOMMENDABLE:
-            value = _meant(name, values.get(name))
-            if value is None:
+            if values.values.get(name) is None:
                 continue
+            value = _meant(name, values.number(name, 0.0))
             try:
                 check_number(name, value, SAMPLING_RANGES[name])
             except UsageError as error:
@@ -199,11 +199,9 @@ class ModelDirectory:
         return HfSource(self.path, self.stated_config, wanted)
 
 
-def _meant(name: str, value: Any) -> Any:
+def _meant(name: str, value: float) -> float:
     """A recommended number as those mean it who write -1 for "all tokens", or a bound that excludes none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value
-    if name == "top_k" and float(value).is_integer():
+    if name == "top_k" and value.is_integer():
         return max(int(value), 0)
     if name == "top_p" and value > 1:
         return 1.0
