@@ -250,7 +250,8 @@ def _windows(model: "Model", request: AnalyzeRequest, text: str | None, given: l
     length = request.window or min(_WINDOW, model.engine.max_length)
     if length > model.engine.max_length:
         raise UsageError(
-            f"--window is {length}, but the model's context holds {model.engine.max_length} tokens; give fewer"
+            f"--window is {length}, but the model's context holds {model.engine.max_length} tokens; "
+            "give fewer"
         )
     bos = model.tokenizer.bos_id if model.tokenizer is not None and text is not None else None
     if not ids or ids[0] != bos:
