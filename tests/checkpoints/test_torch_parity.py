@@ -16,7 +16,7 @@ from jaxchat.errors import JaxchatError  # noqa: E402
 def assert_equals(file: TorchFile, expected: dict[str, Any]) -> None:
     assert file.entries.keys() == expected.keys()
     for name, tensor in expected.items():
-        found = file.view(name)
+        found = file.read(name)
         bits = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
         assert found.shape == tuple(tensor.shape)
         assert found.tobytes() == bytes(bits), name

@@ -69,7 +69,7 @@ def test_help_lists_the_commands_and_version_prints_one(commands):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no command: give one of chat, generate, sessions, "),
+        ((), "no command: give one of chat, generate, models, "),
         (("plna",), "no command 'plna'; did you mean plan?"),
         (("frobnicate",), "no command 'frobnicate'; jaxchat --help lists them"),
         (("--layer_spec", "0"), "--layer_spec stands before a command"),
@@ -440,10 +440,6 @@ def test_show_as_json(chat_model, commands):
         (("--layer_spce", "0:2"), "unknown flag --layer_spce; did you mean --layer_spec?"),
         (("--frobnicate",), "unknown flag --frobnicate; --help lists the flags"),
         (("-m", "nowhere", "-p", "x"), "nowhere: no such model directory"),
-        (
-            ("-m", "some/a.b-7B", "-p", "x"),
-            "some/a.b-7B: no such model directory; download it with `hf download some/a.b-7B --local-dir",
-        ),
         (("-m", "nowhere", "--show"), "nowhere: no such model directory"),
         (("-m", "MODEL"), "nothing to do: give a prompt with -p or --prompt_file"),
         (("-m", "MODEL", "-p", ""), "--prompt: the prompt is empty"),

@@ -341,6 +341,7 @@ def slow(label):
     yield report
 progress_bar.copying_bar = slow
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the programs begin
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, and its children with it
 sys.exit(tools.convert.main(["convert", "--src", sys.argv[1], "--dst", sys.argv[2]]))
 """
 

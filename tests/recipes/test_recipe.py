@@ -765,7 +765,11 @@ def test_passthrough_of_two_sources_in_one_slice_is_refused(read, models):
 def test_a_missing_model_says_what_was_tried_and_how_to_name_it(read, tmp_path):
     message = error_of(read, sources(("x/y", 0, 8)))
     assert "slices[0].sources[0].model: no model 'x/y': tried " in message
-    assert f"{tmp_path}/x/y and x/y; give it with model_paths={{'x/y': 'DIR'}}" in message
+    assert f"{tmp_path}/x/y and x/y, and the Hub: x/y: the Hugging Face Hub cannot be reached" in message
+    assert message.endswith("; give it with model_paths={'x/y': 'DIR'}")
+    assert f"{tmp_path}/y and y; give it with model_paths={{'y': 'DIR'}}" in error_of(
+        read, sources(("y", 0, 8))
+    )
 
 
 def test_a_recipe_cannot_smuggle_control_characters_into_the_terminal(read):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxchat
+from jaxchat import demo
 from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions
 from jaxchat.talk import (
@@ -239,7 +240,7 @@ def test_a_panel_may_name_the_model_in_the_box(tmp_path, monkeypatch):
     read_panel(tmp_path / "panel.yaml", ModelLoader(), OPTIONS)
     (tmp_path / "box").mkdir()
     read_panel(tmp_path / "panel.yaml", ModelLoader(), OPTIONS)
-    assert loaded == ["box", "box", tmp_path / "box"]
+    assert [found.path for found in loaded] == [demo.path(), demo.path(), tmp_path / "box"]
 
 
 @pytest.mark.parametrize(
