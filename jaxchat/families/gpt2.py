@@ -37,7 +37,8 @@ def config(hf: HfConfig) -> ModelConfig:
     head_dim = hidden // num_heads
     if head_dim < 1:
         raise JaxchatError(
-            f"{hf.at(_key(hf, 'n_embd'))} is {hidden}; expected at least {num_heads}, one a head"
+            f"{hf.at(_key(hf, 'n_embd'))} is {hidden} and {_key(hf, 'n_head')} is {num_heads}; expected at "
+            "least one dimension a head"
         )
     scale = head_dim**-0.5 if hf.flag("scale_attn_weights", True) else 1.0
     by_layer = hf.flag("scale_attn_by_inverse_layer_idx", False)
