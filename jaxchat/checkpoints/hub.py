@@ -48,7 +48,7 @@ SHORT_NAMES = {
 """What people type -> repository on the Hub; after chatllm.cpp's and ollama's names."""
 
 _WORDS = ("*.json", "*.jinja", "*.model", "*.model.v*", "merges.txt", "vocab.txt")
-_NO_WORDS = ("*.index.json", "*/*.json", "trainer_state.json", "training_args.json")
+_NO_WORDS = ("*.index.json", "trainer_state.json", "training_args.json")
 _WEIGHTS = (
     ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),

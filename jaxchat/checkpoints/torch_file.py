@@ -124,18 +124,21 @@ class TorchFile:
             ) from None
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """A copy of the tensor, in its own strides, or of some of its rows: `tensor[rows]`.
+        """A copy of the tensor in C order, or of some of its rows: `tensor[rows]`. No other rows are read.
 
         Raises:
           JaxchatError: the file has changed since it was opened.
         """
         tensor, entry = self._tensors[name], self.entries[name]
-        dtype = DTYPES[entry.dtype]
-        numbers = np.empty(entry.stop - entry.start, np.uint8)
-        self._file.read(numbers, entry.start)
+        dtype, shape, first = DTYPES[entry.dtype], tensor.shape, entry.start
         strides = [stride * dtype.itemsize for stride in tensor.strides]
-        whole = np.ndarray(tensor.shape, dtype, numbers.data, 0, strides)
-        return whole[rows] if tensor.shape else whole
+        if shape:
+            start, stop, _ = rows.indices(shape[0])
+            shape, first = (max(stop - start, 0), *shape[1:]), first + start * strides[0]
+        last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        numbers = np.empty(0 if 0 in shape else last + dtype.itemsize, np.uint8)
+        self._file.read(numbers, first)
+        return np.ndarray(shape, dtype, numbers.data, 0, strides).copy(order="C")
 
 
 def _entry(name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]]) -> Entry:

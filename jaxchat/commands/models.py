@@ -1,14 +1,10 @@
 """`jaxchat models`: lists the models that were fetched from the Hugging Face Hub, and removes some."""
 
-import dataclasses
-import json
-import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from jaxchat.cli.command_line import Command, Conflict, Need, agreed
-from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.options import Flag
+from jaxchat.cli.listing import Listing, list_command
+from jaxchat.errors import JaxchatError
 
 if TYPE_CHECKING:
     from jaxchat.checkpoints.hub import CachedModel
@@ -25,47 +21,18 @@ the cache is.
 """
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelsRequest:
-    """What to do with the list."""
-
-    remove: Annotated[
-        tuple[str, ...],
-        Flag(
-            help="Remove the model of this name, after a question; may be given more than once",
-            example="--remove Qwen/Qwen2.5-0.5B-Instruct",
-            value="NAME",
-            many=True,
-        ),
-    ] = ()
-    yes: Annotated[bool, Flag(help="Remove without a question", example="--remove Qwen/Qwen3-0.6B --yes")] = (
-        False
-    )
-    json: Annotated[
-        bool, Flag(help="Print a JSON list of objects, with the directory of each", example="--json")
-    ] = False
-
-
-def _run(request: ModelsRequest, given: frozenset[str]) -> int:
-    from jaxchat.checkpoints import hub  # half a second with huggingface_hub, which --help need not wait for
-    from jaxchat.visible import visible
+def _listing() -> Listing["CachedModel"]:
+    from jaxchat.checkpoints import hub  # numpy and others, which --help need not wait for
 
     models = hub.cached_models()
-    if request.json:
-        print(json.dumps([_as_json(model) for model in models], ensure_ascii=False, indent=2))
-        return 0
-    if not request.remove:
-        table = _table(models)
-        print(visible(table) if sys.stdout.isatty() else table)
-        return 0
-    known = {model.repo: model for model in models}
-    if missing := [name for name in request.remove if name not in known]:
-        raise UsageError(f"no model {missing[0]} is in the cache; `jaxchat models` lists those there are")
-    for name in dict.fromkeys(request.remove):
-        if request.yes or agreed(f"remove {name}, {_size(known[name].size)}?"):
-            hub.remove(name)
-            print(f"removed {name}, {_size(known[name].size)}")
-    return 0
+    return Listing(
+        entries={model.repo: model for model in models},
+        table=lambda: _table(models),
+        as_json=_as_json,
+        question=lambda model: f", {_size(model.size)}",
+        remove=lambda model: hub.remove(model.repo),
+        missing="no model {name} is in the cache; `jaxchat models` lists those there are",
+    )
 
 
 def _table(models: "list[CachedModel]") -> str:
@@ -110,11 +77,4 @@ def _day(seconds: float) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
-COMMAND = Command(
-    usage=_USAGE,
-    request=ModelsRequest,
-    run=_run,
-    stray="a model is removed with --remove NAME",
-    conflicts=(Conflict("json", "remove", "one lists, the other removes"),),
-    needs=(Need("yes", ("remove",), "it answers the question before removing"),),
-)
+COMMAND = list_command(_USAGE, "a model is removed with --remove NAME", _listing)

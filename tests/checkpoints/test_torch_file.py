@@ -50,6 +50,34 @@ def test_tensors_of_every_dtype_and_all_kinds_of_views(tmp_path, layout, protoco
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_some_rows_no_others_are_read(tmp_path, layout, monkeypatch):
+    arrays = {name: array for name, array in some_arrays().items() if array.ndim}
+    write_torch(tmp_path / "a.bin", arrays, layout)
+    file = TorchFile(tmp_path / "a.bin")
+    for name, array in arrays.items():
+        for rows in (slice(1, 3), slice(0, 0), slice(2, None), slice(None)):
+            found = file.read(name, rows)
+            assert found.tobytes() == array[rows].tobytes()
+            assert found.flags.c_contiguous
+    read: list[int] = []
+    monkeypatch.setattr(file._file, "read", lambda out, offset: read.append(out.nbytes))
+    file.read("float32", slice(1, 2))
+    assert read == [arrays["float32"][0].nbytes]
+
+
+def test_a_tied_head_may_be_stored_turned(tmp_path):
+    """A matrix that is turned is a view in PyTorch's files, as a tied head of it is."""
+    write_tiny_hf(tmp_path, "llama", tie_word_embeddings=True)
+    expected = load_params(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    turned = np.ascontiguousarray(tensors["model.embed_tokens.weight"].T).T
+    tensors |= {"model.embed_tokens.weight": turned, "lm_head.weight": turned}
+    write_torch(tmp_path / "pytorch_model.bin", tensors)
+    assert_same(load_params(tmp_path), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_other_values_and_the_part_that_holds_the_tensors(tmp_path, layout):
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     inner = OrderedDict(weight=Parameter(array), alike=array, extra=None)

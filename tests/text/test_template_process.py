@@ -1,6 +1,7 @@
 """Templates run beside this process: what one of them does to itself is one line here."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,9 +51,6 @@ def test_here_and_there_are_the_same():
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems limit no memory")
 def test_what_a_template_does_to_itself_is_one_short_line(source, said):
     (answer,) = ask("render", source, {}).items()
-    assert pytest.approx(0) != len(answer[1])
-    import re
-
     assert re.match(said, ": ".join(answer))
     assert len(answer[1]) <= 1000
     assert "\n" not in answer[1]
