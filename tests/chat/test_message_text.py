@@ -1,9 +1,10 @@
 """The text of a message is derived once: while its ids come, or afterwards, cut anywhere, it is the same."""
 
+import itertools
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxchat.chat.conversation import Conversation
@@ -66,10 +67,19 @@ def test_what_is_streamed_is_what_the_history_holds(tiny, words):
 stops = ["st", "</s>", "<|user|>", "a<|user|>", "<|user|>st", "</s><|user|>a", "user"]
 
 
+def first_stop(whole, stops):
+    """Where the text ends: at the stop string that is complete first, however early another one begins."""
+    for said in itertools.accumulate(re.findall(r"<[^>]*>|.", whole)):
+        if found := [at for at in map(said.find, stops) if at >= 0]:
+            return min(found)
+    return len(whole)
+
+
 @given(
     st.lists(st.sampled_from(["a", "st", "é", "</s>", "<|user|>", "<pad>"]), max_size=8),
     st.lists(st.sampled_from(stops), max_size=3),
 )
+@example(["</s>", "<|user|>", "a"], ["<|user|>", "</s><|user|>a"])
 def test_stop_strings_find_special_tokens_by_their_names(tiny, words, stops):
     conversation = Conversation(tiny.template, tiny.tokenizer)
     conversation.add_typed("Hi")
@@ -78,7 +88,7 @@ def test_stop_strings_find_special_tokens_by_their_names(tiny, words, stops):
     text = MessageText(tiny.tokenizer, opening, stops=stops)
     said(text, ids)
     whole = "".join(words)
-    cut = min((at for at in map(whole.find, stops) if at >= 0), default=len(whole))
+    cut = first_stop(whole, stops)
     kept = tiny.tokenizer.encode(whole[:cut], parse_special=True)
     assert text.stopped == (cut < len(whole))
     inside = re.search(r"<[^>]*$", whole[:cut])  # a stop string may begin inside of a name
