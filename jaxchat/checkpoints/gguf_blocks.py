@@ -183,7 +183,7 @@ def _put_six_bits(scales: np.ndarray, mins: np.ndarray) -> np.ndarray:
 
 
 def _affine_k(bits: int) -> tuple[Callable[[Blocks], _Parts], Callable[[_Parts, Blocks], None]]:
-    """Q4_K and Q5_K: 32 bytes of nibbles have 64 weights; their fifth bits are 2 c and 2 c + 1 of 32 bytes."""
+    """Q4_K and Q5_K: 32 bytes of nibbles have 64 weights; their fifth bits are 2 c, 2 c + 1 of 32 bytes."""
     start = 48 if bits == 5 else 16
     order = np.arange(8, dtype=np.uint8)[:, None]
 

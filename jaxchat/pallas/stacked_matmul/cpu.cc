@@ -126,7 +126,7 @@ ffi::Error Many(ffi::ThreadPool& pool, Call& call) {
   return ffi::Error::Success();
 }
 
-// Weight i is arguments 3 i to 3 i + 2: codes, scales and minimums (empty where there are none).
+// Weight i is six arguments: codes, high bits, scales, minimums, outer scales and minimums (empty where there are none).
 ffi::Error StackedMatmuls(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> layers,
                           ffi::RemainingArgs weights, ffi::RemainingRets outs, Integers kinds, Integers cols,
                           Integers groups, bool few, std::string_view isa) {
@@ -134,20 +134,20 @@ ffi::Error StackedMatmuls(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Bu
   if (table == nullptr) return ffi::Error::InvalidArgument("isa names no instruction set that runs here");
   Call call{x.typed_data(), x.dimensions()[0], {}, {}};
   for (size_t i = 0; i < kinds.size(); ++i) {
-    const auto codes = weights.get<ffi::AnyBuffer>(3 * i), scales = weights.get<ffi::AnyBuffer>(3 * i + 1),
-               mins = weights.get<ffi::AnyBuffer>(3 * i + 2);
+    constexpr size_t kParts = 6;
     auto out = outs.get<ffi::Buffer<ffi::F32>>(i);
-    if (!codes.has_value() || !scales.has_value() || !mins.has_value() || !out.has_value())
-      return ffi::Error::InvalidArgument("three arguments and one result a weight");
+    if (weights.size() < kParts * (i + 1) || !out.has_value())
+      return ffi::Error::InvalidArgument("six arguments and one result a weight");
     if (kinds[i] < 0 || kinds[i] >= kKinds) return ffi::Error::InvalidArgument("no such kind of weights");
+    const auto part = [&](size_t number) { return *weights.get<ffi::AnyBuffer>(kParts * i + number); };
     const int64_t at = layers.typed_data()[i];
-    if (at < 0 || at >= codes->dimensions()[0]) return ffi::Error::InvalidArgument("layer out of range");
+    if (at < 0 || at >= part(0).dimensions()[0]) return ffi::Error::InvalidArgument("layer out of range");
     Weights w{};
-    w.codes = AtLayer(*codes, at);
-    w.scales = AtLayer(*scales, at);
-    w.mins = AtLayer(*mins, at);
-    w.wide_scales = scales->element_type() == ffi::F32;
-    w.rows = codes->dimensions()[1];
+    const void** const parts[kParts] = {&w.codes, &w.high, &w.scales, &w.mins, &w.super_scales, &w.super_mins};
+    for (size_t number = 0; number < kParts; ++number) *parts[number] = AtLayer(part(number), at);
+    const ffi::DataType scales = part(2).element_type();
+    w.scale_type = scales == ffi::F32 ? ScaleType::kFloat : scales == ffi::S8 ? ScaleType::kInt8 : ScaleType::kHalf;
+    w.rows = part(0).dimensions()[1];
     w.cols = cols[i];
     w.group = groups[i];
     w.inputs = x.dimensions()[1];

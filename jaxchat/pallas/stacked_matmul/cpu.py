@@ -21,7 +21,10 @@ FEW_TOKENS = 32
 """From so many tokens of a sequence on, quantized weights are unpacked once for all of them."""
 
 _FLOAT_KINDS = {"float32": 0, "uint16": 1, "float16": 2}  # uint16 holds the bits of bfloat16
-_QUANTIZED_KINDS = {(8, False): 3, (8, True): 4, (4, False): 5, (4, True): 6}  # bits, affine
+_QUANTIZED_KINDS = {
+    (8, False): 3, (8, True): 4, (4, False): 5, (4, True): 6, (5, False): 7, (5, True): 8, (6, False): 9,
+}  # fmt: skip
+"""Bits, affine -> `Kind`."""
 
 
 def stacked_matmul(
@@ -40,8 +43,8 @@ def stacked_matmuls(
 ) -> list[jax.Array]:
     """`stacked_matmul` of one x with several weights, in one call: fewer waits for the slowest thread.
 
-    Quantized weights meet activations that are integers too, with a scale per 32 of them. 4-bit weights: 8
-    bits or more, as in llama.cpp; far finer than the weights. 8-bit weights: 15 bits; in prefill from
+    Quantized weights meet activations that are integers too, with a scale per 32 of them (6-bit weights: per
+    16). Weights of 4 to 6 bits: 8 bits or more, as in llama.cpp; finer than the weights. 8-bit weights: 15 bits; in prefill from
     `FEW_TOKENS` on, which is bound by arithmetic, 8 bits or more: what the processor multiplies best. There
     bfloat16 weights meet bfloat16 activations, if the processor multiplies those. The choice depends on T
     (x is [B, T, I]) and not on B: a sequence's tokens do not depend on its neighbours.
@@ -72,16 +75,20 @@ class _Operand(NamedTuple):
     kind: int
     cols: int
     group: int
-    arrays: tuple[Array, Array, Array]  # codes, scales, minimums
+    arrays: tuple[Array, ...]  # codes, high bits, scales, minimums, outer scales and minimums
 
 
 def _operand(w: jax.Array | QuantizedTensor) -> _Operand:
     if isinstance(w, QuantizedTensor):
-        mins = jnp.zeros((w.codes.shape[0], 0), w.scales.dtype) if w.mins is None else w.mins
-        kind = _QUANTIZED_KINDS[w.bits, w.affine]
-        return _Operand(kind, w.padded_columns, w.group, (w.codes, w.scales, mins))
-    none = jnp.zeros((w.shape[0], 0), jnp.float16)
-    return _Operand(_FLOAT_KINDS[w.dtype.name], w.shape[-1], 1, (w, none, none))
+        parts = (w.codes, w.high, w.scales, w.mins, w.super_scales, w.super_mins)
+        arrays = tuple(_none(w) if part is None else part for part in parts)
+        return _Operand(_QUANTIZED_KINDS[w.bits, w.affine], w.padded_columns, w.group, arrays)
+    return _Operand(_FLOAT_KINDS[w.dtype.name], w.shape[-1], 1, (w, *[_none(w)] * 5))
+
+
+def _none(w: jax.Array | QuantizedTensor) -> jax.Array:
+    """A part that a weight does not have."""
+    return jnp.zeros((w.shape[0], 0), jnp.float16)
 
 
 def _call(
