@@ -13,6 +13,7 @@ import numpy as np
 from jaxchat.checkpoints.manifest import Manifest
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
+from jaxchat.mixed import MixedTensor
 from jaxchat.quant import QuantizedTensor
 
 _READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -43,7 +44,7 @@ class Source(Protocol):
         """One row of a stacked parameter, or the whole of another (index 0), as a view where possible."""
         ...
 
-    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | None:
+    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | MixedTensor | None:
         """The whole parameter, [L, ...] or [...], as a view of the file that maps it; None if none does."""
         ...
 

@@ -37,8 +37,8 @@ from jaxchat.checkpoints.quantized import (
     TensorSpec,
     choose_format,
     named_arrays,
+    place,
     quantization_entry,
-    stored_format,
     tensor_specs,
 )
 from jaxchat.checkpoints.safetensors_file import ALIGNMENT, SafetensorsWriter
@@ -137,10 +137,11 @@ def convert(
     source = model.source if plan == "record" or model.plan is None else BakedSource(model.source, model.plan)
     values = None if source is model.source else _unrolled_config(model, source.config)
     fmt = choose_format(model.base, source.manifest, quant)
-    if fmt is not None and format == "orbax":
+    quantization = source.manifest.quantization or quantization_entry(fmt, source.table)
+    if quantization is not None and format == "orbax":
         raise UsageError(
-            f"--format orbax holds no quantized weights ({fmt}); use --format native, or leave --quant out "
-            "here and give it when the model is loaded"
+            f"--format orbax holds no quantized weights ({quantization.format}); use --format native, or "
+            "leave --quant out here and give it when the model is loaded"
         )
     if format == "orbax":
         from jaxchat.checkpoints.orbax import replace_native_file  # half a second of imports
@@ -149,7 +150,7 @@ def convert(
         _recorded(model) if source is model.source else source.manifest,
         format=format,
         dtypes={p.name: (target or source.dtype(p)).name for p in source.table},
-        quantization=source.manifest.quantization or quantization_entry(fmt, source.table),
+        quantization=quantization,
     )
     with _new_directory(model.directories, Path(dst), overwrite) as directory:
         _write_native(source, directory / NATIVE_FILE, stored_as, progress)
@@ -195,9 +196,9 @@ def to_hf(
     model = _open(src, layer_spec, None)
     source = model.source if model.plan is None else BakedSource(model.source, model.plan)
     values = None if model.plan is None else _unrolled_config(model, source.config)
-    if (fmt := stored_format(source.manifest)) is not None and not dequantize:
+    if (held := source.manifest.quantization) is not None and not dequantize:
         raise UsageError(
-            f"{model.base}: holds {fmt} weights, which Hugging Face's layout has no place for; "
+            f"{model.base}: holds {held.format} weights, which Hugging Face's layout has no place for; "
             "add --dequantize to write the numbers they stand for (the original weights are not in there any "
             "more)"
         )
@@ -269,8 +270,9 @@ def _write_native(
     with SafetensorsWriter(path, specs, metadata={"format": "jaxchat"}, alignment=ALIGNMENT) as writer:
         for param in source.table:
             for index, values in layers_of(source, param, stored_as[param.name], meter):
-                for name, array in named_arrays(param.name, values).items():
-                    writer.write(name, array, index if param.per_layer else None)
+                part, row = place(param.name, stored_as[param.name], index)
+                for name, array in named_arrays(part, values).items():
+                    writer.write(name, array, row if param.per_layer else None)
 
 
 def _hf_tensors(source: Source) -> list[_HfTensor]:

@@ -152,7 +152,7 @@ class Engine:
 def prepared(kernels: Kernels, config: ModelConfig, params: Params) -> Params:
     """Loaded parameters in the layout that the kernels read."""
     return {
-        param.name: kernels.prepare(params[param.name], param.role, config.tied_embeddings)
+        param.name: kernels.prepared(params[param.name], param.role, config.tied_embeddings)
         for param in parameter_table(config)
     }
 

@@ -569,7 +569,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"format_version": 9}, "format_version is 9, this jaxchat reads up to 2"),
+        ({"format_version": 9}, "format_version is 9, this jaxchat reads up to 3"),
         (
             {"format": "zip"},
             "jaxchat.json: format is 'zip'; expected a text matching",

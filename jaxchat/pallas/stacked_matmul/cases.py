@@ -116,7 +116,7 @@ def stack(rng: np.random.Generator, weights: str, shape: tuple[int, int], layers
 
     drawn = empty((layers, *shape), fmt)
     sizes = {"scales": 1e-2, "mins": 1e-1, "super_scales": 1e-4, "super_mins": 1e-3}
-    parts = {
+    parts: dict[str, Any] = {
         name: random(part, sizes.get(name, 0))
         for name in ("codes", "high", *sizes)
         if (part := getattr(drawn, name)) is not None
