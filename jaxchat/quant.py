@@ -304,7 +304,7 @@ def quantize(
         _quantize_rows(_to_float32(w[block]), fmt, part, name)
 
     blocks = _row_blocks(w.shape)
-    threads = threads or _available_cores()
+    threads = threads or available_cores()
     if threads == 1 or w.size <= _BLOCK_ELEMENTS:
         for block in blocks:
             work(block)
@@ -371,7 +371,8 @@ def rows(q: QuantizedTensor, ids: Array) -> Any:
     return dequantize(jax.tree.map(lambda array: array[ids], q))
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """The processors that this process may use."""
     # Only Linux says which cores this process may use.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

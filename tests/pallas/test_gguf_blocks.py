@@ -1,10 +1,11 @@
 """Blocks of GGUF's quantized types are read and written bit for bit."""
 
 import gguf
+import jax
 import numpy as np
 import pytest
 
-from jaxchat.checkpoints.gguf_blocks import LAYOUTS, blocks_of, tensor_of
+from jaxchat.pallas.gguf_blocks import LAYOUTS, blocks_of, cpu, reference, tensor_of
 from jaxchat.quant import QuantFormat, dequantize, quantize
 
 NAMES = tuple(LAYOUTS)
@@ -26,6 +27,14 @@ def test_blocks_stand_for_what_ggufs_own_reader_says(name):
     raw = random_blocks(np.random.default_rng(), name, 7, 768)
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
     np.testing.assert_array_equal(dequantize(tensor_of(name, raw)), expected)
+
+
+@pytest.mark.skipif(cpu.reader() is None, reason="no native library")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [1, 3, 4100])
+def test_the_native_reader_is_the_reference(name, rows):
+    raw = random_blocks(np.random.default_rng(), name, rows, 512)
+    jax.tree.map(np.testing.assert_array_equal, cpu.tensor_of(name, raw), reference.tensor_of(name, raw))
 
 
 @pytest.mark.parametrize("name", NAMES)
