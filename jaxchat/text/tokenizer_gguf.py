@@ -16,7 +16,8 @@ import tokenizers
 
 from jaxchat.errors import JaxchatError
 from jaxchat.files import MAX_JSON_BYTES, MAX_SMALL_BYTES
-from jaxchat.text.chat_template import ChatTemplate
+from jaxchat.text.chat_template import ChatTemplate, special_texts
+from jaxchat.text.named_templates import NAMED
 from jaxchat.text.tokenizer import Added, TextTokenizer, looks_special
 from jaxchat.text.tokenizer_config import CONFIG, MAX_TOKEN_ID
 from jaxchat.text.tokenizer_gguf_spec import (
@@ -102,7 +103,7 @@ def chat_template_of(
 
     What is wrong with one is told by its `check` and `render`.
     """
-    special = {f"{name}_token": text for name, text in _named(_read(metadata, where)).items()}
+    special = special_texts(tokenizer)
     try:
         found = templates_of(metadata, where)
     except JaxchatError as error:
@@ -124,7 +125,9 @@ def templates_of(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
             raise JaxchatError(
                 f"{where}: key {shown(key)} is {shown(value)}; expected a chat template: {_AGAIN}"
             )
-        found[key[len(_TEMPLATE) + 1 :] or "default"] = value
+        # Files of RWKV's name llama.cpp's template instead of holding one.
+        named = NAMED.get(value)
+        found[key[len(_TEMPLATE) + 1 :] or "default"] = value if named is None else named.source
     return found
 
 
@@ -446,10 +449,8 @@ def _rwkv(vocabulary: Vocabulary, ends: Sequence[int]) -> RwkvTokenizer:
     )
 
 
-def _named(vocabulary: Vocabulary | None) -> dict[str, str]:
+def _named(vocabulary: Vocabulary) -> dict[str, str]:
     """Texts of special tokens by the names that transformers has for them."""
-    if vocabulary is None:
-        return {}
     names = {name: name for name in ("bos", "eos", "unk", "sep", "pad", "mask")}
     if vocabulary.kind == "bert":
         names["cls"] = names.pop("bos")

@@ -383,6 +383,17 @@ def test_chat_templates_are_found_by_name(tmp_path: Path) -> None:
     assert chat_template_of(_tagged("<a>"), "f.gguf", tokenizer) is None
 
 
+def test_a_template_that_is_only_named_is_the_one_of_that_name() -> None:
+    values = _tagged("<a>") | {"tokenizer.chat_template": "rwkv-world"}
+    tokenizer = tokenizer_of(values, "f.gguf")
+    assert tokenizer is not None
+    template = chat_template_of(values, "f.gguf", tokenizer)
+    assert template is not None
+    assert template.render([{"role": "user", "content": "x"}], add_generation_prompt=True) == (
+        "User: x\n\nAssistant:"
+    )
+
+
 def test_a_broken_chat_template_is_told_where_it_is_needed() -> None:
     values = _tagged("<a>") | {"tokenizer.chat_template": 5}
     tokenizer = tokenizer_of(values, "f.gguf")
