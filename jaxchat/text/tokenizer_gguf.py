@@ -37,7 +37,6 @@ from jaxchat.visible import shown
 
 logger = logging.getLogger(__name__)
 
-_NONE = (None, "none", "no_vocab")
 _ORIGINAL = "tokenizer.huggingface.json"
 _TEMPLATE = "tokenizer.chat_template"
 _AGAIN = "convert the model to GGUF again"
@@ -121,7 +120,7 @@ def templates_of(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
     for key, value in metadata.items():
         if key != _TEMPLATE and not key.startswith(f"{_TEMPLATE}."):
             continue
-        if not isinstance(value, str) or len(value) > MAX_SMALL_BYTES:
+        if not isinstance(value, str) or len(value) > MAX_SMALL_BYTES or not _is_unicode(value):
             raise JaxchatError(
                 f"{where}: key {shown(key)} is {shown(value)}; expected a chat template: {_AGAIN}"
             )
@@ -135,10 +134,11 @@ def templates_of(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
 
 
 def _read(metadata: Mapping[str, Any], where: str) -> Vocabulary | None:
+    metadata = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in metadata.items()}
     kind = metadata.get(f"{KEY}model")
-    if kind in _NONE:
+    if kind is None or kind in ("none", "no_vocab"):
         return None
-    if kind not in (*KINDS, "rwkv"):
+    if not isinstance(kind, str) or kind not in (*KINDS, "rwkv"):
         known = ", ".join([*KINDS, "rwkv"])
         raise JaxchatError(
             f"{where}: key '{KEY}model' is {shown(kind)}; expected one of {known}: "
@@ -223,23 +223,31 @@ def _fail_twice(where: str, tokens: Sequence[str], ids: Mapping[str, int]) -> No
 
 
 def _array(metadata: Mapping[str, Any], where: str, key: str, what: str) -> list[Any]:
-    value: Any = metadata.get(f"{KEY}{key}")
-    listed = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(listed, list | tuple):
+    value = metadata.get(f"{KEY}{key}")
+    if not isinstance(value, list | tuple):
         _fail(where, key, value, f"a list of {what}")
-    return list(listed)
+    return list(value)
 
 
 def _tokens(metadata: Mapping[str, Any], where: str) -> list[str]:
     tokens = _array(metadata, where, "tokens", "texts, one a token")
     if not 0 < len(tokens) <= MAX_TOKEN_ID + 1:
         _fail(where, "tokens", f"{len(tokens):,} tokens", f"1 to {MAX_TOKEN_ID + 1:,} tokens")
-    if not all(type(text) is str for text in tokens):
-        number = next(i for i, text in enumerate(tokens) if type(text) is not str)
-        _fail(where, f"tokens[{number}]", tokens[number], "the text of a token")
+    if not all(type(text) is str for text in tokens) or not _is_unicode("".join(tokens)):
+        number = next(i for i, text in enumerate(tokens) if type(text) is not str or not _is_unicode(text))
+        _fail(where, f"tokens[{number}]", tokens[number], "the text of a token, in UTF-8")
     if "" in tokens:  # the name is llama.cpp's
         tokens = [text or f"[EMPTY_{number}]" for number, text in enumerate(tokens)]
     return tokens
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the file's bytes were UTF-8: what was not is kept in surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _counted(where: str, key: str, values: Sequence[Any], tokens: int) -> None:
@@ -302,7 +310,6 @@ def _special(
         key = next((key for key in keys if metadata.get(KEY + key) is not None), None)
         if key is not None:
             value = metadata[KEY + key]
-            value = value.item() if hasattr(value, "item") else value
             if type(value) is not int:
                 _fail(where, key, value, "a token id")
             if 0 <= value < len(tokens):

@@ -79,7 +79,6 @@ def flag(metadata: Mapping[str, Any], where: str, key: str, default: bool) -> bo
     value = metadata.get(KEY + key)
     if value is None:
         return default
-    value = value.item() if hasattr(value, "item") else value
     if not isinstance(value, bool):
         raise JaxchatError(
             f"{where}: key '{KEY}{key}' is {shown(value)}; expected true or false: "

@@ -394,14 +394,17 @@ def test_a_template_that_is_only_named_is_the_one_of_that_name() -> None:
     )
 
 
-def test_a_broken_chat_template_is_told_where_it_is_needed() -> None:
-    values = _tagged("<a>") | {"tokenizer.chat_template": 5}
+@pytest.mark.parametrize("text", [5, "\udcff", "x" * (2**20 + 1), ["{{ a }}"]])
+def test_a_broken_chat_template_is_told_where_it_is_needed(text: Any) -> None:
+    values = _tagged("<a>") | {"tokenizer.chat_template": text}
     tokenizer = tokenizer_of(values, "f.gguf")
     assert tokenizer is not None
     template = chat_template_of(values, "f.gguf", tokenizer)
     assert template is not None
-    with pytest.raises(JaxchatError, match=r"f\.gguf: key 'tokenizer\.chat_template' is 5"):
+    with pytest.raises(JaxchatError, match=r"f\.gguf: key 'tokenizer\.chat_template' is .*expected a chat"):
         template.check()
+    with pytest.raises(JaxchatError, match=r"f\.gguf: key 'tokenizer\.chat_template' is"):
+        hugging_face_files(values, "f.gguf")
 
 
 def test_the_original_tokenizer_serves_where_it_is_of_the_same_tokens(
@@ -448,6 +451,9 @@ HOSTILE = [
     (_GOOD | {f"{KEY}tokens": range(2**23)}, "tokens' is range"),
     (_GOOD | {f"{KEY}tokens": ["a", 5]}, r"tokens\[1\]' is 5"),
     (_GOOD | {f"{KEY}tokens": ["a", b"b"]}, r"tokens\[1\]' is b'b'"),
+    (_GOOD | {f"{KEY}tokens": ["a", "\udcff"]}, r"tokens\[1\]' is '\\udcff'; expected .* in UTF-8"),
+    (_GOOD | {f"{KEY}eos_token_id": np.array([1, 2])}, r"eos_token_id' is \[1, 2\]"),
+    (_GOOD | {f"{KEY}model": np.array([1, 2])}, r"model' is \[1, 2\]"),
     (_GOOD | {f"{KEY}tokens": ["a", "b", "a"]}, "tokens' has 'a' twice, as 0 and 2"),
     (
         _GOOD | {f"{KEY}token_type": [1]},
@@ -492,9 +498,7 @@ def test_hostile_metadata_is_one_line_that_names_the_key(values: dict[str, Any],
     )
 
 
-def test_lone_surrogates_and_empty_tokens_end_no_process() -> None:
+def test_an_empty_token_gets_llama_cpps_name() -> None:
     tokenizer = tokenizer_of(_GOOD | {f"{KEY}tokens": [*_GOOD[f"{KEY}tokens"][:-1], ""]}, "f.gguf")
     assert tokenizer is not None
     assert tokenizer.added_tokens["[EMPTY_259]"] == 259
-    with pytest.raises(JaxchatError, match=r"f\.gguf"):
-        tokenizer_of(_GOOD | {f"{KEY}tokens": [*_GOOD[f"{KEY}tokens"][:-1], "\udcff"]}, "f.gguf")
