@@ -93,10 +93,13 @@ def test_texts_become_transformers_ids(name: str) -> None:
         assert tokenizer.encode(case["input"], parse_special=True) == case["encoded"]["input_ids"]
 
 
+_SLOW = ("baichuan", "gpt-neox", "falcon", "deepseek-coder", "phi-3", "llama-bpe")
+
+
 @needs_data
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.full] if n in ("baichuan", "gpt-neox") else []) for n in NAMES],
+    [pytest.param(n, marks=[pytest.mark.full] if n in _SLOW else []) for n in NAMES],
 )
 def test_the_files_written_of_it_are_the_same_tokenizer(name: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(metadata(name), name)
