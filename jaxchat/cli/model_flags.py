@@ -199,6 +199,7 @@ class LoadFlags(ModelFlags):
         *,
         max_length: int | None = None,
         max_slots: int = 0,
+        chat_template: str | None = None,
     ) -> "Model":
         """Loads the model that `chosen` gave."""
         # Imports JAX, which --help and usage errors need not wait for.
@@ -215,6 +216,7 @@ class LoadFlags(ModelFlags):
             kernels=self.kernels,
             max_length=max_length,
             max_slots=max_slots,
+            chat_template=chat_template,
             compilation_cache_dir=self.compilation_cache_dir,
             progress=progress,
         )
