@@ -1,6 +1,5 @@
 """GGUF models as a `Source`: read layer by layer, what llama.cpp's converter has changed in them undone."""
 
-import functools
 import math
 
 import numpy as np
@@ -14,13 +13,14 @@ from jaxchat.checkpoints.source import verify
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import count_parameters, parameter_table
-from jaxchat.families.gguf import (
-    BUFFERS,
+from jaxchat.families.gguf import architecture_of
+from jaxchat.families.gguf_rope import TENSORS as ROPE_TENSORS
+from jaxchat.families.gguf_tensors import (
+    OUTPUT,
     Place,
-    architecture_of,
     input_scale_of,
-    permuted_heads,
     place_of,
+    rotated_heads,
     scale_of,
     unpermuted,
 )
@@ -45,9 +45,10 @@ class GgufSource:
         self._architecture = architecture_of(model_of(file))
         self.table = parameter_table(config)
         self._verify()
+        self._dtypes = {param.name: self._common_dtype(param) for param in self.table}
         self.manifest = Manifest(
             format="native",
-            dtypes={param.name: self.dtype(param).name for param in self.table},
+            dtypes={name: dtype.name for name, dtype in self._dtypes.items()},
             tied_head="absent" if config.tied_embeddings else "untied",
             source=file.path.name,
             parameters=count_parameters(config),
@@ -66,8 +67,8 @@ class GgufSource:
                 expected[place.tensor] = place.shape
                 if (scale := scale_of(place.tensor)) in entries:
                     expected[scale] = (1,)
-        passed = {*BUFFERS, *map(input_scale_of, expected)}
-        passed |= {"output.weight"} if self.config.tied_embeddings else set()
+        passed = {*ROPE_TENSORS, *map(input_scale_of, expected)}
+        passed |= {OUTPUT} if self.config.tied_embeddings else set()
         found = {
             name: (_PLAIN[dtype_of(entry)], entry.shape)
             for name, entry in entries.items()
@@ -83,9 +84,8 @@ class GgufSource:
         """Whether a number was added to what Hugging Face's layout has."""
         return param.role == "norm" and self._architecture.norm_offset != 0
 
-    @functools.cache  # noqa: B019 (as long as the source)
-    def dtype(self, param: Param) -> np.dtype:
-        """See `Source`. Layers of one stack, and parts of a fused tensor, share the widest of several."""
+    def _common_dtype(self, param: Param) -> np.dtype:
+        """That of all layers, and of all parts of what is fused in Hugging Face's layout."""
         together = [other for other in self.table if other.hf == param.hf]
         places = [self._place(p, i) for p in together for i in range(p.rows(self.config))]
         found = {dtype_of(self._file.entries[place.tensor]) for place in places}
@@ -93,11 +93,15 @@ class GgufSource:
         plain = len(found) == 1 and not scaled and not self._is_shifted(param)
         return found.pop() if plain else WEIGHT_DTYPES["float32"]
 
+    def dtype(self, param: Param) -> np.dtype:
+        """See `Source`. Layers of one stack, and parts of a fused tensor, share the widest of several."""
+        return self._dtypes[param.name]
+
     def layer(self, param: Param, index: int) -> np.ndarray:
         """See `Source`: [out, in] of one layer, cut out of a fused tensor and put in order where need be."""
         place = self._place(param, index)
         values = self._values(place)
-        if heads := permuted_heads(self._architecture, param, self.config):
+        if self._architecture.permuted and (heads := rotated_heads(param, self.config)):
             values = unpermuted(values, heads)
         if self._is_shifted(param):
             values = values.astype(np.float32) - np.float32(self._architecture.norm_offset)

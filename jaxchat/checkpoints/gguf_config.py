@@ -12,7 +12,9 @@ import numpy as np
 from jaxchat.checkpoints.gguf_file import MAGIC, GgufEntry, GgufFile, part_of
 from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families.gguf import Architecture, GgufModel, architecture_of, hugging_face_config
+from jaxchat.families.gguf import Architecture, architecture_of, hugging_face_config
+from jaxchat.families.gguf_keys import GgufModel
+from jaxchat.families.gguf_tensors import EMBEDDING, OUTPUT
 from jaxchat.visible import shown, visible
 
 SUFFIX = ".gguf"
@@ -86,7 +88,7 @@ def config_values(file: GgufFile) -> dict[str, Any]:
 
 def _head_is_copy(file: GgufFile, architecture: Architecture) -> bool:
     """Whether the output head equals the embedding bit by bit, of architectures where it may be a copy."""
-    names = ("token_embd.weight", "output.weight")
+    names = (EMBEDDING, OUTPUT)
     if not architecture.is_tied or not file.entries.keys() >= set(names):
         return False
     one, other = (file.entries[name] for name in names)

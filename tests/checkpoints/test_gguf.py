@@ -134,6 +134,18 @@ def test_a_model_of_random_numbers_with_a_full_vocabulary_loads(shared_data: Pat
     assert params["layers.q.weight"].shape == (1, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("folder", "says"),
+    [
+        ("bloom-alibi", "general.architecture is 'bloom', which is not supported"),
+        ("mixtral", "llama.expert_count is 4, which is not supported"),
+        ("t5-v1.0-relu", "general.architecture is 't5', which is not supported"),
+    ],
+)
+def test_models_of_other_architectures_are_refused_by_name(shared_data: Path, folder: str, says: str):
+    assert says in error_of(open_source, shared_data / f"families/{folder}/model-f16.gguf")
+
+
 # --- how tensors are stored
 
 

@@ -3,21 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table, read_config
-from jaxchat.families.gguf import (
-    ARCHITECTURES,
-    GgufModel,
-    architecture_of,
-    hugging_face_config,
-    permuted_heads,
-    place_of,
-    unpermuted,
-)
+from jaxchat.families.gguf import ARCHITECTURES, architecture_of, hugging_face_config
+from jaxchat.families.gguf_keys import NEUTRAL, GgufModel
+from jaxchat.families.gguf_tensors import place_of, rotated_heads, unpermuted
 from jaxchat.families.rope import KINDS
 from tests.support.gguf_models import llama3_divisors
 
@@ -119,8 +115,7 @@ def test_an_architectures_name_implies(name: str):
         assert found.layer_windows == (0,) * 12
     assert found.norm_eps == 1e-5
     row = ARCHITECTURES[name]
-    q = next(param for param in parameter_table(found) if param.name == "layers.q.weight")
-    assert bool(permuted_heads(row, q, found)) is (name in PERMUTED)
+    assert row.permuted is (name in PERMUTED)
     assert bool(row.norm_offset) is (name in SHIFTED)
 
 
@@ -138,9 +133,9 @@ def test_the_largest_gemmas_scale_scores_by_their_width(name: str, layers: int):
     assert config(name, {**changes, "block_count": layers - 1}).layer_attn_scales[0] == 32**-0.5
 
 
-def test_only_queries_and_keys_are_permuted():
+def test_only_queries_and_keys_are_rotated():
     found = config("llama", {"attention.head_count_kv": 2}, {"blk.0.attn_q.bias": np.zeros(128)})
-    heads = {p.layer_name: permuted_heads(ARCHITECTURES["llama"], p, found) for p in parameter_table(found)}
+    heads = {p.layer_name: rotated_heads(p, found) for p in parameter_table(found)}
     assert {name: count for name, count in heads.items() if count} == {
         "q.weight": 4,
         "q.bias": 4,
@@ -344,6 +339,70 @@ def test_longrope_is_read_with_its_tensors():
 )
 def test_what_cannot_be_run_is_refused_by_name(name: str, changes: dict[str, Any], says: str):
     assert says in error_of(name, changes)
+
+
+ODD = [
+    0,
+    1,
+    -1,
+    3,
+    1 << 31,
+    (1 << 64) - 1,
+    0.0,
+    1e-40,
+    -2.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    True,
+    False,
+    "",
+]
+ODD += [
+    "none",
+    "yarn",
+    "linear",
+    "longrope",
+    "\x1b[2J" * 99,
+    [],
+    [0],
+    [True] * 12,
+    [1] * 12,
+    [1.5],
+    ["a"],
+    [[1]],
+]
+ALL_KEYS = sorted({
+    *KEYS, *NEUTRAL, "vocab_size", "rope.freq_base", "rope.dimension_count", "attention.sliding_window",
+    "attention.sliding_window_pattern", "rope.scale_linear", ".tokenizer.ggml.tokens", ".general.type",
+    ".tokenizer.ggml.token_type", ".tokenizer.ggml.eos_token_id", ".tokenizer.ggml.model",
+    *(f"rope.scaling.{key}" for key in ("type", "factor", "original_context_length", "yarn_beta_fast")),
+})  # fmt: skip
+TENSORS = {
+    "rope_freqs.weight": [np.ones(16), np.full(16, np.inf), np.arange(1, 17), np.ones((4, 4))],
+    "rope_factors_long.weight": [np.ones(16), np.full(16, 1e-30)],
+    "rope_factors_short.weight": [np.ones(16), np.full(16, 1e30)],
+}
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(
+    st.sampled_from(list(ARCHITECTURES)),
+    st.dictionaries(st.sampled_from(ALL_KEYS), st.sampled_from(ODD), min_size=1, max_size=4),
+    st.fixed_dictionaries({}, optional={name: st.sampled_from(found) for name, found in TENSORS.items()}),
+)
+def test_whatever_the_keys_say_it_is_a_configuration_or_refused(
+    name: str, changes: dict[str, Any], tensors: dict[str, np.ndarray]
+):
+    found = model(name, changes, tensors)
+    try:
+        read_config(hugging_face_config(found), source="m.gguf")
+    except JaxchatError as error:
+        refusal = str(error)
+    else:
+        refusal = "m.gguf: "
+    assert refusal.startswith("m.gguf: ")
+    assert refusal.isprintable()
 
 
 def test_frequencies_that_do_not_fit_are_refused():
