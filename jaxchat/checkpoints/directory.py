@@ -341,11 +341,14 @@ class GgufDirectory(ModelDirectory):
         from jaxchat.text.chat_template import ChatTemplate
         from jaxchat.text.template_process import start
 
-        sources = gguf_config.chat_templates(self._file)
-        if self.tokenizer is None or not sources:
+        sources, tokenizer = gguf_config.chat_templates(self._file), self.tokenizer
+        if tokenizer is None or not sources:
             return None
         start()  # what renders it is ready when the weights are
-        variables = gguf_config.template_variables(self._file.metadata)
+        by_id = {number: text for text, number in tokenizer.special_tokens.items()}
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
+        known = {name: by_id[number] for name, number in ids.items() if number in by_id}
+        variables = known | gguf_config.template_variables(self._file.metadata)
         return ChatTemplate(sources, path=self.path, variables=variables)
 
     def source(self, wanted: "Wanted | None" = None) -> "Source":

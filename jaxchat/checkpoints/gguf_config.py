@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxchat.checkpoints.gguf_file import MAGIC, GgufEntry, GgufFile, part_of
+from jaxchat.checkpoints.gguf_file import MAGIC, OLD_MAGICS, GgufEntry, GgufFile, part_of
 from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families.gguf import Architecture, architecture_of, hugging_face_config
@@ -23,14 +23,14 @@ _MAX_NAME = 80
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is one by its name, or by what it begins with."""
+    """Whether a file is one by its name, or by what it begins with; or of GGML, which the reader tells of."""
     if not path.is_file():
         return False
     if path.suffix.lower() == SUFFIX:
         return True
     try:
         with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+            return file.read(len(MAGIC)) in (MAGIC, *OLD_MAGICS)
     except OSError:
         return False
 

@@ -316,18 +316,19 @@ def _special_ids(model: GgufModel) -> dict[str, Any]:
     """`bos_token_id` and `eos_token_id`; those of no token (-1, say) are left out."""
     tokens = model.metadata.get("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
+    limit = model.shapes.get(EMBEDDING, (len(tokens),))[0]
     defaults = {"bos": 1, "eos": 2} if model.metadata.get("tokenizer.ggml.model") == "llama" else {}
 
     def token(name: str) -> int | None:
         found = model.metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
-        return found if type(found) is int and 0 <= found < len(tokens) else None
+        return found if type(found) is int and 0 <= found < limit else None
 
     types = model.metadata.get("tokenizer.ggml.token_type")
     marked = types if isinstance(types, list) and len(types) == len(tokens) else []
     ends = [
         number
         for number, (text, kind) in enumerate(zip(tokens, marked, strict=False))
-        if kind in _MARKED and text in _ENDS
+        if kind in _MARKED and isinstance(text, str) and text in _ENDS and number < limit
     ]
     eos = [found for name in ("eos", "eot", "eom") if (found := token(name)) is not None]
     ids = list(dict.fromkeys((*eos, *ends)))

@@ -349,6 +349,13 @@ def test_a_file_without_its_ending_is_known_by_its_beginning(tmp_path: Path):
     assert ModelDirectory.at(write_tiny(tmp_path / "model")).config.num_layers == 4
 
 
+def test_files_of_ggml_are_told_whatever_they_are_called(tmp_path: Path):
+    path = tmp_path / "ggml-model-q4_0.bin"
+    path.write_bytes(b"tjgg" + bytes(100))
+    says = f"{path}: of the format GGML, which GGUF has replaced; convert it with llama.cpp's"
+    assert says in error_of(open_source, path)
+
+
 # --- what else is known of a model
 
 
@@ -378,7 +385,8 @@ def test_names_sampling_and_templates_are_read(tmp_path: Path):
 class _Tokenizer:
     """Stands for any."""
 
-    special_tokens: Mapping[str, int] = {}
+    special_tokens: Mapping[str, int] = {"<s>": 0, "</s>": 1}
+    bos_id, eos_ids = 0, (1,)
 
 
 def test_templates_are_rendered_with_the_special_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -387,16 +395,17 @@ def test_templates_are_rendered_with_the_special_tokens(tmp_path: Path, monkeypa
     )
     keys = {
         "tokenizer.ggml.tokens": ["<s>", "</s>", "x"],
-        "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 2,
         "tokenizer.ggml.padding_token_id": 4294967295,
-        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ pad_token }}",
+        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+        "{{ unk_token }}{{ pad_token }}",
         "tokenizer.chat_templates": ["tool_use"],
         "tokenizer.chat_template.tool_use": "tools: {{ tools | length }}",
     }
     template = ModelDirectory.at(write_tiny(tmp_path / "m.gguf", metadata=keys)).template
     messages = [{"role": "user", "content": "hi"}]
-    assert template.render(messages) == "<s>hi</s>"
+    assert template.render(messages) == "<s>hi</s>x"
     assert template.render(messages, tools=[{}, {}]) == "tools: 2"
     broken = write_tiny(tmp_path / "n.gguf", metadata={"tokenizer.chat_template": 7})
     assert "tokenizer.chat_template is 7; expected a text" in error_of(

@@ -203,6 +203,7 @@ def test_the_vocabulary_is_the_embeddings_or_stated_or_the_list_of_tokens():
         ({"eos_token_id": 1, "token_type": [3, 3, 1, 3]}, None, (1, 3)),
         ({"eos_token_id": 1, "token_type": [3, 3, 1, 1]}, None, (1,)),
         ({"model": "llama", "eos_token_id": 3}, 1, (3,)),
+        ({"eos_token_id": 1, "tokens": [[1], {}, 7, "<|im_end|>"], "token_type": [3] * 4}, None, (1, 3)),
     ],
 )
 def test_special_tokens_are_read(ids: dict[str, Any], bos: int | None, eos: tuple[int, ...]):
