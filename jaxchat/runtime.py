@@ -409,10 +409,10 @@ def load(
     compilation_cache_dir: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """Loads a model directory (Hugging Face layout, or one that `tools/convert.py` wrote), or a recipe.
+    """Loads a model (Hugging Face layout, GGUF, or what `tools/convert.py` wrote), or a recipe.
 
     Args:
-      path: the directory; "box" is the model in the box, unless there is a folder of that name.
+      path: the directory or GGUF file; "box" is the model in the box, unless there is a folder of that name.
       plan: a layer plan in any notation (`LayerPlan.parse`), a list of layers (`LayerPlan.of`) or a
         `LayerPlan`; default every layer once, in order. Of a recipe, or of a directory that records a plan,
         text and lists count the slots, and the default is that plan.

@@ -116,9 +116,10 @@ def needed(files: Iterable[str], name: HubName) -> list[str]:
     weights = next((found for kind in _WEIGHTS if (found := [f for f in files if _is_one(f, kind)])), [])
     if "config.json" not in files or not weights:
         kinds = sorted({Path(file).suffix for file in files if Path(file).suffix not in ("", ".md", ".json")})
+        gguf = "download the one GGUF file that you want and give it, or " if ".gguf" in kinds else ""
         raise JaxchatError(
             f"{name}: no model that can be read: config.json with safetensors or pytorch_model.bin is "
-            f"expected, and there are {', '.join(kinds) or 'none'}; look for the original of it"
+            f"expected, and there are {', '.join(kinds) or 'none'}; {gguf}look for the original of it"
         )
     return words + weights
 

@@ -58,6 +58,9 @@ def verify(
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[str, tuple[int, ...]]],
     dtypes: Mapping[str, str] | None = None,
+    *,
+    owner: str = "config.json",
+    advice: str = "take both from one model",
 ) -> None:
     """Compares names, shapes and dtypes (safetensors names) and reports every mismatch in one error.
 
@@ -66,6 +69,8 @@ def verify(
       expected: name -> shape.
       found: name -> (dtype, shape).
       dtypes: of the tensors that must have a certain one; the others may have any readable one.
+      owner: what says how the tensors should be.
+      advice: what to do where they are not so.
     """
     exact = dtypes or {}
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
@@ -97,9 +102,7 @@ def verify(
         if names
     ]
     if problems:
-        raise JaxchatError(
-            f"{where}: does not fit its config.json: {' | '.join(problems)}; take both from one model"
-        )
+        raise JaxchatError(f"{where}: does not fit its {owner}: {' | '.join(problems)}; {advice}")
 
 
 def convert_into(out: np.ndarray, values: np.ndarray, name: str) -> None:

@@ -247,7 +247,7 @@ def _open(
 
 
 def _unrolled_config(model: _Model, config: ModelConfig) -> dict[str, Any]:
-    return relayered_config(model.base.config_values, config, source=str(model.base.path / CONFIG))
+    return relayered_config(model.base.config_values, config, source=model.base.config_place)
 
 
 def _recorded(model: _Model) -> Manifest:
@@ -342,13 +342,8 @@ def _write_files(model: _Model, dst: Path, values: dict[str, Any] | None, dtype:
     `config.json` is the base model's, byte for byte if nothing is to be changed in it: `values` replaces its
     contents, a conversion's dtype is noted, and a tokenizer of another model brings its own special ids.
     """
-    shutil.copyfile(model.base.path / CONFIG, dst / CONFIG)
-    words = model.words.path
-    for path in (words / GENERATION_CONFIG, *text_files(words)):
-        if path.is_file():
-            copy = dst / path.relative_to(words)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+    model.base.write_config(dst)
+    model.words.write_words(dst)
     before = model.base.config_values
     config = before if values is None else values
     if dtype is not None:

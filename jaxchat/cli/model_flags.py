@@ -23,10 +23,10 @@ KERNELS = ("auto", "reference", "native", "pallas")
 _flag = functools.partial(Flag, group="Model")
 
 MODEL = _flag(
-    help="The model: a directory as on Hugging Face, or one that `jaxchat convert` wrote; a name on the "
-    "Hub, as org/name or org/name@revision, which is fetched once; a short name, as :qwen2.5:1.5b; or box, "
-    "the model in the box, unless there is a folder of that name",
-    example="-m models/llama-3-8b, -m Qwen/Qwen2.5-0.5B-Instruct, -m box",
+    help="The model: a directory as on Hugging Face, or one that `jaxchat convert` wrote; a GGUF file, of "
+    "several parts the first; a name on the Hub, as org/name or org/name@revision, which is fetched once; a "
+    "short name, as :qwen2.5:1.5b; or box, the model in the box, unless there is a folder of that name",
+    example="-m models/llama-3-8b, -m model-Q4_K_M.gguf, -m Qwen/Qwen2.5-0.5B-Instruct, -m box",
     elsewhere=("model_dir", "checkpoint", "hf", "hf_repo"),
     value="DIR",
     short="m",

@@ -1,4 +1,4 @@
-"""`jaxchat convert`: model directories, from Hugging Face's layout to native or Orbax, and back."""
+"""`jaxchat convert`: models, from Hugging Face's layout or GGUF to native or Orbax, and back."""
 
 import dataclasses
 import time
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _USAGE = """\
 usage: {program} (--src DIR | --recipe FILE) --dst DIR [...]
 
-Converts model directories: Hugging Face -> native (mapped, starts at once) or
-Orbax, and back; as they are, quantized, or under a layer plan.
+Converts models: Hugging Face's layout or GGUF -> native (mapped, starts at
+once) or Orbax, and back; as they are, quantized, or under a layer plan.
 
   {program} --src llama-3.2-1b --dst llama-1b --dtype bfloat16
   {program} --src llama-3.2-1b --dst llama-1b-int4 --quant int4
@@ -39,7 +39,11 @@ class ConvertRequest:
 
     src: Annotated[
         str | None,
-        Flag(help="The model directory to read", example="--src Llama-3.2-1B-Instruct", value="DIR"),
+        Flag(
+            help="The model directory, or GGUF file, to read",
+            example="--src Llama-3.2-1B-Instruct, --src model-Q4_K_M.gguf",
+            value="DIR",
+        ),
     ] = None
     dst: Annotated[
         str | None, Flag(help="The directory to create", example="--dst llama-1b", value="DIR")
@@ -96,7 +100,7 @@ class ConvertRequest:
     to_hf: Annotated[
         bool,
         Flag(
-            help="Write a converted directory back in Hugging Face's layout",
+            help="Write a converted directory, or a GGUF file, in Hugging Face's layout",
             example="--src llama-1b --dst hf --to_hf",
         ),
     ] = False
