@@ -6,7 +6,7 @@ Joins the engine (token ids) with the tokenizer and chat template (text).
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 
@@ -400,6 +400,7 @@ def load(
     keep_identity: bool = False,
     dtype: str | None = None,
     quant: str | QuantFormat | None = None,
+    keep: Literal["small", "exact"] = "small",
     kv_dtype: str | None = None,
     kernels: str = "auto",
     max_length: int | None = None,
@@ -423,6 +424,8 @@ def load(
       dtype: of the weights, `float32`, `bfloat16` or `float16`; default as stored.
       quant: quantizes the weights while they are read: `int8`, `int4`, `int4:64`, ... (`QuantFormat.parse`);
         default as stored.
+      keep: of weights that another program has quantized in a way that no format here is the same as: `small`
+        quantizes them again, `exact` keeps the numbers they stand for, at 32 bits.
       kv_dtype: of the KV cache, `float32`, `bfloat16` or `int8`; default that of the activations, which is
         float32 on CPU and with float32 weights, else bfloat16.
       kernels: `auto`, `reference`, `native` or `pallas`: which implementations of the operations run.
@@ -457,7 +460,13 @@ def load(
     tokenizer, template = directory.tokenizer, directory.template
     if chat_template is not None and tokenizer is not None:
         template = chosen_template(chat_template, tokenizer, template)
-    weights: dict[str, Any] = {"dtype": dtype, "quant": wanted, "mesh": mesh, "progress": progress}
+    weights: dict[str, Any] = {
+        "dtype": dtype,
+        "quant": wanted,
+        "keep": keep,
+        "mesh": mesh,
+        "progress": progress,
+    }
     if assembly is None:
         config, params = load_params(directory, **weights)
     else:
@@ -502,6 +511,7 @@ _SETTINGS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "recipe": ((*_PATH, Assembly), "a file, or what read_recipe gave"),
     "dtype": ((str,), "float32, bfloat16 or float16"),
     "quant": ((str, QuantFormat), "a format such as 'int8'"),
+    "keep": ((str,), "small or exact"),
     "kv_dtype": ((str,), "float32, bfloat16 or int8"),
     "kernels": ((str,), "auto, reference, native or pallas"),
     "chat_template": (_PATH, "a name or a Jinja file"),
@@ -516,6 +526,8 @@ def _check_settings(given: Mapping[str, Any]) -> None:
     for name, (types, expected) in _SETTINGS.items():
         if given[name] is not None and not isinstance(given[name], types):
             raise arguments.refused(name, given[name], expected)
+    if given["keep"] not in ("small", "exact"):
+        raise arguments.refused("keep", given["keep"], _SETTINGS["keep"][1])
     if given["kernels"] is None:
         raise arguments.refused("kernels", None, _SETTINGS["kernels"][1])
     if given["max_length"] is not None:

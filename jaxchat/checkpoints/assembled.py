@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxchat.checkpoints.assembly import Assembly, Tensor, assembled_config, global_tensor, stack_of
+from jaxchat.checkpoints.gguf_storage import Keep
 from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, Quantization, Stack
 from jaxchat.checkpoints.quantized import Held, alike, described, of_row, stored_format_of
 from jaxchat.checkpoints.source import Source, convert_into, row_blocks
@@ -31,12 +32,13 @@ class AssembledSource:
     as mergekit does; of quantized ones the scales and offsets are scaled, the codes are kept.
     """
 
-    def __init__(self, assembly: Assembly, dtype: np.dtype | None = None):
+    def __init__(self, assembly: Assembly, dtype: np.dtype | None = None, keep: Keep = "small"):
         """Opens and verifies what the assembly uses of its models; no tensor data is read.
 
         Args:
           assembly: what to assemble.
           dtype: of the tensors that are not quantized, instead of the assembly's.
+          keep: see `ModelDirectory.source`.
 
         Raises:
           UsageError: the models cannot share a stack, or are not quantized alike.
@@ -47,7 +49,8 @@ class AssembledSource:
         stated = [model.config for model in assembly.models]
         assembled_config(assembly, stated)  # models that do not fit are refused before they are opened
         self._sources = [
-            model.source(_wanted(assembly, stated, number)) for number, model in enumerate(assembly.models)
+            model.source(_wanted(assembly, stated, number), keep)
+            for number, model in enumerate(assembly.models)
         ]
         configs = [source.config for source in self._sources]
         self.config = assembled_config(assembly, configs)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from jaxchat import demo
-from jaxchat.checkpoints import gguf_config, hub
+from jaxchat.checkpoints import gguf_config, gguf_storage, hub
 from jaxchat.checkpoints.foreign import advice_on, found_in, refuse_quantized
 from jaxchat.checkpoints.gguf_file import GgufFile
 from jaxchat.checkpoints.manifest import MANIFEST, WEIGHT_DTYPES, Manifest, config_of, recorded_plan
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families import read_config
+from jaxchat.families import parameter_table, read_config
+from jaxchat.families.gguf import architecture_of
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.files import read_json, read_optional_json
 from jaxchat.layer_plan import LayerPlan
@@ -30,6 +31,7 @@ from jaxchat.options import SAMPLING_RANGES
 from jaxchat.values import check_number
 
 if TYPE_CHECKING:
+    from jaxchat.checkpoints.gguf_storage import Keep
     from jaxchat.checkpoints.source import Source, Wanted
     from jaxchat.text.chat_template import ChatTemplate
     from jaxchat.text.tokenizer import Tokenizer
@@ -202,11 +204,13 @@ class ModelDirectory:
                 found[name] = SAMPLING_RANGES[name].type(value)
         return found
 
-    def source(self, wanted: "Wanted | None" = None) -> "Source":
+    def source(self, wanted: "Wanted | None" = None, keep: "Keep" = "small") -> "Source":
         """The parameters, opened and verified; no tensor data is read.
 
         Args:
           wanted: all that will be read; where tensors are files of their own, nothing else needs to be there.
+          keep: what becomes of quantized weights that no format here holds as they are: `small` quantizes
+            them again, `exact` keeps the numbers they stand for.
         """
         from jaxchat.checkpoints.hf import HfSource
 
@@ -272,8 +276,8 @@ class ConvertedDirectory(ModelDirectory):
         found = set(self.manifest.dtypes.values())
         return found.pop() if len(found) == 1 else None
 
-    def source(self, wanted: "Wanted | None" = None) -> "Source":
-        """See `ModelDirectory`; all of it is there."""
+    def source(self, wanted: "Wanted | None" = None, keep: "Keep" = "small") -> "Source":
+        """See `ModelDirectory`; all of it is there, and is kept as it is."""
         if self.manifest.format == "orbax":
             from jaxchat.checkpoints.orbax import OrbaxSource  # half a second of imports
 
@@ -324,8 +328,19 @@ class GgufDirectory(ModelDirectory):
         return gguf_config.generation_values(self._file)
 
     @functools.cached_property
+    def manifest(self) -> Manifest | None:
+        """See `ModelDirectory`; what the file is once it is loaded. None of one that lacks weights."""
+        table, model = parameter_table(self.config), gguf_config.model_of(self._file)
+        try:
+            return gguf_storage.described(self._file, self.config, table, architecture_of(model), "small")
+        except KeyError:  # whoever opens the source is told which tensor is missing
+            return None
+
+    @functools.cached_property
     def stored_dtype(self) -> str | None:
         """See `ModelDirectory`."""
+        if self.manifest is not None and self.manifest.quantization is not None:
+            return self.manifest.quantization.format
         return gguf_config.stored_dtype(self._file)
 
     @functools.cached_property
@@ -351,11 +366,11 @@ class GgufDirectory(ModelDirectory):
         variables = known | gguf_config.template_variables(self._file.metadata)
         return ChatTemplate(sources, path=self.path, variables=variables)
 
-    def source(self, wanted: "Wanted | None" = None) -> "Source":
+    def source(self, wanted: "Wanted | None" = None, keep: "Keep" = "small") -> "Source":
         """See `ModelDirectory`; all of it is there."""
         from jaxchat.checkpoints.gguf import GgufSource
 
-        return GgufSource(self._file, self.stated_config)
+        return GgufSource(self._file, self.stated_config, keep)
 
     def write_config(self, directory: Path) -> None:
         """See `ModelDirectory`."""

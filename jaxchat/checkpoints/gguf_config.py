@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxchat.checkpoints.gguf_file import MAGIC, OLD_MAGICS, GgufEntry, GgufFile, part_of
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
+from jaxchat.checkpoints.gguf_file import MAGIC, OLD_MAGICS, GgufFile, part_of
+from jaxchat.checkpoints.gguf_storage import dtype_of
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families.gguf import Architecture, architecture_of, hugging_face_config
 from jaxchat.families.gguf_keys import GgufModel
@@ -63,15 +63,9 @@ def _small(file: GgufFile, name: str) -> np.ndarray:
     return file.values(name).astype(np.float32)
 
 
-def dtype_of(entry: GgufEntry) -> np.dtype:
-    """The dtype in which a tensor is handed on: its own of plain 16 bits, else float32."""
-    own = entry.type.dtype
-    return WEIGHT_DTYPES["float32"] if own is None else WEIGHT_DTYPES.get(own.name, WEIGHT_DTYPES["float32"])
-
-
 def stored_dtype(file: GgufFile) -> str | None:
     """The dtype of the matrices, float32 where those differ; None of a file without tensors."""
-    found = {dtype_of(entry).name for entry in file.entries.values() if len(entry.shape) > 1}
+    found = {dtype_of(entry) for entry in file.entries.values() if len(entry.shape) > 1}
     return found.pop() if len(found) == 1 else "float32" if found else None
 
 

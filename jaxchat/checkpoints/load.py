@@ -18,6 +18,7 @@ from jaxchat import memory
 from jaxchat.checkpoints.assembled import AssembledSource
 from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.checkpoints.gguf_storage import Keep
 from jaxchat.checkpoints.manifest import weight_dtype
 from jaxchat.checkpoints.quantized import (
     Held,
@@ -49,10 +50,11 @@ def load_params(
     *,
     dtype: str | None = None,
     quant: Quant = "auto",
+    keep: Keep = "small",
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Loads a Hugging Face, native or Orbax directory, streaming: the peak is the result plus one layer.
+    """Loads a model of any readable format, streaming: the peak is the result plus one layer.
 
     On the CPU bfloat16 arrays are returned as their bits in uint16 (XLA widens whole bfloat16 stacks there on
     every call), and a native checkpoint that needs no conversion is not read at all: its arrays are the
@@ -63,6 +65,7 @@ def load_params(
       dtype: `float32`, `bfloat16` or `float16` to convert what is not quantized to; None keeps what is
         stored.
       quant: the format to quantize to while loading, None for plain numbers, or `auto` for what is stored.
+      keep: see `ModelDirectory.source`.
       mesh: to load straight into `param_sharding`; None is the first device.
       progress: called after every layer.
 
@@ -76,7 +79,7 @@ def load_params(
     """
     target = None if dtype is None else weight_dtype(dtype)
     directory = ModelDirectory.at(directory)
-    source = directory.source()
+    source = directory.source(keep=keep)
     fmt = choose_format(directory, source.manifest, quant)
     meter = Meter(source, progress)
     if source.manifest.format == "orbax" and fmt is None:
@@ -94,6 +97,7 @@ def load_assembly(
     *,
     dtype: str | None = None,
     quant: Quant = "auto",
+    keep: Keep = "small",
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
@@ -102,14 +106,14 @@ def load_assembly(
     Args:
       assembly: what to assemble; run its `plan` over the stack.
       dtype: of what is not quantized, instead of the assembly's. Scales are applied after the conversion.
-      quant, mesh, progress: as in `load_params`.
+      quant, keep, mesh, progress: as in `load_params`.
 
     Raises:
       UsageError: the models differ in architecture, vocabulary, a shape or in how they are quantized.
       JaxchatError: as in `load_params`.
     """
     target = None if dtype is None else weight_dtype(dtype)
-    source = AssembledSource(assembly, target)
+    source = AssembledSource(assembly, target, keep)
     fmt = choose_format(assembly.models[assembly.base], source.manifest, quant)
     return source.config, _load(source, storages(source, target, fmt), mesh, Meter(source, progress))
 

@@ -21,6 +21,7 @@ import numpy as np
 from jaxchat.checkpoints.assembled import AssembledSource, BakedSource
 from jaxchat.checkpoints.assembly import Assembly, under, whole
 from jaxchat.checkpoints.directory import CONFIG, GENERATION_CONFIG, ModelDirectory
+from jaxchat.checkpoints.gguf_storage import Keep
 from jaxchat.checkpoints.load import Meter, Progress, layers_of, storages
 from jaxchat.checkpoints.manifest import (
     MANIFEST,
@@ -101,6 +102,7 @@ def convert(
     plan: Literal["record", "bake"] = "record",
     dtype: str | None = None,
     quant: Quant = "auto",
+    keep: Keep = "small",
     format: str = "native",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -116,6 +118,7 @@ def convert(
         in: an ordinary model that needs no plan.
       dtype: `float32`, `bfloat16` or `float16`, of what is not quantized; None keeps what is stored.
       quant: the format to quantize to, None for plain numbers, or `auto` for what `src` has.
+      keep: see `ModelDirectory.source`.
       format: `native` or, of plain numbers, `orbax`.
       overwrite: replace an existing checkpoint.
       progress: called after every layer.
@@ -131,7 +134,7 @@ def convert(
         if value not in known:
             raise UsageError(f"{name} {value!r} is not one of {', '.join(known)}")
     target = None if dtype is None else weight_dtype(dtype)
-    model = _open(src, layer_spec, target)
+    model = _open(src, layer_spec, target, keep)
     if plan == "bake" and model.plan is None:
         raise UsageError(f"{model.base}: there is no layer plan to bake; give --layer_spec or --recipe")
     source = model.source if plan == "record" or model.plan is None else BakedSource(model.source, model.plan)
@@ -193,7 +196,7 @@ def to_hf(
       UsageError: as `convert`, or the family's `config.json` cannot describe the plan's layers.
       JaxchatError: as `convert`.
     """
-    model = _open(src, layer_spec, None)
+    model = _open(src, layer_spec, None, "exact" if dequantize else "small")
     source = model.source if model.plan is None else BakedSource(model.source, model.plan)
     values = None if model.plan is None else _unrolled_config(model, source.config)
     if (held := source.manifest.quantization) is not None and not dequantize:
@@ -225,7 +228,7 @@ def to_hf(
 
 
 def _open(
-    src: str | Path | ModelDirectory | Assembly, layer_spec: str | None, dtype: np.dtype | None
+    src: str | Path | ModelDirectory | Assembly, layer_spec: str | None, dtype: np.dtype | None, keep: Keep
 ) -> _Model:
     """Opens a directory as it is, or else what is assembled, without the layers that the plan leaves out."""
     if isinstance(src, Assembly):
@@ -233,7 +236,7 @@ def _open(
     else:
         src = ModelDirectory.at(src)
         if layer_spec is None:
-            source = src.source()
+            source = src.source(keep=keep)
             plan = recorded_plan(source.manifest, source.config)
             if plan is None and source.manifest.stack is not None:  # no `config.json` describes its layers
                 plan = LayerPlan.identity(source.config.num_layers)
@@ -242,7 +245,7 @@ def _open(
     if layer_spec is not None:
         assembly = under(assembly, assembly.plan.select(layer_spec))
     base, words = assembly.models[assembly.base], assembly.models[assembly.tokenizer]
-    source = AssembledSource(assembly, dtype)
+    source = AssembledSource(assembly, dtype, keep)
     return _Model(source, assembly.plan, assembly.models, base, words, assembly.dtype)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxchat.cli.command_line import Command, Ended, catch_interrupts, complain
-from jaxchat.cli.model_flags import DTYPES, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
+from jaxchat.cli.model_flags import DTYPES, KEEP, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
 from jaxchat.errors import UsageError
 from jaxchat.options import Flag
 
@@ -30,7 +30,7 @@ once) or Orbax, and back; as they are, quantized, or under a layer plan.
       --model_path openchat=models/openchat
 """
 _ONLY_TO_HF = ("max_shard_bytes", "dequantize")
-_NEVER_TO_HF = ("dtype", "quant", "format", "plan")
+_NEVER_TO_HF = ("dtype", "quant", "keep", "format", "plan")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,11 +83,13 @@ class ConvertRequest:
         Flag(
             help="Quantize the weights: int8 or int4, optionally with a group :32 :64 :128 :channel and "
             "with :affine (offsets, too), :plain (scales without a search) and :f32 (wider scales), or "
-            "llama.cpp's q8_0 q4_0 q4_1; norms stay as they are, and at 4 bits embedding and head get 8",
+            "llama.cpp's q8_0 q4_0 q4_1 q5_0 q5_1 q4_k q5_k q6_k; norms stay as they are, and below 8 bits "
+            "embedding and head get 8, of K-quants 6",
             example="--quant int4, --quant int8:channel",
             value="FORMAT",
         ),
     ] = None
+    keep: Annotated[Literal["small", "exact"], KEEP] = "small"
     format: Annotated[
         Literal["native", "orbax"],
         Flag(
@@ -177,6 +179,7 @@ def _written(request: ConvertRequest) -> "Manifest":
             plan=request.plan,
             dtype=request.dtype,
             quant=quant,
+            keep=request.keep,
             format=request.format,
             overwrite=request.overwrite,
             progress=progress,

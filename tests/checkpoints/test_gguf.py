@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import sys
 import tracemalloc
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxchat
+from jaxchat import quant
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.gguf_file import GgufFile
 from jaxchat.checkpoints.gguf_types import TYPES, dequantize
@@ -24,6 +23,7 @@ from jaxchat.checkpoints.load import load_assembly, load_params
 from jaxchat.checkpoints.write import convert, to_hf
 from jaxchat.errors import JaxchatError
 from jaxchat.families import read_config
+from jaxchat.mixed import MixedTensor
 from jaxchat.recipes.recipe import read_recipe
 from tests.support.gguf_models import GGUF_CASES, write_gguf, write_gguf_file
 from tests.support.parity_cases import Runner
@@ -31,19 +31,6 @@ from tests.support.tiny import random_hf_tensors, write_tiny_hf
 
 Q = gguf.GGMLQuantizationType
 TINY = GGUF_CASES["llama-plain"]
-
-
-@pytest.fixture(autouse=True)
-def words(monkeypatch: pytest.MonkeyPatch):
-    """A tokenizer for models without one: none, and no files. Those of others are not replaced."""
-    name = "jaxchat.text.tokenizer_gguf"
-    try:
-        __import__(name)
-    except ImportError:
-        module = types.ModuleType(name)
-        module.__dict__.update(tokenizer_of=lambda metadata, where: None)
-        module.__dict__.update(hugging_face_files=lambda metadata, where: {"tokenizer_config.json": b"{}"})
-        monkeypatch.setitem(sys.modules, name, module)
 
 
 def write_both(folder: Path, case: str, **options: Any) -> tuple[Path, Path]:
@@ -159,17 +146,102 @@ def test_plain_sixteen_bits_stay_as_they_are(kind: Q, dtype: Any, tmp_path: Path
     assert ModelDirectory.at(tmp_path / "m.gguf").stored_dtype == np.dtype(dtype).name
 
 
-def test_layers_of_several_types_share_float32(tmp_path: Path):
+MIXED = {"blk.0.ffn_down.weight": Q.F16, "blk.2.ffn_down.weight": Q.BF16, "blk.3.ffn_down.weight": Q.Q4_0}
+
+
+def numbers_of(values: Any) -> np.ndarray:
+    return np.asarray(values, np.float32) if isinstance(values, np.ndarray) else quant.dequantize(values)
+
+
+def test_layers_of_several_types_keep_them(tmp_path: Path):
     values = {**TINY, "hidden_size": 96, "intermediate_size": 64}
-    kinds = {"blk.0.ffn_down.weight": Q.F16, "blk.2.ffn_down.weight": Q.BF16, "blk.3.ffn_down.weight": Q.Q4_0}
-    path = write_tiny(tmp_path / "m.gguf", values, kind=Q.Q8_0, kinds=kinds)
+    path = write_tiny(tmp_path / "m.gguf", values, kind=Q.Q8_0, kinds=MIXED)
     source, file = open_source(path), GgufFile(path)
     param = next(p for p in source.table if p.name == "layers.down.weight")
-    assert source.dtype(param) == np.float32
-    for layer, kind in enumerate((1, 8, 30, 2)):
-        found = source.layer(param, layer)
-        assert found.dtype == np.float32
-        assert np.array_equal(found, dequantize(TYPES[kind], file.raw(f"blk.{layer}.ffn_down.weight")))
+    raw = [file.raw(f"blk.{layer}.ffn_down.weight") for layer in range(4)]
+    expected = [dequantize(TYPES[k], found) for k, found in zip((1, 8, 30, 2), raw, strict=True)]
+    for layer, numbers in enumerate(expected):
+        np.testing.assert_array_equal(numbers_of(source.layer(param, layer)), numbers)
+    stack = load_params(path)[1]["layers.down.weight"]
+    assert isinstance(stack, MixedTensor)
+    assert ModelDirectory.at(path).manifest.quantization.parameters["layers.down.weight"] == [
+        "float16", "q8_0", "bfloat16", "q4_0",
+    ]  # fmt: skip
+
+
+WIDE = {
+    **TINY,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_weights_keep_their_bits_in_memory_and_in_conversions(kind: str, tmp_path: Path):
+    pytest.importorskip("libgguf")
+    path = write_tiny(tmp_path / "m.gguf", WIDE, kind=Q[kind])
+    config, params = load_params(path)
+    file = GgufFile(path)
+    sizes = {name: entry.nbytes for name, entry in file.entries.items()}
+    down = params["layers.down.weight"]
+    stored = sum(size for name, size in sizes.items() if "ffn_down" in name)
+    assert down.nbytes <= 1.1 * stored
+    for place in ("layers.q.weight", "embed.weight"):
+        assert isinstance(params[place], quant.QuantizedTensor), place
+    convert(path, tmp_path / "native")
+    again_config, again = load_params(tmp_path / "native")
+    assert again_config == config
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_mixture_is_one_model_in_every_form(tmp_path: Path):
+    pytest.importorskip("libgguf")
+    kinds = {"blk.1.ffn_down.weight": Q.Q6_K, "blk.3.ffn_down.weight": Q.Q6_K, "token_embd.weight": Q.Q6_K}
+    metadata = {"general.file_type": 15}
+    path = write_tiny(tmp_path / "m.gguf", WIDE, kind=Q.Q4_K, kinds=kinds, metadata=metadata)
+    ids = [[1, 5, 9, 2], [7, 3]]
+
+    def answers(where: Any, **options: Any) -> list[list[int]]:
+        model = jaxchat.load(where, **options)
+        return [found.token_ids for found in model.generate(token_ids=ids, max_new_tokens=5)]
+
+    assert ModelDirectory.at(path).stored_dtype == "q4_k_m"
+    stack = load_params(path)[1]["layers.down.weight"]
+    assert (stack.part, stack.row) == ((0, 1, 0, 1), (0, 0, 1, 1))
+    convert(path, tmp_path / "native")
+    assert ModelDirectory.at(tmp_path / "native").manifest.format_version == 3
+    assert answers(tmp_path / "native") == answers(path)
+    spec = "3,0:2,1"
+    planned = answers(path, plan=spec)
+    assert answers(tmp_path / "native", plan=spec) == planned
+    for form in ("record", "bake"):
+        convert(path, tmp_path / form, layer_spec=spec, plan=form)
+        assert answers(tmp_path / form) == planned
+    to_hf(path, tmp_path / "hf", dequantize=True)
+    before, after = load_params(path)[1], load_params(tmp_path / "hf")[1]
+    second = quant.dequantize(quant.layer_slice(before["layers.down.weight"].parts[1], 0))
+    np.testing.assert_array_equal(after["layers.down.weight"][1], second)
+
+
+@pytest.mark.parametrize(("kind", "small"), [("Q2_K", "q4_k"), ("IQ4_NL", "q5_k"), ("Q3_K", "q4_k")])
+def test_what_no_format_holds_is_quantized_again_or_kept_exactly(
+    kind: str, small: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    pytest.importorskip("libgguf")
+    path = write_tiny(tmp_path / "m.gguf", WIDE, kind=Q[kind])
+    raw = GgufFile(path).raw("blk.2.ffn_down.weight")
+    numbers = dequantize(next(t for t in TYPES.values() if t.name == kind), raw)
+    exact = load_params(path, keep="exact")[1]["layers.down.weight"]
+    np.testing.assert_array_equal(exact[2], numbers)
+    assert not caplog.messages
+    found = load_params(path)[1]["layers.down.weight"]
+    assert found.format_name == small
+    error = quant.dequantize(quant.layer_slice(found, 2)) - numbers
+    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(numbers)
+    (message,) = caplog.messages
+    assert f"{kind} to {small} (keep='exact' keeps the numbers, at 32 bits)" in message
 
 
 def test_a_big_endian_model_is_the_same(tmp_path: Path):
@@ -237,7 +309,8 @@ def test_a_head_that_is_a_copy_of_the_embedding_is_tied(copied: bool, tmp_path: 
 
 def test_a_layer_is_dequantized_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     values = {**TINY, "vocab_size": 5000, "hidden_size": 192}
-    source = open_source(write_tiny(tmp_path / "m.gguf", values, kinds={"token_embd.weight": Q.Q4_0}))
+    path = write_tiny(tmp_path / "m.gguf", values, kinds={"token_embd.weight": Q.MXFP4})
+    source = ModelDirectory.at(path).source(keep="exact")
     param = next(p for p in source.table if p.name == "embed.weight")
     whole = source.layer(param, 0)
     monkeypatch.setattr("jaxchat.checkpoints.gguf._CHUNK", 30_000)
@@ -390,9 +463,7 @@ class _Tokenizer:
 
 
 def test_templates_are_rendered_with_the_special_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        sys.modules["jaxchat.text.tokenizer_gguf"], "tokenizer_of", lambda metadata, where: _Tokenizer()
-    )
+    monkeypatch.setattr("jaxchat.text.tokenizer_gguf.tokenizer_of", lambda metadata, where: _Tokenizer())
     keys = {
         "tokenizer.ggml.tokens": ["<s>", "</s>", "x"],
         "tokenizer.ggml.eos_token_id": 1,

@@ -137,12 +137,22 @@ def write_gguf_file(
         if quantized == _Q.F32:
             writer.add_tensor(name, values.astype(np.float32))
         else:
-            raw = gguf.quants.quantize(values.astype(np.float32), quantized)
+            raw = _quantized(values.astype(np.float32), quantized)
             writer.add_tensor(name, raw, raw_dtype=quantized)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _quantized(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Blocks; by ggml's own code where the library has none."""
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        import libgguf
+
+        return libgguf.quantize_rows(values, kind)
 
 
 _ALWAYS_F32 = ("position_embd.weight",)
