@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Any Hugging Face or converted model directory; empty is the model in the box.
-MODEL ?=
+# Any model that `jaxchat chat -m` takes; the assistant is fetched the first time, 100 to 270 MB.
+MODEL ?= assistant
 BIN := $(VENV)/bin
 # What the install compiles: a change of these rebuilds the native kernels.
 NATIVE := CMakeLists.txt $(wildcard $(foreach ext,cc h,jaxchat/pallas/*.$(ext) jaxchat/pallas/*/*.$(ext)))
@@ -15,7 +15,7 @@ setup: $(VENV)/installed
 # As a job of its own: a Ctrl-C that stops a reply is not for make. What Ctrl-Z stops goes on at once.
 chat: $(VENV)/installed-chat
 	@if [ -t 0 ]; then set -m; fi; \
-	$(BIN)/jaxchat chat $(if $(MODEL),-m $(MODEL)); code=$$?; \
+	$(BIN)/jaxchat chat -m $(MODEL); code=$$?; \
 	while [ $$code -eq 148 ]; do fg >/dev/null; code=$$?; done; \
 	[ $$code -eq 130 ] || exit $$code
 

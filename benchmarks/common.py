@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxchat import pallas
 from jaxchat.analysis import cost
-from jaxchat.checkpoints.load import aligned_quantized
+from jaxchat.checkpoints.load import aligned_storage
 from jaxchat.config import LAYERS, ModelConfig, Param
 from jaxchat.engine import steps
 from jaxchat.engine.generation import generate
@@ -206,15 +206,21 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 def _random_quantized(rng: np.random.Generator, shape: tuple[int, ...], fmt: QuantFormat) -> QuantizedTensor:
     """Weights of variance about 1 / I, centred on zero, as numpy arrays."""
-    out = aligned_quantized(shape, fmt)
+    out = aligned_storage(shape, fmt)
+    assert isinstance(out, QuantizedTensor)
     low, high = fmt.code_range
     if fmt.bits == 8:
         codes = rng.integers(low, high + 1, _TILE, np.int8)
     else:
         codes = rng.integers(0, 256, _TILE, np.uint8)
     _fill(out.codes, codes, int(rng.integers(_TILE)))
-    out.codes[..., -(-shape[-1] * fmt.bits // 8) :] = 0  # the padding of rows
+    out.codes[..., -(-shape[-1] // (1 if fmt.bits == 8 else 2)) :] = 0  # the padding of rows
+    if out.high is not None:
+        _fill(out.high, codes, int(rng.integers(_TILE)))
     size = math.sqrt(12 / shape[-1]) / (high - low)
+    if fmt.two_level:
+        _fill_two_levels(rng, out, size, (low + high) / 2)
+        return out
     scales = (rng.uniform(0.8, 1.2, _TILE) * size).astype(out.scales.dtype)
     if fmt.bits == 4 and not fmt.affine:
         scales *= rng.choice(np.array([-1, 1], scales.dtype), _TILE)  # the codes' mean is not 0
@@ -223,6 +229,20 @@ def _random_quantized(rng: np.random.Generator, shape: tuple[int, ...], fmt: Qua
     if out.mins is not None:
         _fill(out.mins, scales * scales.dtype.type(-(low + high) / 2), offset)
     return out
+
+
+def _fill_two_levels(rng: np.random.Generator, out: QuantizedTensor, size: float, middle: float) -> None:
+    """Scales of about `size`, and offsets that centre the codes on zero, as K-quants have them."""
+    levels = rng.integers(40, 60, _TILE, np.int8)
+    if not out.affine:
+        levels *= rng.choice(np.array([-1, 1], np.int8), _TILE)  # the codes' mean is not 0
+    offset = int(rng.integers(_TILE))
+    _fill(out.scales, levels, offset)
+    outer = np.full(_TILE, size / 50, np.float16)
+    _fill(out.super_scales, outer, 0)
+    if out.mins is not None:
+        _fill(out.mins, levels, offset)
+        _fill(out.super_mins, -outer * np.float16(middle), 0)
 
 
 def _tiled(tile: np.ndarray, offset: int, shape: Sequence[int]) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Quantized weights: the `QuantizedTensor` pytree, its formats, quantize (numpy), dequantize (numpy and jax).
 
 A weight [..., O, I] becomes integer codes and one scale (affine formats: and one offset) per group of G
-neighbours along I. The kernels that multiply with it are in `jaxchat/pallas`; no I/O here.
+neighbours along I. The kernels that multiply with it are in `jaxchat/pallas`, how codes are packed into bytes
+in `packing.py`; no I/O here.
 """
 
 import abc
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
+from jaxchat import packing
 from jaxchat.config import Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.visible import shown
@@ -26,6 +28,9 @@ Array = jax.Array | np.ndarray
 
 GROUPS = (32, 64, 128)
 """The group sizes; 0 in a `QuantFormat` stands for one group a row."""
+
+SUPER_GROUP = 256
+"""Weights that share the outer scale of a two-level format: ggml's QK_K."""
 
 _ALIGNMENT = 32
 """Rows with one group are padded to a multiple of this, so that kernels never see a ragged row."""
@@ -39,12 +44,15 @@ class QuantFormat:
     """How a weight is quantized. `parse` reads and `str` prints it.
 
     Attributes:
-      bits: 8 or 4.
-      group: G, weights that share a scale: 32, 64 or 128, or 0 for a whole row (per output channel).
+      bits: 8, 6, 5 or 4.
+      group: G, weights that share a scale: 32, 64 or 128, or 0 for a whole row (per output channel); 16 at
+        6 bits.
       affine: a group has an offset beside its scale, for weights that are not centred on zero.
       search: whether each group's scale minimises its squared error; otherwise it just spans the group,
         computed like ggml's reference, so that q8_0, q4_0 and q4_1 are llama.cpp's bit for bit.
       scale_dtype: `float16` or `float32`, of scales and offsets.
+      two_level: scales and offsets are integers of 6 to 8 bits themselves, times a float16 for 256 weights:
+        ggml's K-quants. Of each number of bits there is one such format.
     """
 
     bits: int
@@ -52,10 +60,11 @@ class QuantFormat:
     affine: bool = False
     search: bool = True
     scale_dtype: str = "float16"
+    two_level: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "QuantFormat | None":
-        """Reads `int8`, `int4:64`, `int8:channel`, `int4:32:affine`, `q4_0`, ...; `none` is None.
+        """Reads `int8`, `int4:64`, `int8:channel`, `int4:32:affine`, `q4_0`, `q4_k`, ...; `none` is None.
 
         Raises:
           UsageError: anything else; the message lists the forms.
@@ -89,14 +98,20 @@ class QuantFormat:
         """Smallest and largest code. Symmetric 8 bits leave -128 out, so that every code can be negated."""
         if self.bits == 8:
             return (-128, 127) if self.affine else (-127, 127)
-        return (0, 15) if self.affine else (-8, 7)
+        codes = 1 << self.bits
+        return (0, codes - 1) if self.affine else (-codes // 2, codes // 2 - 1)
 
     def group_size(self, columns: int) -> int:
         """G for rows of I = `columns` weights."""
         return self.group or -(-columns // _ALIGNMENT) * _ALIGNMENT
 
+    def padded(self, columns: int) -> int:
+        """Ip for rows of I = `columns` weights."""
+        unit = SUPER_GROUP if self.two_level else self.group_size(columns)
+        return -(-columns // unit) * unit
 
-_BITS = {"int8": 8, "int4": 4}
+
+_BITS = {"int8": 8, "int5": 5, "int4": 4}
 _OPTIONS: dict[str, dict[str, Any]] = {
     **{str(group): {"group": group} for group in GROUPS},
     "channel": {"group": 0},
@@ -108,12 +123,17 @@ _GGUF_NAMES = {
     "q8_0": QuantFormat(bits=8, search=False),
     "q4_0": QuantFormat(bits=4, search=False),
     "q4_1": QuantFormat(bits=4, affine=True, search=False),
+    "q5_0": QuantFormat(bits=5, search=False),
+    "q5_1": QuantFormat(bits=5, affine=True, search=False),
+    "q4_k": QuantFormat(bits=4, affine=True, two_level=True),
+    "q5_k": QuantFormat(bits=5, affine=True, two_level=True),
+    "q6_k": QuantFormat(bits=6, group=16, two_level=True),
 }
 
 
 def _unknown_format(text: str) -> UsageError:
     return UsageError(
-        f"unknown quantization {shown(text)}; use none, {', '.join(_GGUF_NAMES)}, or int8 or int4, "
+        f"unknown quantization {shown(text)}; use none, {', '.join(_GGUF_NAMES)}, or int8, int5 or int4, "
         "optionally with a group :32 :64 :128 :channel and with :affine :plain :f32, for example int4:64"
     )
 
@@ -121,13 +141,14 @@ def _unknown_format(text: str) -> UsageError:
 def format_for(param: Param, fmt: QuantFormat | None) -> QuantFormat | None:
     """The format of one parameter under a model-wide `fmt`; None keeps it as it is.
 
-    Norms, biases and position tables are never quantized. Under 4 bits the token embedding and the output
-    head get 8: they are few of the bytes and much of the damage (llama.cpp keeps its head at 6 bits, too).
+    Norms, biases and position tables are never quantized. Under 4 or 5 bits the token embedding and the
+    output head get 8, or 6 of two levels: they are few of the bytes and much of the damage (llama.cpp keeps
+    its head at 6 bits, too).
     """
     if fmt is None or not param.quantizable:
         return None
-    if fmt.bits == 4 and param.role in ("embedding", "head"):
-        return dataclasses.replace(fmt, bits=8, affine=False)
+    if fmt.bits < 8 and param.role in ("embedding", "head"):
+        return _GGUF_NAMES["q6_k"] if fmt.two_level else dataclasses.replace(fmt, bits=8, affine=False)
     return fmt
 
 
@@ -160,23 +181,33 @@ class InParts(abc.ABC):
 class QuantizedTensor(InParts):
     """A weight [..., O, I] as codes with a scale per group: `w[..., o, i] ~ code * scale (+ min)`.
 
-    Ip is I rounded up to a multiple of G. The padding's codes are 0; multiply it with zeros or cut it off.
+    Ip is I rounded up to a multiple of G, of two-level scales to one of 256. The padding's codes are 0;
+    multiply it with zeros or cut it off.
 
     Attributes:
-      codes: 8 bits: int8 [..., O, Ip], -127..127, affine ones -128..127. 4 bits: uint8 [..., O, Ip/2],
-        element 2j in the low nibble of byte j and 2j+1 in the high one (`jnp.int4`'s memory order); the
-        nibbles are two's complement, -8..7, affine ones unsigned, 0..15.
-      scales: float16 or float32 [..., O, Ip/G]; 4-bit scales may be negative, a group of zeros has scale 0.
-      mins: None, or like `scales`: the value of code 0, which is a group's smallest value at 4 bits and near
-        its middle at 8.
-      bits: 8 or 4, static.
+      codes: 8 bits: int8 [..., O, Ip], -127..127, affine ones -128..127. Fewer: uint8 [..., O, Ip/2], the
+        low 4 bits, element 2j in the low nibble of byte j and 2j+1 in the high one (`jnp.int4`'s memory
+        order). Affine codes are unsigned, 0..15, 0..31; others at 4 bits two's complement, -8..7, at 5 and 6
+        bits in excess of half their range: 0..31 is -16..15, 0..63 is -32..31.
+      scales: float16 or float32 [..., O, Ip/G]; scales may be negative, a group of zeros has scale 0. Of two
+        levels: int8, to be multiplied by `super_scales`.
+      mins: None, or like `scales`: the value of code 0, which is a group's smallest value below 8 bits and
+        near its middle at 8.
+      high: None, or at 5 and 6 bits what is above the low 4: uint8 [..., O, Ip/8] or [..., O, Ip/4], in the
+        order of `packing`.
+      super_scales: None, or float16 [..., O, Ip/256].
+      super_mins: None, or like `super_scales`.
+      bits: 8, 6, 5 or 4, static.
       group: G, static.
       columns: I, static.
     """
 
     codes: Array
     scales: Array
-    mins: Array | None
+    mins: Array | None = None
+    high: Array | None = None
+    super_scales: Array | None = None
+    super_mins: Array | None = None
     bits: int = dataclasses.field(metadata={"static": True})
     group: int = dataclasses.field(metadata={"static": True})
     columns: int = dataclasses.field(metadata={"static": True})
@@ -192,13 +223,25 @@ class QuantizedTensor(InParts):
         return self.mins is not None
 
     @property
+    def zero_code(self) -> int:
+        """What stands for code 0 where codes are unsigned: at 4 to 6 bits, but for 4 that are not affine."""
+        return 0 if self.affine else 1 << (self.bits - 1)
+
+    @property
     def padded_columns(self) -> int:
-        """Ip: I rounded up to a multiple of G."""
-        return -(-self.columns // self.group) * self.group
+        """Ip: I rounded up to whole groups."""
+        return self.codes.shape[-1] * (1 if self.bits == 8 else 2)
+
+    @property
+    def two_level(self) -> bool:
+        """Whether scales are integers times an outer scale."""
+        return self.super_scales is not None
 
     @property
     def format_name(self) -> str:
-        """How it is stored, in `--quant`'s words: `int4`, `int4:64:affine`, `int8:channel`."""
+        """How it is stored, in `--quant`'s words: `int4`, `int4:64:affine`, `int8:channel`, `q4_k`."""
+        if self.two_level:
+            return str(QuantFormat(bits=self.bits, group=self.group, affine=self.affine, two_level=True))
         group = self.group if self.group in GROUPS else 0
         wide = str(np.dtype(self.scales.dtype))
         return str(QuantFormat(bits=self.bits, group=group, affine=self.affine, scale_dtype=wide))
@@ -207,14 +250,18 @@ class QuantizedTensor(InParts):
 def empty(shape: tuple[int, ...], fmt: QuantFormat) -> QuantizedTensor:
     """Uninitialised numpy arrays for weights of `shape` [..., O, I], for `quantize(..., out=)` to fill."""
     *lead, columns = shape
-    group = fmt.group_size(columns)
-    padded = -(-columns // group) * group
+    group, padded = fmt.group_size(columns), fmt.padded(columns)
     code_type, width = (np.int8, padded) if fmt.bits == 8 else (np.uint8, padded // 2)
-    scales = np.empty((*lead, padded // group), fmt.scale_dtype)
+    scales = np.empty((*lead, padded // group), np.int8 if fmt.two_level else fmt.scale_dtype)
+    outer = np.empty((*lead, padded // SUPER_GROUP), np.float16) if fmt.two_level else None
+    between = fmt.bits in (5, 6)
     return QuantizedTensor(
         codes=np.empty((*lead, width), code_type),
         scales=scales,
         mins=np.empty_like(scales) if fmt.affine else None,
+        high=np.empty((*lead, packing.high_bytes(fmt.bits, padded)), np.uint8) if between else None,
+        super_scales=outer,
+        super_mins=np.empty_like(outer) if outer is not None and fmt.affine else None,
         bits=fmt.bits,
         group=group,
         columns=columns,
@@ -257,7 +304,7 @@ def quantize(
         _quantize_rows(_to_float32(w[block]), fmt, part, name)
 
     blocks = _row_blocks(w.shape)
-    threads = threads or _available_cores()
+    threads = threads or available_cores()
     if threads == 1 or w.size <= _BLOCK_ELEMENTS:
         for block in blocks:
             work(block)
@@ -272,21 +319,40 @@ def dequantize(q: QuantizedTensor) -> Any:
     """The weights a tensor stands for: float32 [..., O, I]; numpy in, numpy out, otherwise traceable."""
     codes = unpack_codes(q)
     groups = codes.reshape(*codes.shape[:-1], -1, q.group).astype(np.float32)
-    w = groups * q.scales.astype(np.float32)[..., None]
-    if q.mins is not None:
-        w = w + q.mins.astype(np.float32)[..., None]
+    w = groups * group_scales(q)[..., None]
+    mins = group_mins(q)
+    if mins is not None:
+        w = w + mins[..., None]
     return w.reshape(codes.shape)[..., : q.columns]
 
 
+def group_scales(q: QuantizedTensor) -> Any:
+    """The scale of each group, float32 [..., O, Ip/G]: of two levels, their product."""
+    return _both_levels(q.scales, q.super_scales)
+
+
+def group_mins(q: QuantizedTensor) -> Any:
+    """The offset of each group, likewise; None of formats that are not affine."""
+    return None if q.mins is None else _both_levels(q.mins, q.super_mins)
+
+
+def _both_levels(inner: Any, outer: Any) -> Any:
+    if outer is None:
+        return inner.astype(np.float32)
+    shaped = inner.reshape(*outer.shape, -1).astype(np.float32)
+    return (shaped * outer.astype(np.float32)[..., None]).reshape(inner.shape)
+
+
 def unpack_codes(q: QuantizedTensor) -> Any:
-    """The codes, one a byte: int8 [..., O, Ip], at 8 and 4 bits; numpy in, numpy out, otherwise traceable."""
+    """The codes, one a byte: int8 [..., O, Ip]; numpy in, numpy out, otherwise traceable."""
     if q.bits == 8:
         return q.codes
-    xp = np if isinstance(q.codes, np.ndarray) else jnp
-    nibbles = xp.stack([q.codes & np.uint8(15), q.codes >> np.uint8(4)], axis=-1).astype(np.int8)
-    if not q.affine:
-        nibbles = (nibbles ^ np.int8(8)) - np.int8(8)  # sign extension: 0..15 -> 0..7, -8..-1
-    return nibbles.reshape(*q.codes.shape[:-1], -1)
+    codes = packing.unpack(q.codes, q.high, q.bits).astype(np.int8)
+    if q.affine:
+        return codes
+    if q.bits == 4:
+        return (codes ^ np.int8(8)) - np.int8(8)  # sign extension: 0..15 -> 0..7, -8..-1
+    return codes - np.int8(1 << (q.bits - 1))
 
 
 def layer_slice(q: QuantizedTensor, layer: int | jax.Array) -> QuantizedTensor:
@@ -305,7 +371,8 @@ def rows(q: QuantizedTensor, ids: Array) -> Any:
     return dequantize(jax.tree.map(lambda array: array[ids], q))
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """The processors that this process may use."""
     # Only Linux says which cores this process may use.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -343,6 +410,9 @@ def _quantize_rows(x: np.ndarray, fmt: QuantFormat, out: QuantizedTensor, name: 
             f"{name}: holds NaN or infinite weights, which cannot be quantized; the checkpoint is damaged: "
             "download it again, or do without --quant"
         )
+    if fmt.two_level:
+        _quantize_two_levels(x, fmt, out)
+        return _check_scales(out.super_scales, out.super_mins, name)
     group, full = out.group, x.shape[1] // out.group
     pieces = [(slice(0, full), x[:, : full * group])] if full else []
     if x.shape[1] > full * group:
@@ -350,16 +420,64 @@ def _quantize_rows(x: np.ndarray, fmt: QuantFormat, out: QuantizedTensor, name: 
     for where, piece in pieces:
         size = piece.shape[1] // (where.stop - where.start)
         codes, grid = _quantize_groups(piece.reshape(-1, size), fmt)
-        bytes_per_group = out.codes.shape[-1] // out.scales.shape[-1]
-        target = out.codes[:, where.start * bytes_per_group : where.stop * bytes_per_group]
-        packed = np.zeros((len(codes), bytes_per_group), target.dtype)
-        packed[:, : codes.shape[1]] = codes
-        target[...] = packed.reshape(target.shape)
+        _put_codes(out, where, codes)
         out.scales[:, where] = grid.scale.reshape(len(x), -1)
         if out.mins is not None:
             out.mins[:, where] = grid.min.reshape(len(x), -1)
-    if not np.isfinite(out.scales).all() or not (out.mins is None or np.isfinite(out.mins).all()):
+    _check_scales(out.scales, out.mins, name)
+
+
+def _check_scales(scales: Any, mins: Any, name: str) -> None:
+    if not np.isfinite(scales).all() or not (mins is None or np.isfinite(mins).all()):
         raise JaxchatError(f"{name}: weights too large for float16 scales; append :f32 to the format")
+
+
+def _put_codes(out: QuantizedTensor, groups: slice, codes: np.ndarray) -> None:
+    """Writes codes as `_quantize_groups` gives them to some groups of each row, zeros behind."""
+    between = out.bits in (5, 6)
+    size = out.group if between else out.codes.shape[-1] // out.scales.shape[-1]
+    padded = np.full((len(codes), size), out.zero_code if between else 0, codes.dtype)
+    padded[:, : codes.shape[1]] = codes
+    low, high = packing.pack(padded.view(np.uint8), out.bits) if between else (padded, None)
+    for whole, part in ((out.codes, low), (out.high, high)):
+        if whole is not None and part is not None:
+            width = whole.shape[-1] // out.scales.shape[-1]
+            target = whole[:, groups.start * width : groups.stop * width]
+            target[...] = part.reshape(target.shape)
+
+
+def _quantize_two_levels(x: np.ndarray, fmt: QuantFormat, out: QuantizedTensor) -> None:
+    """Fits each group on its own, then outer scales to theirs, then codes to what those have become."""
+    rows = np.zeros((len(x), out.padded_columns), np.float32)
+    rows[:, : x.shape[1]] = x
+    w = np.ascontiguousarray(rows.reshape(-1, out.group).T)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        _, grid = _searched(w, fmt, 0)
+        scale = _put_levels(grid.scale, out.scales, out.super_scales, affine=fmt.affine)
+        low = np.zeros_like(scale)
+        if fmt.affine:
+            low = _put_levels(grid.min, out.mins, out.super_mins, affine=True)
+        codes = _nearest(w, _Grid(scale, low), fmt) - np.float32(fmt.code_range[0])
+    unsigned = np.ascontiguousarray(codes.astype(np.uint8).T).reshape(rows.shape)
+    unsigned[:, x.shape[1] :] = out.zero_code
+    out.codes[...], high = packing.pack(unsigned, fmt.bits)
+    if out.high is not None:
+        out.high[...] = high
+
+
+def _put_levels(values: np.ndarray, inner: Any, outer: Any, *, affine: bool) -> np.ndarray:
+    """Writes scales (or offsets) [1, n] as integers and outer scales, as K-quants do; returns the products.
+
+    Those of affine formats have one sign and 6 bits, others both signs and 8: the extreme one becomes -128.
+    """
+    shaped = values.reshape(*outer.shape, -1)
+    extreme = np.take_along_axis(shaped, np.abs(shaped).argmax(-1, keepdims=True), -1)
+    outer[...] = extreme[..., 0] / np.float32(63 if affine else -128)
+    step = outer.astype(np.float32)[..., None]
+    limits = (0, 63) if affine else (-128, 127)
+    integers = np.rint(shaped * _inverse(step)).clip(*limits)
+    inner[...] = integers.reshape(inner.shape)
+    return (integers * step).reshape(1, -1)
 
 
 class _Grid(NamedTuple):
@@ -370,12 +488,17 @@ class _Grid(NamedTuple):
 
 
 def _quantize_groups(groups: np.ndarray, fmt: QuantFormat) -> tuple[np.ndarray, _Grid]:
-    """Quantizes groups [n, g], each on its own, to packed codes int8 [n, g] or uint8 [n, ceil(g/2)]."""
+    """Quantizes groups [n, g], each on its own, to codes int8 [n, g], of 4 bits packed: uint8 [n, ceil(g/2)].
+
+    Those of 5 bits are unsigned.
+    """
     # Numpy's inner loop runs over the last axis. Short groups are laid out [g, n], which keeps it long.
     axis = 0 if groups.shape[1] <= max(GROUPS) else 1
     w = np.ascontiguousarray(groups.T) if axis == 0 else groups
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         codes, grid = _searched(w, fmt, axis) if fmt.search else _plain(w, fmt, axis)
+    if fmt.bits == 5:
+        codes = codes - np.float32(fmt.code_range[0])
     packed = codes.astype(np.int8)
     if fmt.bits == 4:
         packed = _pack_nibbles(packed, axis)
@@ -396,12 +519,14 @@ def _spanning_grid(w: np.ndarray, fmt: QuantFormat, axis: int) -> _Grid:
     low, high = fmt.code_range
     if fmt.affine:
         smallest, largest = w.min(axis, keepdims=True), w.max(axis, keepdims=True)
+        if fmt.two_level:
+            smallest = np.minimum(smallest, 0)
         scale = (largest - smallest) / np.float32(high - low)
         return _Grid(scale, smallest - scale * np.float32(low))
     if fmt.bits == 8:
         scale = np.abs(w).max(axis, keepdims=True) / np.float32(high)
     else:
-        # The value of largest magnitude becomes -8, whichever its sign: all 16 codes are of use.
+        # The value of largest magnitude becomes -8 (-16, -32), whichever its sign: all codes are of use.
         extreme = np.abs(w).argmax(axis, keepdims=True)
         scale = np.take_along_axis(w, extreme, axis) / np.float32(low)
     return _Grid(scale, np.zeros_like(scale))
@@ -414,8 +539,8 @@ def _plain(w: np.ndarray, fmt: QuantFormat, axis: int) -> tuple[np.ndarray, _Gri
     inverse = _inverse(grid.scale)
     if fmt.affine:
         codes = np.trunc((w - w.min(axis, keepdims=True)) * inverse + np.float32(0.5)) + np.float32(low)
-    elif fmt.bits == 4:
-        codes = np.trunc(w * inverse + np.float32(8.5)) - np.float32(8)
+    elif fmt.bits < 8:
+        codes = np.trunc(w * inverse + np.float32(0.5 - low)) + np.float32(low)
     else:
         codes = w * inverse
         codes = np.copysign(np.floor(np.abs(codes) + np.float32(0.5)), codes)  # half away from zero
@@ -445,6 +570,8 @@ def _searched(w: np.ndarray, fmt: QuantFormat, axis: int) -> tuple[np.ndarray, _
 
 
 _STRETCHES = {
+    5: (0.75, 0.82, 0.88, 0.92, 0.96, 0.98, 1.02, 1.04, 1.08),
+    6: (0.85, 0.9, 0.94, 0.97, 0.985, 1.015, 1.03),
     4: (0.65, 0.75, 0.82, 0.88, 0.92, 0.96, 1.04, 1.08, 1.12),
     8: (0.98, 0.99, 0.995, 1.005, 1.01, 1.015, 1.02),
 }
@@ -458,7 +585,12 @@ _REFITS = 2
 
 
 def _narrowed(grid: _Grid, fmt: QuantFormat) -> _Grid:
-    """The grid as it will be stored, so that errors are measured on what a reader gets."""
+    """The grid as it will be stored, so that errors are measured on what a reader gets.
+
+    Of two levels that is known only when all groups are; but their offsets are never above zero.
+    """
+    if fmt.two_level:
+        return _Grid(grid.scale, np.minimum(grid.min, 0) if fmt.affine else grid.min)
     if fmt.scale_dtype == "float32":
         return grid
     return _Grid(*(part.astype(np.float16).astype(np.float32) for part in grid))

@@ -6,7 +6,7 @@ Joins the engine (token ids) with the tokenizer and chat template (text).
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import jax
 
@@ -23,13 +23,14 @@ from jaxchat.checkpoints.quantized import Quant
 from jaxchat.config import ModelConfig
 from jaxchat.engine.compile_cache import enable_compilation_cache
 from jaxchat.engine.session import Engine, Session, kernels_for, read_kv_dtype
-from jaxchat.errors import JaxchatError, UsageError, told
+from jaxchat.errors import JaxchatError, UsageError, option, told
 from jaxchat.layer_plan import LayerPlan, PlanLike, as_plan
 from jaxchat.options import DEFAULTS, MAX_SLOTS, GenerateOptions, GenerateOverrides, checked_options
 from jaxchat.pallas import backends
 from jaxchat.quant import QuantFormat
 from jaxchat.recipes.recipe import read_recipe
 from jaxchat.text.chat_template import ChatTemplate
+from jaxchat.text.named_templates import advice_on, chosen_template
 from jaxchat.text.reasoning import ThoughtTags
 from jaxchat.text.tokenizer import Tokenizer
 from jaxchat.visible import shown
@@ -49,6 +50,7 @@ class Model:
       tokenizer: None where the directory has none; token ids still work.
       template: the chat template, or None.
       max_slots: cache slots that its sessions reserve.
+      name: what people call it, "" where nobody said.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Model:
         tokenizer: Tokenizer | None = None,
         template: ChatTemplate | None = None,
         max_slots: int = 0,
+        name: str = "",
     ):
         self.base_plan = base_plan or LayerPlan.identity(engine.config.num_layers)
         self.config: ModelConfig = engine.config
@@ -68,6 +71,7 @@ class Model:
         self.tokenizer = tokenizer
         self.template = template
         self.max_slots = max_slots
+        self.name = name
 
     def __repr__(self) -> str:
         """What it is, in a line."""
@@ -99,6 +103,7 @@ class Model:
             tokenizer=self.tokenizer,
             template=self.template,
             max_slots=self.max_slots,
+            name=self.name,
         )
 
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
@@ -377,9 +382,11 @@ class Model:
         if self.tokenizer is None:
             raise UsageError("this model directory has no tokenizer; chat needs one")
         if self.template is None:
+            advice = advice_on(self.name) or f"{option('chat_template', 'NAME')} gives it one"
+            other = told("use generate() or stream()", "use --format completion")
             raise UsageError(
-                "this model has no chat template (tokenizer_config.json, chat_template.jinja); it can "
-                f"continue a text: {told('use generate() or stream()', 'use --format completion')}"
+                "this model has no chat template (tokenizer_config.json, chat_template.jinja); "
+                f"{advice}, or it can continue a text: {other}"
             )
         return Conversation(self.template, self.tokenizer, **settings)
 
@@ -393,18 +400,20 @@ def load(
     keep_identity: bool = False,
     dtype: str | None = None,
     quant: str | QuantFormat | None = None,
+    keep: Literal["small", "exact"] = "small",
     kv_dtype: str | None = None,
     kernels: str = "auto",
     max_length: int | None = None,
     max_slots: int = 0,
+    chat_template: str | Path | None = None,
     mesh: jax.sharding.Mesh | None = None,
     compilation_cache_dir: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
-    """Loads a model directory (Hugging Face layout, or one that `tools/convert.py` wrote), or a recipe.
+    """Loads a model (Hugging Face layout, GGUF, or what `tools/convert.py` wrote), or a recipe.
 
     Args:
-      path: the directory; "box" is the model in the box, unless there is a folder of that name.
+      path: the directory or GGUF file; "box" is the model in the box, unless there is a folder of that name.
       plan: a layer plan in any notation (`LayerPlan.parse`), a list of layers (`LayerPlan.of`) or a
         `LayerPlan`; default every layer once, in order. Of a recipe, or of a directory that records a plan,
         text and lists count the slots, and the default is that plan.
@@ -415,11 +424,15 @@ def load(
       dtype: of the weights, `float32`, `bfloat16` or `float16`; default as stored.
       quant: quantizes the weights while they are read: `int8`, `int4`, `int4:64`, ... (`QuantFormat.parse`);
         default as stored.
+      keep: of weights that another program has quantized in a way that no format here is the same as: `small`
+        quantizes them again, `exact` keeps the numbers they stand for, at 32 bits.
       kv_dtype: of the KV cache, `float32`, `bfloat16` or `int8`; default that of the activations, which is
         float32 on CPU and with float32 weights, else bfloat16.
       kernels: `auto`, `reference`, `native` or `pallas`: which implementations of the operations run.
       max_length: the longest context in tokens (the KV cache grows up to it); default the model's own.
       max_slots: cache slots to reserve, so that longer plans chosen later need no new executable.
+      chat_template: instead of the model's own, a Jinja file or the name of a prompt format: `vicuna_v1.1`,
+        `alpaca`, ... (`text.named_templates.NAMED`).
       mesh: shards the model over its `model` axis and batches over its `data` axis.
       compilation_cache_dir: where compiled executables are kept; default a user cache directory, "" is none.
       progress: called while weights are read, see `checkpoints.load`.
@@ -445,7 +458,15 @@ def load(
     selected = kernels_for(kernels, backends.devices()[0] if mesh is None else mesh.devices.flat[0], mesh)
     cache_dtype = None if kv_dtype is None else read_kv_dtype(kv_dtype)
     tokenizer, template = directory.tokenizer, directory.template
-    weights: dict[str, Any] = {"dtype": dtype, "quant": wanted, "mesh": mesh, "progress": progress}
+    if chat_template is not None and tokenizer is not None:
+        template = chosen_template(chat_template, tokenizer, template)
+    weights: dict[str, Any] = {
+        "dtype": dtype,
+        "quant": wanted,
+        "keep": keep,
+        "mesh": mesh,
+        "progress": progress,
+    }
     if assembly is None:
         config, params = load_params(directory, **weights)
     else:
@@ -458,6 +479,7 @@ def load(
         tokenizer=tokenizer,
         template=template,
         max_slots=max_slots,
+        name=directory.name,
     )
     if tokenizer is not None and max(tokenizer.special_tokens.values(), default=0) >= config.vocab_size:
         _warn_of_template(model, directory)
@@ -489,8 +511,10 @@ _SETTINGS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "recipe": ((*_PATH, Assembly), "a file, or what read_recipe gave"),
     "dtype": ((str,), "float32, bfloat16 or float16"),
     "quant": ((str, QuantFormat), "a format such as 'int8'"),
+    "keep": ((str,), "small or exact"),
     "kv_dtype": ((str,), "float32, bfloat16 or int8"),
     "kernels": ((str,), "auto, reference, native or pallas"),
+    "chat_template": (_PATH, "a name or a Jinja file"),
     "mesh": ((jax.sharding.Mesh,), "a jax.sharding.Mesh"),
     "compilation_cache_dir": (_PATH, "a directory"),
 }
@@ -502,6 +526,8 @@ def _check_settings(given: Mapping[str, Any]) -> None:
     for name, (types, expected) in _SETTINGS.items():
         if given[name] is not None and not isinstance(given[name], types):
             raise arguments.refused(name, given[name], expected)
+    if given["keep"] not in ("small", "exact"):
+        raise arguments.refused("keep", given["keep"], _SETTINGS["keep"][1])
     if given["kernels"] is None:
         raise arguments.refused("kernels", None, _SETTINGS["kernels"][1])
     if given["max_length"] is not None:

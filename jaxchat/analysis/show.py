@@ -182,18 +182,21 @@ def _quantized(
 ) -> dict[str, Any]:
     """The fields of a report that a format decides."""
     # Imports JAX, half a second that `--show` without a format does not need.
-    from jaxchat.checkpoints.quantized import choose_format, stored_bytes
+    from jaxchat.checkpoints.quantized import choose_format, stored_bytes, stored_format_of
     from jaxchat.quant import QuantFormat, format_for
 
     fmt = choose_format(directory, manifest, "auto" if quant is None else QuantFormat.parse(quant))
-    if fmt is None:
+    stored = manifest.quantization
+    if fmt is None and stored is None:
         return {}
     sizes: dict[str, int] = {}
     for param in parameter_table(config):
-        storage = format_for(param, fmt) or WEIGHT_DTYPES[manifest.dtypes[param.name]]
+        held = stored_format_of(manifest, param) or format_for(param, fmt)
+        storage = held or WEIGHT_DTYPES[manifest.dtypes[param.name]]
         group = _group(param)
         sizes[group] = sizes.get(group, 0) + stored_bytes(param.stacked_shape(config), storage)
-    return {"quantization": str(fmt), "quantized_bytes": {**sizes, "total": sum(sizes.values())}}
+    label = str(fmt) if stored is None else stored.format
+    return {"quantization": label, "quantized_bytes": {**sizes, "total": sum(sizes.values())}}
 
 
 _GROUPS = {

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from jaxchat.analysis import cost, show
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest
 from jaxchat.config import ModelConfig, Param
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
@@ -46,6 +46,7 @@ def token_cost(
     dtype: str | None = None,
     quant: str | None = None,
     kv_dtype: str | None = None,
+    manifest: Manifest | None = None,
 ) -> Cost:
     """What one token costs under a plan.
 
@@ -56,9 +57,14 @@ def token_cost(
       report: of the model under the plan: its context and how its weights are stored.
       dtype, quant: of the weights, instead of as stored; bfloat16 if nothing says how they are.
       kv_dtype: of the KV cache; None is float32 beside float32 weights, else bfloat16, as on an accelerator.
+      manifest: of a checkpoint: how its parameters are quantized, if it says so.
     """
     weight_format = quant or dtype or report.quantization or report.stored_dtype or "bfloat16"
-    bytes_of = _layer_bytes(config, weight_format)
+    stored = None if quant or dtype or manifest is None else manifest.quantization
+    if stored is not None and manifest is not None:
+        bytes_of = _stored_layer_bytes(config, manifest)
+    else:
+        bytes_of = _layer_bytes(config, weight_format)
     sizes = {param.name: bytes_of(param) for param in parameter_table(config)}
     weight_bytes = cost.weight_bytes_read(config, plan, sizes)
     kv_dtype = kv_dtype or ("float32" if weight_format == "float32" else "bfloat16")
@@ -79,6 +85,18 @@ def token_cost(
             for device in devices
         },
     )
+
+
+def _stored_layer_bytes(config: ModelConfig, manifest: Manifest) -> Callable[[Param], int]:
+    """The same as a checkpoint holds them; where layers differ, their mean."""
+    # Imports JAX, half a second that plain dtypes do not need.
+    from jaxchat.checkpoints.quantized import stored_bytes, stored_format_of
+
+    def bytes_of(param: Param) -> int:
+        storage = stored_format_of(manifest, param) or WEIGHT_DTYPES[manifest.dtypes[param.name]]
+        return stored_bytes(param.stacked_shape(config), storage) // param.rows(config)
+
+    return bytes_of
 
 
 def _layer_bytes(config: ModelConfig, weight_format: str) -> Callable[[Param], int]:

@@ -137,7 +137,11 @@ class Prompts:
                     f"{self._template.path}: the chat template writes nothing for this conversation; "
                     "download the file again"
                 )
-            return Prompt(marked, text, breaker, opened=self.opened_by(text), **self._end_of_reply(broken))
+            end = self._end_of_reply(broken)
+            stops = dict.fromkeys((*end.pop("stop_strings", ()), *self._template.stop_strings))
+            return Prompt(
+                marked, text, breaker, opened=self.opened_by(text), stop_strings=tuple(stops), **end
+            )
         return self._before_user(broken, breaker)
 
     def opened_by(self, text: str) -> str:

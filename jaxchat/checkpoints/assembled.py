@@ -11,13 +11,15 @@ import jax
 import numpy as np
 
 from jaxchat.checkpoints.assembly import Assembly, Tensor, assembled_config, global_tensor, stack_of
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, Stack
-from jaxchat.checkpoints.quantized import stored_format, stored_format_of
+from jaxchat.checkpoints.gguf_storage import Keep
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, Quantization, Stack
+from jaxchat.checkpoints.quantized import Held, alike, described, of_row, stored_format_of
 from jaxchat.checkpoints.source import Source, convert_into, row_blocks
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.families import count_parameters, parameter_table
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.mixed import MixedTensor
 from jaxchat.quant import QuantizedTensor
 
 T = TypeVar("T")
@@ -30,12 +32,13 @@ class AssembledSource:
     as mergekit does; of quantized ones the scales and offsets are scaled, the codes are kept.
     """
 
-    def __init__(self, assembly: Assembly, dtype: np.dtype | None = None):
+    def __init__(self, assembly: Assembly, dtype: np.dtype | None = None, keep: Keep = "small"):
         """Opens and verifies what the assembly uses of its models; no tensor data is read.
 
         Args:
           assembly: what to assemble.
           dtype: of the tensors that are not quantized, instead of the assembly's.
+          keep: see `ModelDirectory.source`.
 
         Raises:
           UsageError: the models cannot share a stack, or are not quantized alike.
@@ -46,7 +49,8 @@ class AssembledSource:
         stated = [model.config for model in assembly.models]
         assembled_config(assembly, stated)  # models that do not fit are refused before they are opened
         self._sources = [
-            model.source(_wanted(assembly, stated, number)) for number, model in enumerate(assembly.models)
+            model.source(_wanted(assembly, stated, number), keep)
+            for number, model in enumerate(assembly.models)
         ]
         configs = [source.config for source in self._sources]
         self.config = assembled_config(assembly, configs)
@@ -61,8 +65,9 @@ class AssembledSource:
             [model.name for model in self.assembly.models],
         )
         formats = [source.manifest.quantization for source in self._sources]
-        for path, found in zip(self.assembly.models, formats, strict=True):
-            if found != formats[self.assembly.base]:
+        labels = [None if found is None else found.format for found in formats]
+        for path, found in zip(self.assembly.models, labels, strict=True):
+            if found != labels[self.assembly.base]:
                 kinds = [
                     f"{p} holds {_weights(s)}"
                     for p, s in zip(self.assembly.models, self._sources, strict=True)
@@ -78,11 +83,22 @@ class AssembledSource:
             tied_head="absent" if self.config.tied_embeddings else "untied",
             source=" + ".join(names),
             parameters=count_parameters(self.config),
-            quantization=formats[self.assembly.base],
             stack=Stack.of(self.config),
         )
         dtypes = {p.name: self.dtype(p).name for p in self.table}
-        return dataclasses.replace(manifest, dtypes=dtypes)
+        label, quantization = formats[self.assembly.base], None
+        if label is not None:
+            held = {
+                p.name: alike([self._held(p, row) for row in range(len(self._tensors[p.name]))])
+                for p in self.table
+            }
+            quantization = described(label.format, held)
+        return dataclasses.replace(manifest, dtypes=dtypes, quantization=quantization)
+
+    def _held(self, param: Param, index: int) -> Held:
+        """How one row is stored in its model."""
+        source, own, tensor = self._find(param, index)
+        return of_row(stored_format_of(source.manifest, own) or source.dtype(own), tensor.row)
 
     def _find(self, param: Param, index: int) -> tuple[Source, Param, Tensor]:
         tensor = self._tensors[param.name][index]
@@ -111,8 +127,8 @@ class AssembledSource:
             values = _converted(values, self._dtype, label)
         return scaled(values, tensor.scale, label)
 
-    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | None:
-        """See `Source`: neighbouring rows of one model's file, as they are."""
+    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | MixedTensor | None:
+        """See `Source`: neighbouring rows of one model's file, as they are; of a mixed stack, all or none."""
         tensors = self._tensors[param.name]
         first = tensors[0]
         run = [Tensor(first.model, first.row + i, 1.0) for i in range(len(tensors))]
@@ -122,6 +138,8 @@ class AssembledSource:
             return None
         if not param.per_layer:
             return whole
+        if isinstance(whole, MixedTensor):
+            return whole if whole.shape[0] == len(tensors) else None
         rows = slice(first.row, first.row + len(tensors))
         return jax.tree.map(lambda array: array[rows], whole)
 
@@ -143,9 +161,21 @@ class BakedSource:
             rename=("", ""),
             tied_head="absent" if self.config.tied_embeddings else "untied",
             parameters=count_parameters(self.config),
+            quantization=self._gathered(source.manifest.quantization),
             plan=None,
             stack=None,
         )
+
+    def _gathered(self, quantization: Quantization | None) -> Quantization | None:
+        """With the formats of the plan's layers."""
+        if quantization is None:
+            return None
+        held = {}
+        for param in self.table:
+            storage = stored_format_of(self._source.manifest, param) or self._source.dtype(param)
+            rows = [of_row(storage, self._row(param, index)) for index in range(param.rows(self.config))]
+            held[param.name] = alike(rows)
+        return described(quantization.format, held)
 
     def _row(self, param: Param, index: int) -> int:
         if not param.per_layer:
@@ -194,8 +224,10 @@ def scaled(values: np.ndarray | QuantizedTensor, factor: float, name: str) -> np
     if factor == 1.0:
         return values
     if isinstance(values, QuantizedTensor):
-        mins = None if values.mins is None else _product(values.mins, factor, name)
-        return dataclasses.replace(values, scales=_product(values.scales, factor, name), mins=mins)
+        names = ("super_scales", "super_mins") if values.two_level else ("scales", "mins")
+        parts = {part: found for part in names if (found := getattr(values, part)) is not None}
+        scales: dict[str, Any] = {part: _product(found, factor, name) for part, found in parts.items()}
+        return dataclasses.replace(values, **scales)
     return _product(values, factor, name)
 
 
@@ -238,5 +270,5 @@ def _wanted(assembly: Assembly, configs: Sequence[ModelConfig], model: int) -> d
 
 
 def _weights(source: Source) -> str:
-    fmt = stored_format(source.manifest)
-    return "plain weights" if fmt is None else f"{fmt} weights"
+    held = source.manifest.quantization
+    return "plain weights" if held is None else f"{held.format} weights"

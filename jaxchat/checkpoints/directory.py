@@ -7,19 +7,23 @@ no JAX: what does (the parameters) is imported when it is asked for.
 
 import dataclasses
 import functools
+import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from jaxchat import demo
-from jaxchat.checkpoints import hub
+from jaxchat.checkpoints import gguf_config, gguf_storage, hub
 from jaxchat.checkpoints.foreign import advice_on, found_in, refuse_quantized
+from jaxchat.checkpoints.gguf_file import GgufFile
 from jaxchat.checkpoints.manifest import MANIFEST, WEIGHT_DTYPES, Manifest, config_of, recorded_plan
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.families import read_config
+from jaxchat.families import parameter_table, read_config
+from jaxchat.families.gguf import architecture_of
 from jaxchat.families.hf_config import HfConfig
 from jaxchat.files import read_json, read_optional_json
 from jaxchat.layer_plan import LayerPlan
@@ -27,6 +31,7 @@ from jaxchat.options import SAMPLING_RANGES
 from jaxchat.values import check_number
 
 if TYPE_CHECKING:
+    from jaxchat.checkpoints.gguf_storage import Keep
     from jaxchat.checkpoints.source import Source, Wanted
     from jaxchat.text.chat_template import ChatTemplate
     from jaxchat.text.tokenizer import Tokenizer
@@ -42,6 +47,8 @@ def _on_the_hub(path: str | Path) -> Path | None:
     """The directory of a model that is called as on the Hub, unless there is a path of that name."""
     if not isinstance(path, str) or os.path.lexists(path):
         return None
+    if path == hub.ASSISTANT:
+        return hub.assistant() or demo.path()
     name = hub.HubName.parse(path)
     return None if name is None or os.path.lexists(path.split("/")[0]) else hub.fetch(name)
 
@@ -59,27 +66,29 @@ class ModelDirectory:
     def at(path: "str | Path | ModelDirectory") -> "ModelDirectory":
         """What is at a path, in whatever format; `box` is the model in the box if no folder is called so.
 
-        What is no path and reads like `org/name` or `org/name@revision` is fetched from the Hugging Face Hub.
+        A path is that of a folder, or of a GGUF file, of several parts the first.
+
+        What is no path and reads like `org/name`, `org/name@revision` or, of GGUF files, `org/name:Q4_K_M` is
+        fetched from the Hugging Face Hub; `assistant` is a small one that chats, see `hub.assistant`.
 
         Raises:
-          UsageError: there is no such directory.
+          UsageError: there is no such directory or file, or a folder holds several models in GGUF.
           JaxchatError: there is no such model on the Hub, or it cannot be reached.
         """
         if isinstance(path, ModelDirectory):
             return path
         path = _on_the_hub(path) or demo.place(path)
         if not path.exists():
-            raise UsageError(f"{path}: no such model directory; give the folder that holds {CONFIG}")
-        if not path.is_dir():
-            foreign = advice_on(path)
-            what = foreign or f"not a directory; give the folder that holds {CONFIG}"
-            raise UsageError(f"{path}: {what}")
-        return next(found for format in FORMATS if (found := format.recognized(path)) is not None)
+            raise UsageError(f"{path}: no such model directory; give {_GIVE}")
+        for format in FORMATS:
+            if (found := format.recognized(path)) is not None:
+                return found
+        raise UsageError(f"{path}: {advice_on(path) or f'not a directory; give {_GIVE}'}")
 
     @classmethod
     def recognized(cls, path: Path) -> Self | None:
-        """What is in an existing directory, if it is of this format."""
-        return cls(path)
+        """What is at an existing path, if it is of this format."""
+        return cls(path) if path.is_dir() else None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -88,6 +97,15 @@ class ModelDirectory:
     def name(self) -> str:
         """What people call it."""
         return hub.name_in_cache(self.path) or self.path.resolve().name
+
+    @property
+    def config_place(self) -> str:
+        """What says the configuration, for messages."""
+        return str(self.path / CONFIG)
+
+    @property
+    def _generation_place(self) -> str:
+        return str(self.path / GENERATION_CONFIG)
 
     @functools.cached_property
     def config_values(self) -> Mapping[str, Any]:
@@ -104,9 +122,9 @@ class ModelDirectory:
     @functools.cached_property
     def stated_config(self) -> ModelConfig:
         """What `config.json` says, and `generation_config.json` of the tokens that end a text."""
-        refuse_quantized(self.path / CONFIG, self.config_values)
-        config = read_config(self.config_values, source=str(self.path / CONFIG))
-        generation = HfConfig(self._generation_values, str(self.path / GENERATION_CONFIG))
+        refuse_quantized(self.config_place, self.config_values)
+        config = read_config(self.config_values, source=self.config_place)
+        generation = HfConfig(self._generation_values, self._generation_place)
         eos = dict.fromkeys((*config.eos_ids, *generation.ids("eos_token_id")))
         return dataclasses.replace(config, eos_ids=tuple(eos))
 
@@ -172,7 +190,8 @@ class ModelDirectory:
         number that is no value of an option is read as off where that is what people mean by it, and else
         left out with a warning: a recommendation is no reason not to run.
         """
-        values = HfConfig(self._generation_values, str(self.path / GENERATION_CONFIG))
+        where = self._generation_place
+        values = HfConfig(self._generation_values, where)
         if values.values.get("do_sample") is not True:
             return {}
         found = {}
@@ -183,20 +202,36 @@ class ModelDirectory:
             try:
                 check_number(name, value, SAMPLING_RANGES[name])
             except UsageError as error:
-                logger.warning("%s: ignored: %s", self.path / GENERATION_CONFIG, error)
+                logger.warning("%s: ignored: %s", where, error)
             else:
                 found[name] = SAMPLING_RANGES[name].type(value)
         return found
 
-    def source(self, wanted: "Wanted | None" = None) -> "Source":
+    def source(self, wanted: "Wanted | None" = None, keep: "Keep" = "small") -> "Source":
         """The parameters, opened and verified; no tensor data is read.
 
         Args:
           wanted: all that will be read; where tensors are files of their own, nothing else needs to be there.
+          keep: what becomes of quantized weights that no format here holds as they are: `small` quantizes
+            them again, `exact` keeps the numbers they stand for.
         """
         from jaxchat.checkpoints.hf import HfSource
 
         return HfSource(self.path, self.stated_config, wanted)
+
+    def write_config(self, directory: Path) -> None:
+        """Writes `config.json` into another directory, byte for byte if it is a file."""
+        shutil.copyfile(self.path / CONFIG, directory / CONFIG)
+
+    def write_words(self, directory: Path) -> None:
+        """Writes the files of the tokenizer, the chat templates and the sampling advice into a directory."""
+        from jaxchat.text.tokenizer_files import text_files
+
+        for path in (self.path / GENERATION_CONFIG, *text_files(self.path)):
+            if path.is_file():
+                copy = directory / path.relative_to(self.path)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def _meant(name: str, value: float) -> float:
@@ -244,8 +279,8 @@ class ConvertedDirectory(ModelDirectory):
         found = set(self.manifest.dtypes.values())
         return found.pop() if len(found) == 1 else None
 
-    def source(self, wanted: "Wanted | None" = None) -> "Source":
-        """See `ModelDirectory`; all of it is there."""
+    def source(self, wanted: "Wanted | None" = None, keep: "Keep" = "small") -> "Source":
+        """See `ModelDirectory`; all of it is there, and is kept as it is."""
         if self.manifest.format == "orbax":
             from jaxchat.checkpoints.orbax import OrbaxSource  # half a second of imports
 
@@ -255,5 +290,111 @@ class ConvertedDirectory(ModelDirectory):
         return NativeSource(self.path, self.stated_config, self.manifest)
 
 
-FORMATS: tuple[type[ModelDirectory], ...] = (ConvertedDirectory, ModelDirectory)
-"""The formats of model directories, in the order in which they are tried; the last takes all that is left."""
+class GgufDirectory(ModelDirectory):
+    """A model in GGUF; `path` is its file, of several the first part. All that is known is in there."""
+
+    @classmethod
+    def recognized(cls, path: Path) -> Self | None:
+        """See `ModelDirectory`; in a folder, the only model, if there is none in Hugging Face's layout."""
+        if not path.is_dir():
+            return cls(path) if gguf_config.is_gguf(path) else None
+        if os.path.lexists(path / CONFIG):
+            return None
+        model = gguf_config.only_model_in(path)
+        return None if model is None else cls(model)
+
+    @functools.cached_property
+    def _file(self) -> GgufFile:
+        return GgufFile(self.path)
+
+    @property
+    def name(self) -> str:
+        """See `ModelDirectory`."""
+        return gguf_config.name_of(self._file)
+
+    @property
+    def config_place(self) -> str:
+        """See `ModelDirectory`."""
+        return str(self.path)
+
+    @property
+    def _generation_place(self) -> str:
+        return f"{self.path}: general.sampling"
+
+    @functools.cached_property
+    def config_values(self) -> Mapping[str, Any]:
+        """What would be in `config.json`."""
+        return gguf_config.config_values(self._file)
+
+    @functools.cached_property
+    def _generation_values(self) -> Mapping[str, Any]:
+        return gguf_config.generation_values(self._file)
+
+    @functools.cached_property
+    def manifest(self) -> Manifest | None:
+        """See `ModelDirectory`; what the file is once it is loaded. None of one that lacks weights."""
+        table, model = parameter_table(self.config), gguf_config.model_of(self._file)
+        try:
+            return gguf_storage.described(self._file, self.config, table, architecture_of(model), "small")
+        except KeyError:  # whoever opens the source is told which tensor is missing
+            return None
+
+    @functools.cached_property
+    def stored_dtype(self) -> str | None:
+        """See `ModelDirectory`."""
+        if self.manifest is not None and self.manifest.quantization is not None:
+            return self.manifest.quantization.format
+        return gguf_config.stored_dtype(self._file)
+
+    @functools.cached_property
+    def tokenizer(self) -> "Tokenizer | None":
+        """See `ModelDirectory`."""
+        from jaxchat.text.tokenizer_gguf import tokenizer_of
+
+        return tokenizer_of(self._file.metadata, str(self.path))
+
+    @functools.cached_property
+    def template(self) -> "ChatTemplate | None":
+        """See `ModelDirectory`."""
+        from jaxchat.text.chat_template import ChatTemplate
+        from jaxchat.text.template_process import start
+
+        sources, tokenizer = gguf_config.chat_templates(self._file), self.tokenizer
+        if tokenizer is None or not sources:
+            return None
+        start()  # what renders it is ready when the weights are
+        by_id = {number: text for text, number in tokenizer.special_tokens.items()}
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
+        known = {name: by_id[number] for name, number in ids.items() if number in by_id}
+        variables = known | gguf_config.template_variables(self._file.metadata)
+        return ChatTemplate(sources, path=self.path, variables=variables)
+
+    def source(self, wanted: "Wanted | None" = None, keep: "Keep" = "small") -> "Source":
+        """See `ModelDirectory`; all of it is there."""
+        from jaxchat.checkpoints.gguf import GgufSource
+
+        return GgufSource(self._file, self.stated_config, keep)
+
+    def write_config(self, directory: Path) -> None:
+        """See `ModelDirectory`."""
+        _write_json(directory / CONFIG, self.config_values)
+
+    def write_words(self, directory: Path) -> None:
+        """See `ModelDirectory`."""
+        from jaxchat.text.tokenizer_gguf import hugging_face_files
+
+        if self._generation_values:
+            _write_json(directory / GENERATION_CONFIG, self._generation_values)
+        for name, contents in hugging_face_files(self._file.metadata, str(self.path)).items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(contents)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+FORMATS: tuple[type[ModelDirectory], ...] = (ConvertedDirectory, GgufDirectory, ModelDirectory)
+"""The formats of models, in the order in which they are tried; the last takes every other directory."""
+
+_GIVE = f"the folder that holds {CONFIG}, or a GGUF file"

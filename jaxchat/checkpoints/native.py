@@ -1,16 +1,25 @@
 """Native checkpoints as a `Source`: the stacks themselves, mapped."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from jaxchat.checkpoints.manifest import NATIVE_FILE, WEIGHT_DTYPES, Manifest, config_of
-from jaxchat.checkpoints.quantized import Storage, TensorSpec, from_arrays, stored_format_of, tensor_specs
+from jaxchat.checkpoints.quantized import (
+    Mixture,
+    TensorSpec,
+    from_arrays,
+    of_row,
+    place,
+    stored_format_of,
+    tensor_specs,
+)
 from jaxchat.checkpoints.safetensors_file import DTYPES, NAMES, SafetensorsFile
 from jaxchat.checkpoints.source import verify
 from jaxchat.config import ModelConfig, Param
+from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table
+from jaxchat.mixed import MixedTensor
 from jaxchat.quant import QuantizedTensor
 
 
@@ -24,6 +33,13 @@ class NativeSource:
         self.table = parameter_table(self.config)
         self.file = SafetensorsFile(directory / NATIVE_FILE)
         self._formats = {p.name: stored_format_of(manifest, p) for p in self.table}
+        for p in self.table:
+            storage = self._formats[p.name]
+            if isinstance(storage, Mixture) and len(storage.rows) != p.rows(self.config):
+                raise JaxchatError(
+                    f"{directory}: jaxchat.json has formats of {len(storage.rows)} layers of {p.name}, the "
+                    f"model has {p.rows(self.config)}; convert the model again"
+                )
         shapes: dict[str, tuple[int, ...]] = {}
         part_dtypes: dict[str, str] = {}
         for p in self.table:
@@ -45,16 +61,26 @@ class NativeSource:
             return WEIGHT_DTYPES[self.manifest.dtypes[param.name]]
         return DTYPES[self.file.entries[param.name].dtype]
 
-    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor:
+    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | MixedTensor:
         """See `Source`."""
-        return self._arrays(param, self.file.view)
+        storage = self._formats[param.name] or self.dtype(param)
+        columns = param.layer_shape(self.config)[-1]
+        if not isinstance(storage, Mixture):
+            return from_arrays(param.name, columns, storage, self.file.view)
+        return storage.joined(
+            [
+                from_arrays(f"{param.name}.{number}", columns, part, self.file.view)
+                for number, part in enumerate(storage.parts)
+            ]
+        )
 
     def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
         """See `Source`."""
-        return self._arrays(
-            param, lambda name: self.file.read(name, index if param.per_layer else slice(None))
+        storage = self._formats[param.name] or self.dtype(param)
+        name, row = place(param.name, storage, index)
+        return from_arrays(
+            name,
+            param.layer_shape(self.config)[-1],
+            of_row(storage, index),
+            lambda array: self.file.read(array, row if param.per_layer else slice(None)),
         )
-
-    def _arrays(self, param: Param, get: Callable[[str], np.ndarray]) -> np.ndarray | QuantizedTensor:
-        storage: Storage = self._formats[param.name] or self.dtype(param)
-        return from_arrays(param.name, param.layer_shape(self.config)[-1], storage, get)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxchat.checkpoints.manifest import Manifest
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
+from jaxchat.mixed import MixedTensor
 from jaxchat.quant import QuantizedTensor
 
 _READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -43,7 +44,7 @@ class Source(Protocol):
         """One row of a stacked parameter, or the whole of another (index 0), as a view where possible."""
         ...
 
-    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | None:
+    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | MixedTensor | None:
         """The whole parameter, [L, ...] or [...], as a view of the file that maps it; None if none does."""
         ...
 
@@ -57,6 +58,9 @@ def verify(
     expected: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[str, tuple[int, ...]]],
     dtypes: Mapping[str, str] | None = None,
+    *,
+    owner: str = "config.json",
+    advice: str = "take both from one model",
 ) -> None:
     """Compares names, shapes and dtypes (safetensors names) and reports every mismatch in one error.
 
@@ -65,6 +69,8 @@ def verify(
       expected: name -> shape.
       found: name -> (dtype, shape).
       dtypes: of the tensors that must have a certain one; the others may have any readable one.
+      owner: what says how the tensors should be.
+      advice: what to do where they are not so.
     """
     exact = dtypes or {}
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
@@ -96,9 +102,7 @@ def verify(
         if names
     ]
     if problems:
-        raise JaxchatError(
-            f"{where}: does not fit its config.json: {' | '.join(problems)}; take both from one model"
-        )
+        raise JaxchatError(f"{where}: does not fit its {owner}: {' | '.join(problems)}; {advice}")
 
 
 def convert_into(out: np.ndarray, values: np.ndarray, name: str) -> None:

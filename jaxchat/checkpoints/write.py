@@ -21,6 +21,7 @@ import numpy as np
 from jaxchat.checkpoints.assembled import AssembledSource, BakedSource
 from jaxchat.checkpoints.assembly import Assembly, under, whole
 from jaxchat.checkpoints.directory import CONFIG, GENERATION_CONFIG, ModelDirectory
+from jaxchat.checkpoints.gguf_storage import Keep
 from jaxchat.checkpoints.load import Meter, Progress, layers_of, storages
 from jaxchat.checkpoints.manifest import (
     MANIFEST,
@@ -37,8 +38,8 @@ from jaxchat.checkpoints.quantized import (
     TensorSpec,
     choose_format,
     named_arrays,
+    place,
     quantization_entry,
-    stored_format,
     tensor_specs,
 )
 from jaxchat.checkpoints.safetensors_file import ALIGNMENT, SafetensorsWriter
@@ -101,6 +102,7 @@ def convert(
     plan: Literal["record", "bake"] = "record",
     dtype: str | None = None,
     quant: Quant = "auto",
+    keep: Keep = "small",
     format: str = "native",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -116,6 +118,7 @@ def convert(
         in: an ordinary model that needs no plan.
       dtype: `float32`, `bfloat16` or `float16`, of what is not quantized; None keeps what is stored.
       quant: the format to quantize to, None for plain numbers, or `auto` for what `src` has.
+      keep: see `ModelDirectory.source`.
       format: `native` or, of plain numbers, `orbax`.
       overwrite: replace an existing checkpoint.
       progress: called after every layer.
@@ -131,16 +134,17 @@ def convert(
         if value not in known:
             raise UsageError(f"{name} {value!r} is not one of {', '.join(known)}")
     target = None if dtype is None else weight_dtype(dtype)
-    model = _open(src, layer_spec, target)
+    model = _open(src, layer_spec, target, keep)
     if plan == "bake" and model.plan is None:
         raise UsageError(f"{model.base}: there is no layer plan to bake; give --layer_spec or --recipe")
     source = model.source if plan == "record" or model.plan is None else BakedSource(model.source, model.plan)
     values = None if source is model.source else _unrolled_config(model, source.config)
     fmt = choose_format(model.base, source.manifest, quant)
-    if fmt is not None and format == "orbax":
+    quantization = source.manifest.quantization or quantization_entry(fmt, source.table)
+    if quantization is not None and format == "orbax":
         raise UsageError(
-            f"--format orbax holds no quantized weights ({fmt}); use --format native, or leave --quant out "
-            "here and give it when the model is loaded"
+            f"--format orbax holds no quantized weights ({quantization.format}); use --format native, or "
+            "leave --quant out here and give it when the model is loaded"
         )
     if format == "orbax":
         from jaxchat.checkpoints.orbax import replace_native_file  # half a second of imports
@@ -149,7 +153,7 @@ def convert(
         _recorded(model) if source is model.source else source.manifest,
         format=format,
         dtypes={p.name: (target or source.dtype(p)).name for p in source.table},
-        quantization=source.manifest.quantization or quantization_entry(fmt, source.table),
+        quantization=quantization,
     )
     with _new_directory(model.directories, Path(dst), overwrite) as directory:
         _write_native(source, directory / NATIVE_FILE, stored_as, progress)
@@ -192,12 +196,12 @@ def to_hf(
       UsageError: as `convert`, or the family's `config.json` cannot describe the plan's layers.
       JaxchatError: as `convert`.
     """
-    model = _open(src, layer_spec, None)
+    model = _open(src, layer_spec, None, "exact" if dequantize else "small")
     source = model.source if model.plan is None else BakedSource(model.source, model.plan)
     values = None if model.plan is None else _unrolled_config(model, source.config)
-    if (fmt := stored_format(source.manifest)) is not None and not dequantize:
+    if (held := source.manifest.quantization) is not None and not dequantize:
         raise UsageError(
-            f"{model.base}: holds {fmt} weights, which Hugging Face's layout has no place for; "
+            f"{model.base}: holds {held.format} weights, which Hugging Face's layout has no place for; "
             "add --dequantize to write the numbers they stand for (the original weights are not in there any "
             "more)"
         )
@@ -224,7 +228,7 @@ def to_hf(
 
 
 def _open(
-    src: str | Path | ModelDirectory | Assembly, layer_spec: str | None, dtype: np.dtype | None
+    src: str | Path | ModelDirectory | Assembly, layer_spec: str | None, dtype: np.dtype | None, keep: Keep
 ) -> _Model:
     """Opens a directory as it is, or else what is assembled, without the layers that the plan leaves out."""
     if isinstance(src, Assembly):
@@ -232,7 +236,7 @@ def _open(
     else:
         src = ModelDirectory.at(src)
         if layer_spec is None:
-            source = src.source()
+            source = src.source(keep=keep)
             plan = recorded_plan(source.manifest, source.config)
             if plan is None and source.manifest.stack is not None:  # no `config.json` describes its layers
                 plan = LayerPlan.identity(source.config.num_layers)
@@ -241,12 +245,12 @@ def _open(
     if layer_spec is not None:
         assembly = under(assembly, assembly.plan.select(layer_spec))
     base, words = assembly.models[assembly.base], assembly.models[assembly.tokenizer]
-    source = AssembledSource(assembly, dtype)
+    source = AssembledSource(assembly, dtype, keep)
     return _Model(source, assembly.plan, assembly.models, base, words, assembly.dtype)
 
 
 def _unrolled_config(model: _Model, config: ModelConfig) -> dict[str, Any]:
-    return relayered_config(model.base.config_values, config, source=str(model.base.path / CONFIG))
+    return relayered_config(model.base.config_values, config, source=model.base.config_place)
 
 
 def _recorded(model: _Model) -> Manifest:
@@ -269,8 +273,9 @@ def _write_native(
     with SafetensorsWriter(path, specs, metadata={"format": "jaxchat"}, alignment=ALIGNMENT) as writer:
         for param in source.table:
             for index, values in layers_of(source, param, stored_as[param.name], meter):
-                for name, array in named_arrays(param.name, values).items():
-                    writer.write(name, array, index if param.per_layer else None)
+                part, row = place(param.name, stored_as[param.name], index)
+                for name, array in named_arrays(part, values).items():
+                    writer.write(name, array, row if param.per_layer else None)
 
 
 def _hf_tensors(source: Source) -> list[_HfTensor]:
@@ -340,13 +345,8 @@ def _write_files(model: _Model, dst: Path, values: dict[str, Any] | None, dtype:
     `config.json` is the base model's, byte for byte if nothing is to be changed in it: `values` replaces its
     contents, a conversion's dtype is noted, and a tokenizer of another model brings its own special ids.
     """
-    shutil.copyfile(model.base.path / CONFIG, dst / CONFIG)
-    words = model.words.path
-    for path in (words / GENERATION_CONFIG, *text_files(words)):
-        if path.is_file():
-            copy = dst / path.relative_to(words)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+    model.base.write_config(dst)
+    model.words.write_words(dst)
     before = model.base.config_values
     config = before if values is None else values
     if dtype is not None:

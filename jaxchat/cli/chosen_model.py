@@ -12,6 +12,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.errors import UsageError
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.recipes.recipe import read_recipe
+from jaxchat.text.named_templates import chosen_template
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +91,26 @@ class ChosenModel:
         """Refuses a context longer than the model has positions for."""
         show.check_max_length(self.config, max_length)
 
-    def has_template(self) -> bool:
-        """Whether it has a chat template; raises what is wrong with one before weights are read for it."""
+    @property
+    def _words(self) -> ModelDirectory:
+        """Whose tokenizer and chat template there are."""
         words = self.source if self.assembly is None else self.assembly.models[self.assembly.tokenizer]
         assert isinstance(words, ModelDirectory)
-        if words.template is not None:
-            words.template.check()
-        return words.template is not None
+        return words
+
+    def has_template(self, choice: str | None = None) -> bool:
+        """Whether it has a chat template; raises what is wrong with one before weights are read for it.
+
+        Args:
+          choice: what is asked for in place of its own, a name or a file.
+        """
+        words = self._words
+        template = words.template
+        if choice is not None and words.tokenizer is not None:
+            template = chosen_template(choice, words.tokenizer, template)
+        if template is not None:
+            template.check()
+        return template is not None
 
     def report(self, *, max_length: int | None = None, quant: str | None = None) -> show.Report:
         """What `--show` tells about it."""

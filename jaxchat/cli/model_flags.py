@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from jaxchat import demo
 from jaxchat.cli.command_line import Need
@@ -23,10 +23,10 @@ KERNELS = ("auto", "reference", "native", "pallas")
 _flag = functools.partial(Flag, group="Model")
 
 MODEL = _flag(
-    help="The model: a directory as on Hugging Face, or one that `jaxchat convert` wrote; a name on the "
-    "Hub, as org/name or org/name@revision, which is fetched once; a short name, as :qwen2.5:1.5b; or box, "
-    "the model in the box, unless there is a folder of that name",
-    example="-m models/llama-3-8b, -m Qwen/Qwen2.5-0.5B-Instruct, -m box",
+    help="The model: a directory as on Hugging Face, or one that `jaxchat convert` wrote; a GGUF file, of "
+    "several parts the first; a name on the Hub, as org/name or org/name@revision, which is fetched once; a "
+    "short name, as :qwen2.5:1.5b; or box, the model in the box, unless there is a folder of that name",
+    example="-m models/llama-3-8b, -m model-Q4_K_M.gguf, -m Qwen/Qwen2.5-0.5B-Instruct, -m box",
     elsewhere=("model_dir", "checkpoint", "hf", "hf_repo"),
     value="DIR",
     short="m",
@@ -54,10 +54,18 @@ DTYPE = _flag(
 QUANT = _flag(
     help="Quantize the weights while loading: int8 or int4, optionally with a group :32 :64 :128 :channel "
     "and with :affine (offsets, too), :plain (scales without a search) and :f32 (wider scales), or "
-    "llama.cpp's q8_0 q4_0 q4_1; as stored if not given. `jaxchat convert --quant` does it once and for all",
+    "llama.cpp's q8_0 q4_0 q4_1 q5_0 q5_1 q4_k q5_k q6_k; as stored if not given. `jaxchat convert --quant` "
+    "does it once and for all",
     example="--quant int4, --quant int8:channel",
     elsewhere=("load_in_4bit", "load_in_8bit", "q_bits", "quantize", "quantization"),
     value="FORMAT",
+)
+KEEP = _flag(
+    help="What becomes of weights that another program quantized in a way that no format here is the same as "
+    "(IQ3_S, Q2_K, ...): small quantizes them again to the smallest format that is finer, exact keeps the "
+    "numbers they stand for, at 32 bits",
+    example="--keep exact",
+    value="HOW",
 )
 KV_DTYPE = _flag(
     help="Keep the KV cache in float32, bfloat16 or int8 (codes with a scale for each row, about a quarter "
@@ -170,6 +178,7 @@ class LoadFlags(ModelFlags):
 
     dtype: Annotated[str | None, DTYPE] = None
     quant: Annotated[str | None, QUANT] = None
+    keep: Annotated[Literal["small", "exact"], KEEP] = "small"
     kv_dtype: Annotated[str | None, KV_DTYPE] = None
     kernels: Annotated[
         str,
@@ -199,6 +208,7 @@ class LoadFlags(ModelFlags):
         *,
         max_length: int | None = None,
         max_slots: int = 0,
+        chat_template: str | None = None,
     ) -> "Model":
         """Loads the model that `chosen` gave."""
         # Imports JAX, which --help and usage errors need not wait for.
@@ -211,10 +221,12 @@ class LoadFlags(ModelFlags):
             plan=chosen.plan,
             dtype=self.dtype,
             quant=self.quant,
+            keep=self.keep,
             kv_dtype=self.kv_dtype,
             kernels=self.kernels,
             max_length=max_length,
             max_slots=max_slots,
+            chat_template=chat_template,
             compilation_cache_dir=self.compilation_cache_dir,
             progress=progress,
         )

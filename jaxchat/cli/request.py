@@ -6,6 +6,7 @@ from typing import Annotated
 
 from jaxchat.cli.model_flags import LAYER_SPEC, MAX_LENGTH, BoxedModel, LoadFlags
 from jaxchat.options import MAX_SLOTS, Flag, Format, GenerateOptions, PrefixIn, unescape
+from jaxchat.text.named_templates import NAMED
 from jaxchat.text.reasoning import ThoughtTags, parse_thought_tags
 
 _what = functools.partial(Flag, group="What to do")
@@ -70,7 +71,7 @@ class Request(LoadFlags):
             help="chat puts the prompt into the model's chat template, completion continues it as it is; "
             "chat if the model has a template",
             example="--format completion",
-            elsewhere=("no_cnv", "no_conversation", "raw", "ignore_chat_template", "chat_template"),
+            elsewhere=("no_cnv", "no_conversation", "raw", "ignore_chat_template"),
             value="HOW",
         ),
     ] = None
@@ -83,6 +84,16 @@ class Request(LoadFlags):
             example="--format completion --nospecial_tokens -p '<s> is a tag'",
         ),
     ] = True
+    chat_template: Annotated[
+        str | None,
+        _chat(
+            help="Chat in another format than the model's own, or in one where the model comes without: a "
+            f"Jinja file, or one of {', '.join(NAMED)}. What ends a reply in it ends the reply",
+            example="--chat_template vicuna_v1.1, --chat_template my_format.jinja",
+            elsewhere=("prompt_template", "chat_template_file", "conv_template"),
+            value="NAME|FILE",
+        ),
+    ] = None
     system: Annotated[
         str | None,
         _chat(

@@ -1,4 +1,4 @@
-"""`jaxchat convert`: model directories, from Hugging Face's layout to native or Orbax, and back."""
+"""`jaxchat convert`: models, from Hugging Face's layout or GGUF to native or Orbax, and back."""
 
 import dataclasses
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxchat.cli.command_line import Command, Ended, catch_interrupts, complain
-from jaxchat.cli.model_flags import DTYPES, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
+from jaxchat.cli.model_flags import DTYPES, KEEP, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
 from jaxchat.errors import UsageError
 from jaxchat.options import Flag
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _USAGE = """\
 usage: {program} (--src DIR | --recipe FILE) --dst DIR [...]
 
-Converts model directories: Hugging Face -> native (mapped, starts at once) or
-Orbax, and back; as they are, quantized, or under a layer plan.
+Converts models: Hugging Face's layout or GGUF -> native (mapped, starts at
+once) or Orbax, and back; as they are, quantized, or under a layer plan.
 
   {program} --src llama-3.2-1b --dst llama-1b --dtype bfloat16
   {program} --src llama-3.2-1b --dst llama-1b-int4 --quant int4
@@ -30,7 +30,7 @@ Orbax, and back; as they are, quantized, or under a layer plan.
       --model_path openchat=models/openchat
 """
 _ONLY_TO_HF = ("max_shard_bytes", "dequantize")
-_NEVER_TO_HF = ("dtype", "quant", "format", "plan")
+_NEVER_TO_HF = ("dtype", "quant", "keep", "format", "plan")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,11 @@ class ConvertRequest:
 
     src: Annotated[
         str | None,
-        Flag(help="The model directory to read", example="--src Llama-3.2-1B-Instruct", value="DIR"),
+        Flag(
+            help="The model directory, or GGUF file, to read",
+            example="--src Llama-3.2-1B-Instruct, --src model-Q4_K_M.gguf",
+            value="DIR",
+        ),
     ] = None
     dst: Annotated[
         str | None, Flag(help="The directory to create", example="--dst llama-1b", value="DIR")
@@ -79,11 +83,13 @@ class ConvertRequest:
         Flag(
             help="Quantize the weights: int8 or int4, optionally with a group :32 :64 :128 :channel and "
             "with :affine (offsets, too), :plain (scales without a search) and :f32 (wider scales), or "
-            "llama.cpp's q8_0 q4_0 q4_1; norms stay as they are, and at 4 bits embedding and head get 8",
+            "llama.cpp's q8_0 q4_0 q4_1 q5_0 q5_1 q4_k q5_k q6_k; norms stay as they are, and below 8 bits "
+            "embedding and head get 8, of K-quants 6",
             example="--quant int4, --quant int8:channel",
             value="FORMAT",
         ),
     ] = None
+    keep: Annotated[Literal["small", "exact"], KEEP] = "small"
     format: Annotated[
         Literal["native", "orbax"],
         Flag(
@@ -96,7 +102,7 @@ class ConvertRequest:
     to_hf: Annotated[
         bool,
         Flag(
-            help="Write a converted directory back in Hugging Face's layout",
+            help="Write a converted directory, or a GGUF file, in Hugging Face's layout",
             example="--src llama-1b --dst hf --to_hf",
         ),
     ] = False
@@ -173,6 +179,7 @@ def _written(request: ConvertRequest) -> "Manifest":
             plan=request.plan,
             dtype=request.dtype,
             quant=quant,
+            keep=request.keep,
             format=request.format,
             overwrite=request.overwrite,
             progress=progress,

@@ -74,7 +74,7 @@ def answer(request: Request, given: frozenset[str]) -> int:
         logging.getLogger("jaxchat").setLevel(logging.ERROR)
     chosen = request.chosen()
     chosen.check_max_length(request.max_length)
-    chat = request.format != "completion" and chosen.has_template()
+    chat = request.format != "completion" and chosen.has_template(request.chat_template)
     if chat and ("special_tokens" in given or not request.special_tokens):
         raise UsageError("--special_tokens is for --format completion; in messages of a chat they are text")
     _try_sessions(request)

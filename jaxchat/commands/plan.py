@@ -157,6 +157,7 @@ def _run(request: PlanRequest, given: frozenset[str]) -> int:
 
 def _print_cost(request: PlanRequest, subject: _Subject, config: ModelConfig) -> None:
     report = _report(subject, request.max_length, request.quant)
+    assembly = subject.assembly
     token = token_cost(
         config,
         subject.plan,
@@ -165,6 +166,7 @@ def _print_cost(request: PlanRequest, subject: _Subject, config: ModelConfig) ->
         dtype=request.dtype,
         quant=request.quant,
         kv_dtype=request.kv_dtype,
+        manifest=None if assembly is None else assembly.models[assembly.base].manifest,
     )
     if not request.json:
         print(_render(report, token, subject))

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxchat import memory, pallas
 from jaxchat.arguments import refused, whole
-from jaxchat.config import FINAL_NORM, ModelConfig
+from jaxchat.config import EMBED, FINAL_NORM, ModelConfig
 from jaxchat.engine import steps
 from jaxchat.engine.rows import Contexts
 from jaxchat.errors import AdvisedError, UsageError, option
@@ -152,7 +152,7 @@ class Engine:
 def prepared(kernels: Kernels, config: ModelConfig, params: Params) -> Params:
     """Loaded parameters in the layout that the kernels read."""
     return {
-        param.name: kernels.prepare(params[param.name], param.role, config.tied_embeddings)
+        param.name: kernels.prepared(params[param.name], param.role, config.tied_embeddings)
         for param in parameter_table(config)
     }
 
@@ -184,7 +184,13 @@ def read_kv_dtype(given: str | np.dtype) -> np.dtype:
 def default_dtype(params: Params) -> jnp.dtype:
     """float32 on CPU or with float32 weights, else bfloat16."""
     on_cpu = platform_of(params) == "cpu"
-    return jnp.dtype(jnp.float32 if on_cpu or params[FINAL_NORM].dtype == jnp.float32 else jnp.bfloat16)
+    return jnp.dtype(jnp.float32 if on_cpu or _in_float32(params) else jnp.bfloat16)
+
+
+def _in_float32(params: Params) -> bool:
+    """Whether the weights are float32: of quantized ones it tells nothing that their norms are."""
+    embedding = params[EMBED]
+    return isinstance(embedding, jax.Array) and embedding.dtype == jnp.float32
 
 
 def _placement(params: Params, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:

@@ -11,6 +11,7 @@ import jax
 
 from jaxchat.config import Role
 from jaxchat.errors import JaxchatError, UsageError, option
+from jaxchat.mixed import MixedTensor, by_part
 from jaxchat.pallas import cache_attention, native, stacked_matmul
 from jaxchat.pallas.cache_attention import Attend, WriteRows
 from jaxchat.pallas.stacked_matmul import StackedMatmul, StackedMatmuls
@@ -29,10 +30,10 @@ class Kernels:
       decode_attention: attention of one new token a sequence over the cache.
       prefill_attention: the same for several new tokens.
       write_rows: appends keys or values to the cache.
-      prepare: a loaded parameter in the layout the kernels read, by its role (`Param`), and whether the
-        token embedding is the output head, too.
-      stacked_matmuls: several products of one x in one call, x, stacks, layers -> list; None where that is
-        no faster than one after the other.
+      prepare: a loaded parameter, but a mixed one, in the layout the kernels read, by its role (`Param`), and
+        whether the token embedding is the output head, too.
+      stacked_matmuls: several products of one x in one call, x, stacks, layers -> list, also with mixed
+        stacks; None where that is no faster than one after the other.
     """
 
     name: str
@@ -47,7 +48,16 @@ class Kernels:
         """`x @ stack[layer].T` for each stack and layer."""
         if self.stacked_matmuls is not None:
             return self.stacked_matmuls(x, stacks, layers)
-        return [self.stacked_matmul(x, stack, layer) for stack, layer in zip(stacks, layers, strict=True)]
+        return [
+            by_part(stack, layer, functools.partial(self.stacked_matmul, x))
+            for stack, layer in zip(stacks, layers, strict=True)
+        ]
+
+    def prepared(self, value: Any, role: Role, tied: bool) -> Any:
+        """A loaded parameter in the layout the kernels read; of a mixed stack, each part is."""
+        if isinstance(value, MixedTensor):
+            return value.map(lambda part: self.prepare(part, role, tied))
+        return self.prepare(value, role, tied)
 
 
 REFERENCE = Kernels("reference")

@@ -8,8 +8,9 @@ import ctypes
 import functools
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,6 +19,18 @@ TARGETS = {
     "jaxchat_cache_attention": "JaxchatCacheAttention",
 }
 """XLA target name -> the library's symbol."""
+
+
+def function(symbol: str, arguments: Sequence[Any]) -> Callable[..., None] | None:
+    """A function of the library that is none of XLA's; None without the library, or in an older one."""
+    path = _find()
+    try:
+        found = None if path is None else getattr(ctypes.CDLL(str(path)), symbol)
+    except (OSError, AttributeError):
+        return None
+    if found is not None:
+        found.argtypes, found.restype = list(arguments), None
+    return found
 
 
 class _Native(NamedTuple):

@@ -16,6 +16,7 @@ from jaxchat import demo
 from jaxchat.checkpoints import hub
 from jaxchat.checkpoints.assembly import Assembly, LayerSource, may_differ
 from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.checkpoints.gguf_config import is_gguf
 from jaxchat.config import EMBED, FINAL_NORM, HEAD, Half, ModelConfig, Param
 from jaxchat.errors import JaxchatError, option, told
 from jaxchat.families import parameter_table
@@ -106,6 +107,11 @@ def source_plan(assembly: Assembly, num_layers: int) -> LayerPlan:
 # --- models
 
 
+def _is_model(path: Path) -> bool:
+    """Whether there is something at a path that can be a model."""
+    return path.is_dir() or is_gguf(path)
+
+
 def _place_of(name: str, directory: object) -> str:
     """How a caller says where a model that a recipe names is."""
     return told(f"model_paths={{{name!r}: {str(directory)!r}}}", f"--model_path {name}={directory}")
@@ -126,12 +132,12 @@ class _Models:
         """The number of a model; equal directories are one model."""
         if model.name not in self._by_name:
             directory = self._find(model)
+            found = ModelDirectory.at(directory)
             resolved = [os.path.realpath(known.path) for known in self.directories]
-            if os.path.realpath(directory) in resolved:
-                self._by_name[model.name] = resolved.index(os.path.realpath(directory))
+            if os.path.realpath(found.path) in resolved:
+                self._by_name[model.name] = resolved.index(os.path.realpath(found.path))
             else:
                 self._by_name[model.name] = len(self.directories)
-                found = ModelDirectory.at(directory)
                 self.configs.append(found.config)
                 if not found.is_plain:
                     model.place.fail(
@@ -146,8 +152,8 @@ class _Models:
         advice = f"give it with {_place_of(model.name, 'DIR')}"
         if model.name in self._paths:
             directory = demo.place(self._paths[model.name])
-            if not directory.is_dir():
-                raise RecipeError(f"{_place_of(model.name, directory)}: no such directory")
+            if not _is_model(directory):
+                raise RecipeError(f"{_place_of(model.name, directory)}: no such directory or GGUF file")
             return directory
         for sign, what in (("+", "a LoRA"), ("@", "a revision")):
             if sign in model.name:
@@ -157,7 +163,7 @@ class _Models:
                 )
         tried = list(dict.fromkeys((self._recipe.parent / os.path.expanduser(model.name), Path(model.name))))
         for directory in tried:
-            if directory.is_dir():
+            if _is_model(directory):
                 return directory
         if demo.place(model.name).is_dir():
             return demo.place(model.name)

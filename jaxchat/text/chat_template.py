@@ -30,6 +30,7 @@ class ChatTemplate:
         path: the file it came from, for error messages.
         variables: what the template may refer to beside the messages (`bos_token`, ...).
         problem: why no template could be read there; whoever needs one is told.
+        stop_strings: what ends a reply, beside what the template writes behind it.
 
     Attributes:
         source: the text of the default template, or of another where there is none.
@@ -42,9 +43,11 @@ class ChatTemplate:
         path: Path | str = "chat template",
         variables: Mapping[str, Any] | None = None,
         problem: JaxchatError | None = None,
+        stop_strings: Sequence[str] = (),
     ) -> None:
         self.path = path
         self.variables = dict(variables or {})
+        self.stop_strings = tuple(stop_strings)
         self._sources = {"default": source} if isinstance(source, str) else dict(source)
         self.source = self._sources.get("default") or next(iter(self._sources.values()), "")
         self._problem = problem
@@ -204,12 +207,15 @@ def _variables(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
         for name, value in merged.items()
         if name.endswith("_token") and (text := token_text(value)) is not None
     }
-    by_id = {i: text for text, i in tokenizer.special_tokens.items()}
-    if tokenizer.bos_id in by_id:
-        values.setdefault("bos_token", by_id[tokenizer.bos_id])
-    if tokenizer.eos_ids and tokenizer.eos_ids[0] in by_id:
-        values.setdefault("eos_token", by_id[tokenizer.eos_ids[0]])
+    values = special_texts(tokenizer) | values
     additional = merged.get("additional_special_tokens")
     if isinstance(additional, list):
         values["additional_special_tokens"] = [t for t in map(token_text, additional) if t is not None]
     return values
+
+
+def special_texts(tokenizer: Tokenizer) -> dict[str, Any]:
+    """`bos_token` and `eos_token`, as far as the tokenizer itself knows them."""
+    by_id = {i: text for text, i in tokenizer.special_tokens.items()}
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
+    return {name: by_id[i] for name, i in ids.items() if i in by_id}

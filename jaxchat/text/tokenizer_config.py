@@ -43,14 +43,14 @@ def token_text(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def fail(path: Path, key: str, value: Any, expected: str) -> NoReturn:
+def fail(path: Path | str, key: str, value: Any, expected: str) -> NoReturn:
     """Raises the error about a value of the wrong type."""
     raise JaxchatError(
         f"{path}: key {shown(key)} is {shown(value)}; expected {expected}: download the file again"
     )
 
 
-def token_id(path: Path, key: str, value: Any) -> int:
+def token_id(path: Path | str, key: str, value: Any) -> int:
     """A token id, checked.
 
     Raises:

@@ -1,7 +1,7 @@
 """Finds and loads the tokenizer of a model directory, for every file an open LLM ships with.
 
 Reads `tokenizer.json`, SentencePiece `.model`, Llama-3's rank file (`tokenizer.model` in tiktoken's text
-format) and `vocab.json` + `merges.txt`.
+format), `vocab.json` + `merges.txt`, and RWKV's vocabulary.
 
 A tokenizer's files are taken at their word. transformers 5 rebuilds a Llama `tokenizer.json` from its class
 instead of using the normalizer in the file, and then loses a leading space; the file, SentencePiece and
@@ -38,6 +38,7 @@ from jaxchat.text.tokenizer_config import (
     read_config,
 )
 from jaxchat.text.tokenizer_json import JsonTokenizer, byte_level_table, is_text, no_panic
+from jaxchat.text.tokenizer_rwkv import VOCABULARY, read_vocabulary
 from jaxchat.text.tokenizer_spec import quiet_panics, read_spec, with_prefix_space
 
 _FILES = (
@@ -82,12 +83,15 @@ def _tokenizer_file(directory: Path) -> Path | None:
             return directory / name
     if os.path.lexists(directory / "vocab.json") and os.path.lexists(directory / "merges.txt"):
         return directory / "vocab.json"
+    if os.path.lexists(directory / VOCABULARY):
+        return directory / VOCABULARY
     found = sorted(p for p in directory.glob("*.model*") if p.is_file()) if directory.is_dir() else []
     return found[0] if len(found) == 1 else None
 
 
 def load_tokenizer(directory: Path, config: Config | None = None) -> TextTokenizer:
-    """Load the tokenizer in `directory`: tokenizer.json, else tokenizer.model, else vocab.json + merges.txt.
+    """Load the tokenizer in `directory`: tokenizer.json, else tokenizer.model, else vocab.json + merges.txt,
+    else RWKV's vocabulary.
 
     Args:
         directory: a model's folder.
@@ -115,6 +119,8 @@ def load_tokenizer(directory: Path, config: Config | None = None) -> TextTokeniz
             return _from_json(path, config)
         if path.name == "vocab.json":
             return _from_vocab_and_merges(path, config, read_optional_json(directory / "config.json"))
+        if path.name == VOCABULARY:
+            return read_vocabulary(path, _bytes_of(path), config)
         return _from_model_file(path, config)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxchat.errors import JaxchatError
-from jaxchat.files import MAX_JSON_BYTES, read_bytes, text_of
+from jaxchat.files import MAX_JSON_BYTES, UnreadableError, read_bytes, text_of
 from jaxchat.misplaced import refuse_misplaced
 from jaxchat.text.tokenizer_config import fail, token_id
 from jaxchat.visible import shown
@@ -31,8 +31,25 @@ def read_spec(path: Path) -> Spec:
     """
     refuse_misplaced(path)
     try:
-        # Not `read_json`: a vocabulary is long, and the library bounds the depth itself.
-        spec = json.loads(text_of(read_bytes(path, MAX_JSON_BYTES)))
+        return checked_spec(path, text_of(read_bytes(path, MAX_JSON_BYTES)))
+    except UnreadableError as error:
+        raise JaxchatError(f"{path}: not readable as JSON ({error}); download the file again") from None
+
+
+def checked_spec(path: Path | str, text: str) -> Spec:
+    """The text of a `tokenizer.json`, parsed and checked.
+
+    Args:
+        path: where it stands, for messages.
+        text: at most `MAX_JSON_BYTES` of it.
+
+    Raises:
+        JaxchatError: see `read_spec`.
+    """
+    try:
+        spec = json.loads(
+            text
+        )  # not `parse_json`: a vocabulary is long, and the library bounds the depth itself
     except (ValueError, RecursionError) as error:
         raise JaxchatError(f"{path}: not readable as JSON ({error}); download the file again") from None
     if not isinstance(spec, dict):
@@ -52,7 +69,7 @@ def read_spec(path: Path) -> Spec:
     return spec
 
 
-def _check_vocabulary(path: Path, vocab: Any) -> None:
+def _check_vocabulary(path: Path | str, vocab: Any) -> None:
     """That ids are ids, and each is one token's; a list (Unigram) has none."""
     if not isinstance(vocab, dict):
         return
@@ -71,7 +88,7 @@ def _check_vocabulary(path: Path, vocab: Any) -> None:
                 )
 
 
-def _check_merges(path: Path, model: Spec) -> None:
+def _check_merges(path: Path | str, model: Spec) -> None:
     """That what follows in a merge begins as `continuing_subword_prefix` says: the library cuts it off."""
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if not isinstance(prefix, str) or not prefix or not isinstance(merges, list):
@@ -82,7 +99,7 @@ def _check_merges(path: Path, model: Spec) -> None:
             fail(path, f"model.merges[{number}]", merge, f"two pieces, of which the second begins {prefix!r}")
 
 
-def _check_charsmaps(path: Path, part: Any, key: str) -> None:
+def _check_charsmaps(path: Path | str, part: Any, key: str) -> None:
     """That a precompiled normalizer is as large as it says: the library reserves that."""
     if not isinstance(part, dict):
         return

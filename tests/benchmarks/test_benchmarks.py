@@ -138,7 +138,7 @@ def test_plan_reports_one_compilation_no_extra_weights_and_the_tokens_of_the_unr
     [
         ("decode", ("--new", "1"), "--new is 1; it must be at least 2"),
         ("decode", ("--layer_spec", "0:4,9"), "layer 9 is out of range"),
-        ("decode", ("--quant", "int5"), "unknown quantization 'int5'"),
+        ("decode", ("--quant", "int3"), "unknown quantization 'int3'"),
         ("decode", ("--peer", "llama.cpp", "--peer_python", "no/python"), "cannot run no/python"),
         ("decode", ("--peer", "llama.cpp", "--layer_spec", "::2"), "leave --layer_spec out"),
         ("plan", ("--layer_spec", "x"), "x"),

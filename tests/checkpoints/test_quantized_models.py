@@ -425,7 +425,7 @@ def test_quantizing_while_loading_gives_the_text_of_the_converted_model(
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        (0, ["--quant", "int5"], "unknown quantization 'int5'"),
+        (0, ["--quant", "int3"], "unknown quantization 'int3'"),
         (1, ["--quant", "int8"], "holds int4 weights, not int8"),
         (1, ["--quant", "none"], "holds int4 weights, not none"),
         (0, ["--kernels", "fast"], "expected auto, reference, native or pallas"),

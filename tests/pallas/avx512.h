@@ -185,10 +185,31 @@ inline __m512i Gather(__m512i index, const void* base, int scale) {
   });
 }
 
-inline __m512 Permute(__m512 a, __m512i index, __m512 b) {
-  const auto x = Of<float>(a), y = Of<float>(b);
+template <typename T, typename Vector>
+Vector Permute(Vector a, __m512i index, Vector b) {
+  const auto x = Of<T>(a), y = Of<T>(b);
   const auto from = Of<int32_t>(index);
-  return Each<float>([&](int i) { return (from.at[i] & 16 ? y : x).at[from.at[i] & 15]; });
+  return Each<T>([&](int i) { return (from.at[i] & 16 ? y : x).at[from.at[i] & 15]; });
+}
+
+// Above the first four lanes: undefined.
+inline __m512 Widen(__m128 four) {
+  float x[4];
+  _mm_storeu_ps(x, four);
+  return Each<float>([&](int i) { return i < 4 ? x[i] : std::numeric_limits<float>::quiet_NaN(); });
+}
+
+// Bit by bit what the table says of three bits.
+inline __m512i ByTable(__m512i a, __m512i b, __m512i c, int table) {
+  const auto x = Of<uint32_t>(a), y = Of<uint32_t>(b), z = Of<uint32_t>(c);
+  return Each<uint32_t>([&](int i) {
+    uint32_t out = 0;
+    for (int bit = 0; bit < 32; ++bit) {
+      const int number = (x.at[i] >> bit & 1) << 2 | (y.at[i] >> bit & 1) << 1 | (z.at[i] >> bit & 1);
+      out |= static_cast<uint32_t>(table >> number & 1) << bit;
+    }
+    return out;
+  });
 }
 
 inline __m512 MultiplyAdd(__m512 a, __m512 b, __m512 c) {
@@ -213,6 +234,7 @@ inline float Sum(__m512 v) {
 
 #define _mm512_add_epi32(a, b) lanes::Pairs<uint32_t>(a, b, [](auto x, auto y) { return x + y; })
 #define _mm512_and_si512(a, b) lanes::Pairs<uint64_t>(a, b, [](auto x, auto y) { return x & y; })
+#define _mm512_castps128_ps512 lanes::Widen
 #define _mm512_cvtepi32_epi8(a) (lanes::Truncate<int8_t, int32_t, __m128i>(a))
 #define _mm512_cvtepi32_ps(a) lanes::Each<float>([x = lanes::Of<int32_t>(a)](int i) { return float(x.at[i]); })
 #define _mm512_cvtepi8_epi32 lanes::WidenBytes
@@ -231,8 +253,11 @@ inline float Sum(__m512 v) {
 #define _mm256_maskz_loadu_epi16 lanes::LoadShorts
 #define _mm512_maskz_loadu_ps lanes::LoadFloats
 #define _mm512_mul_ps(a, b) lanes::Pairs<float>(a, b, [](auto x, auto y) { return x * y; })
-#define _mm512_permutex2var_ps lanes::Permute
-#define _mm512_permutexvar_ps(index, a) lanes::Permute(a, index, a)
+#define _mm512_or_si512(a, b) lanes::Pairs<uint64_t>(a, b, [](auto x, auto y) { return x | y; })
+#define _mm512_permutex2var_epi32 lanes::Permute<int32_t>
+#define _mm512_permutex2var_ps lanes::Permute<float>
+#define _mm512_permutexvar_epi32(index, a) lanes::Permute<int32_t>(a, index, a)
+#define _mm512_permutexvar_ps(index, a) lanes::Permute<float>(a, index, a)
 #define _mm512_reduce_add_ps lanes::Sum
 #define _mm512_set1_epi32(x) LANES_SPLAT(int32_t, x)
 #define _mm512_set1_epi8(x) LANES_SPLAT(int8_t, x)
@@ -240,7 +265,9 @@ inline float Sum(__m512 v) {
 #define _mm512_setzero_si512() LANES_SPLAT(int32_t, 0)
 #define _mm512_slli_epi32(a, n) LANES_SHIFT(uint32_t, a, <<, n)
 #define _mm512_srli_epi16(a, n) LANES_SHIFT(uint16_t, a, >>, n)
+#define _mm512_srli_epi32(a, n) LANES_SHIFT(uint32_t, a, >>, n)
 #define _mm512_store_si512 lanes::Store
+#define _mm512_ternarylogic_epi32 lanes::ByTable
 #define _mm512_unpackhi_epi32(a, b) lanes::Unpack<int32_t>(a, b, 2)
 #define _mm512_unpackhi_epi64(a, b) lanes::Unpack<int64_t>(a, b, 1)
 #define _mm512_unpacklo_epi32(a, b) lanes::Unpack<int32_t>(a, b, 0)

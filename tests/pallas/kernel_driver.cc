@@ -1,8 +1,8 @@
 // Multiplies what it reads from standard input by one instruction set's kernels (TABLE names them), writes
 // the products to standard output, and so on to the end: so that kernels run under an emulator without Python.
 //
-// A record: nine int64 (kind, rows, bytes of a row of codes, cols, group, inputs, m, few, wide scales), then the codes,
-// scales, minimums of an affine kind, and x float32 [m, inputs].
+// A record: 14 int64 (kind, rows, cols, group, inputs, m, few, type of scales, bytes of each part of the weights), then
+// those parts, as in `Weights`, and x float32 [m, inputs].
 #include <cstdio>
 #include <cstdlib>
 
@@ -20,23 +20,20 @@ char* Read(int64_t bytes) {
 
 int main() {
   using namespace jaxchat;
-  for (int64_t head[9]; std::fread(head, sizeof head, 1, stdin) == 1;) {
-    const auto kind = static_cast<Kind>(head[0]);
-    const Kernels& kernels = TABLE[kind];
-    const bool affine = kind == Kind::kInt8Affine || kind == Kind::kInt4Affine;
+  for (int64_t head[14]; std::fread(head, sizeof head, 1, stdin) == 1;) {
+    const Kernels& kernels = TABLE[static_cast<Kind>(head[0])];
     Weights w{};
     w.rows = head[1];
-    w.cols = head[3];
-    w.group = head[4];
-    w.inputs = head[5];
-    w.wide_scales = head[8];
-    const int64_t m = head[6], scales = kind < Kind::kInt8 ? 0 : w.rows * (w.cols / w.group) * (head[8] ? 4 : 2);
-    w.codes = Read(w.rows * head[2]);
-    w.scales = Read(scales);
-    w.mins = Read(affine ? scales : 0);
+    w.cols = head[2];
+    w.group = head[3];
+    w.inputs = head[4];
+    w.scale_type = static_cast<ScaleType>(head[7]);
+    const int64_t m = head[5];
+    const void** const parts[] = {&w.codes, &w.high, &w.scales, &w.mins, &w.super_scales, &w.super_mins};
+    for (int i = 0; i < 6; ++i) *parts[i] = Read(head[8 + i]);
     const auto* x = reinterpret_cast<const float*>(Read(m * w.inputs * 4));
     auto* y = static_cast<float*>(std::calloc(m * w.rows, sizeof(float)));
-    if (head[7]) {
+    if (head[6]) {
       void* prepared = std::aligned_alloc(64, (kernels.few.bytes(w, m) + 127) / 64 * 64);
       kernels.few.prepare(w, x, m, prepared);
       kernels.few.run(w, x, prepared, m, y, 0, w.rows);

@@ -91,17 +91,19 @@ def parameters(variants):
 
 def record(case: Case, stack: cases.Stack, x: np.ndarray) -> bytes:
     """What `kernel_driver.cc` reads: the product of x [m, I] with the first layer."""
-    w, columns = stack.w, case.shape[1]
+    w, columns, m = stack.w, case.shape[1], case.lead[-1]
     if case.weights in FLOATS:
         name = "uint16" if case.weights == "bfloat16" else case.weights
-        kind, cols, group, wide, arrays = cpu._FLOAT_KINDS[name], columns, 1, False, [w[0]]
+        form = (cpu._FLOAT_KINDS[name], len(w[0]), columns, 1)
+        parts, scales = [w[0], *[None] * 5], 0
     else:
-        kind, cols, group = cpu._QUANTIZED_KINDS[w.bits, w.affine], w.padded_columns, w.group
-        wide = w.scales.dtype == np.float32
-        arrays = [part[0] for part in (w.codes, w.scales, w.mins) if part is not None]
-    codes, m = arrays[0], case.lead[-1]
-    head = (kind, len(codes), codes[0].nbytes, cols, group, columns, m, not case.many, wide)
-    return np.array(head, np.int64).tobytes() + b"".join(a.tobytes() for a in (*arrays, x))
+        form = (cpu._QUANTIZED_KINDS[w.bits, w.affine], w.shape[1], w.padded_columns, w.group)
+        parts = [w.codes, w.high, w.scales, w.mins, w.super_scales, w.super_mins]
+        parts = [None if part is None else part[0] for part in parts]
+        scales = ("float16", "float32", "int8").index(w.scales.dtype.name)
+    data = [b"" if part is None else part.tobytes() for part in parts]
+    head = (*form, columns, m, not case.many, scales, *map(len, data))
+    return np.array(head, np.int64).tobytes() + b"".join((*data, x.tobytes()))
 
 
 def products(variant: Variant) -> list[Case]:

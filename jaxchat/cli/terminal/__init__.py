@@ -62,7 +62,11 @@ def _opened(request: Request, chosen: ChosenModel, clock: CompileClock) -> tuple
         loading_bar(hidden=request.quiet, before=waiting.stop) as progress,
     ):
         model = request.load(
-            chosen, progress, max_length=request.max_length, max_slots=request.max_slots or 0
+            chosen,
+            progress,
+            max_length=request.max_length,
+            max_slots=request.max_slots or 0,
+            chat_template=request.chat_template,
         )
     if request.interactive and request.max_slots is None:
         model.max_slots = spare_slots(model.engine)

@@ -10,6 +10,7 @@ from jaxchat.cli.terminal.writing import say
 from jaxchat.errors import UsageError
 from jaxchat.options import GenerateOptions, PrefixIn
 from jaxchat.runtime import Model
+from jaxchat.text.named_templates import advice_on
 
 
 class Replies(Protocol):
@@ -164,5 +165,9 @@ def open_replies(model: Model, request: Request) -> Replies:
             raise UsageError(f"--{flag} needs a chat template, and this model has none")
     if request.format is None and not request.quiet:
         what = "every line is" if request.interactive else "the prompt is"
-        say(f"jaxchat: this model has no chat template: {what} continued as text (--format completion)")
+        advice = advice_on(model.name)
+        say(
+            f"jaxchat: this model has no chat template: {what} continued as text (--format completion)"
+            + (f"; {advice}" if advice else "")
+        )
     return CompletionReplies(model, parse_special=request.special_tokens)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxchat.quant import QuantFormat, QuantizedTensor, dequantize
+from jaxchat.quant import QuantFormat, QuantizedTensor, dequantize, empty, group_mins
 
 FLOATS = ("float32", "bfloat16", "float16")
-KINDS = (*FLOATS, "int8", "int8:affine", "int4", "int4:affine")
+KINDS = (*FLOATS, "int8", "int8:affine", "int4", "int4:affine", "int5", "int5:affine", "q4_k", "q5_k", "q6_k")
 """Weights that are multiplied in different ways."""
 
 GROUPS = (32, 64, 128, 0)  # 0: one group a row
@@ -57,6 +57,8 @@ def forms(kind: str) -> tuple[str, ...]:
         return (kind,)
     fmt = QuantFormat.parse(kind)
     assert fmt is not None
+    if fmt.two_level:
+        return (kind,)
     return tuple(
         str(dataclasses.replace(fmt, group=group, scale_dtype=scales))
         for group in GROUPS
@@ -102,20 +104,24 @@ def stack(rng: np.random.Generator, weights: str, shape: tuple[int, int], layers
     if weights in FLOATS:
         w = normal(rng, (layers, *shape), weights)
         return stack_of(w)
-    rows, columns = shape
     fmt = QuantFormat.parse(weights)
     assert fmt is not None
-    group = fmt.group_size(columns)
-    padded = -(-columns // group) * group
-    low, high, dtype, width = (
-        (-128, 128, np.int8, padded) if fmt.bits == 8 else (0, 256, np.uint8, padded // 2)
-    )
-    scales = (rng.standard_normal((layers, rows, padded // group)) * 1e-2).astype(fmt.scale_dtype)
-    mins = (rng.standard_normal(scales.shape) * 1e-1).astype(fmt.scale_dtype) if fmt.affine else None
-    codes = rng.integers(low, high, (layers, rows, width), dtype=dtype)
-    return stack_of(
-        QuantizedTensor(codes=codes, scales=scales, mins=mins, bits=fmt.bits, group=group, columns=columns)
-    )
+
+    def random(part: np.ndarray, size: float) -> np.ndarray:
+        if part.dtype == np.uint8:
+            return rng.integers(0, 256, part.shape, np.uint8)
+        if part.dtype == np.int8:
+            return rng.integers(-128, 128, part.shape, np.int8)
+        return (rng.standard_normal(part.shape) * size).astype(part.dtype)
+
+    drawn = empty((layers, *shape), fmt)
+    sizes = {"scales": 1e-2, "mins": 1e-1, "super_scales": 1e-4, "super_mins": 1e-3}
+    parts: dict[str, Any] = {
+        name: random(part, sizes.get(name, 0))
+        for name in ("codes", "high", *sizes)
+        if (part := getattr(drawn, name)) is not None
+    }
+    return stack_of(dataclasses.replace(drawn, **parts))
 
 
 def stack_of(w: Any) -> Stack:
@@ -126,7 +132,7 @@ def stack_of(w: Any) -> Stack:
     values = np.asarray(dequantize(w), np.float64)
     norms = np.linalg.norm(values, axis=-1)
     if w.affine:  # code * scale and the minimum may cancel
-        mins = np.repeat(np.asarray(w.mins, np.float64), w.group, axis=-1)[..., : w.columns]
+        mins = np.repeat(np.asarray(group_mins(w), np.float64), w.group, axis=-1)[..., : w.columns]
         norms = norms + 2 * np.linalg.norm(mins, axis=-1)
     return Stack(w, values, norms)
 

@@ -126,32 +126,36 @@ ffi::Error Many(ffi::ThreadPool& pool, Call& call) {
   return ffi::Error::Success();
 }
 
-// Weight i is arguments 3 i to 3 i + 2: codes, scales and minimums (empty where there are none).
+// A stack is six arguments: codes, high bits, scales, minimums, outer scales and minimums (empty where there are none).
+// Weight i is one of parts[i] stacks; layers[i] says which, and the row of it.
 ffi::Error StackedMatmuls(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> layers,
-                          ffi::RemainingArgs weights, ffi::RemainingRets outs, Integers kinds, Integers cols,
-                          Integers groups, bool few, std::string_view isa) {
+                          ffi::RemainingArgs stacks, ffi::RemainingRets outs, Integers parts, Integers kinds,
+                          Integers cols, Integers groups, bool few, std::string_view isa) {
   const KernelTable* const table = TableOf(InstructionSet(isa));
   if (table == nullptr) return ffi::Error::InvalidArgument("isa names no instruction set that runs here");
   Call call{x.typed_data(), x.dimensions()[0], {}, {}};
-  for (size_t i = 0; i < kinds.size(); ++i) {
-    const auto codes = weights.get<ffi::AnyBuffer>(3 * i), scales = weights.get<ffi::AnyBuffer>(3 * i + 1),
-               mins = weights.get<ffi::AnyBuffer>(3 * i + 2);
+  size_t stack = 0;  // the first of weight i
+  for (size_t i = 0; i < parts.size(); stack += parts[i++]) {
+    constexpr size_t kArrays = 6;
     auto out = outs.get<ffi::Buffer<ffi::F32>>(i);
-    if (!codes.has_value() || !scales.has_value() || !mins.has_value() || !out.has_value())
-      return ffi::Error::InvalidArgument("three arguments and one result a weight");
-    if (kinds[i] < 0 || kinds[i] >= kKinds) return ffi::Error::InvalidArgument("no such kind of weights");
-    const int64_t at = layers.typed_data()[i];
-    if (at < 0 || at >= codes->dimensions()[0]) return ffi::Error::InvalidArgument("layer out of range");
+    const int64_t which = layers.typed_data()[2 * i], at = layers.typed_data()[2 * i + 1];
+    if (which < 0 || which >= parts[i]) return ffi::Error::InvalidArgument("part out of range");
+    const size_t s = stack + which;
+    if (s >= kinds.size() || stacks.size() < kArrays * (s + 1) || !out.has_value())
+      return ffi::Error::InvalidArgument("six arguments a stack and one result a weight");
+    if (kinds[s] < 0 || kinds[s] >= kKinds) return ffi::Error::InvalidArgument("no such kind of weights");
+    const auto array = [&](size_t number) { return *stacks.get<ffi::AnyBuffer>(kArrays * s + number); };
+    if (at < 0 || at >= array(0).dimensions()[0]) return ffi::Error::InvalidArgument("layer out of range");
     Weights w{};
-    w.codes = AtLayer(*codes, at);
-    w.scales = AtLayer(*scales, at);
-    w.mins = AtLayer(*mins, at);
-    w.wide_scales = scales->element_type() == ffi::F32;
-    w.rows = codes->dimensions()[1];
-    w.cols = cols[i];
-    w.group = groups[i];
+    const void** const arrays[kArrays] = {&w.codes, &w.high, &w.scales, &w.mins, &w.super_scales, &w.super_mins};
+    for (size_t number = 0; number < kArrays; ++number) *arrays[number] = AtLayer(array(number), at);
+    const ffi::DataType scales = array(2).element_type();
+    w.scale_type = scales == ffi::F32 ? ScaleType::kFloat : scales == ffi::S8 ? ScaleType::kInt8 : ScaleType::kHalf;
+    w.rows = array(0).dimensions()[1];
+    w.cols = cols[s];
+    w.group = groups[s];
     w.inputs = x.dimensions()[1];
-    call.products.push_back({w, &(*table)[static_cast<Kind>(kinds[i])], (*out)->typed_data(), nullptr});
+    call.products.push_back({w, &(*table)[static_cast<Kind>(kinds[s])], (*out)->typed_data(), nullptr});
   }
   return few ? Few(pool, call) : Many(pool, call);
 }
@@ -166,6 +170,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxchatStackedMatmuls, jaxchat::StackedMatmuls,
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .RemainingArgs()
                                   .RemainingRets()
+                                  .Attr<jaxchat::Integers>("parts")
                                   .Attr<jaxchat::Integers>("kinds")
                                   .Attr<jaxchat::Integers>("cols")
                                   .Attr<jaxchat::Integers>("groups")

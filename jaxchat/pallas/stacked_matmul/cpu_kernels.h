@@ -6,23 +6,30 @@
 namespace jaxchat {
 
 // As in cpu.py. Affine: code * scale + min; other quantized weights: code * scale.
-enum class Kind : int64_t { kFloat32, kBfloat16, kFloat16, kInt8, kInt8Affine, kInt4, kInt4Affine };
-constexpr int64_t kKinds = 7;
+enum class Kind : int64_t {
+  kFloat32, kBfloat16, kFloat16, kInt8, kInt8Affine, kInt4, kInt4Affine, kInt5, kInt5Affine, kInt6
+};
+constexpr int64_t kKinds = 10;
+
+enum class ScaleType { kHalf, kFloat, kInt8 };
 
 // One layer's weight [rows, cols], with scales (and minimums) per `group` columns.
 struct Weights {
-  const void* codes;
-  const void* scales;  // [rows, cols / group], float16 or float32; for quantized kinds
-  const void* mins;    // like scales, for affine kinds
-  bool wide_scales;    // scales and mins are float32
+  const void* codes;         // below 8 bits: the low 4
+  const void* high;          // at 5 and 6 bits: what is above, in the order of packing.py
+  const void* scales;        // [rows, cols / group]: `scale_type`; for quantized kinds
+  const void* mins;          // like scales, for affine kinds
+  const void* super_scales;  // [rows, cols / 256], float16: what integer scales are times
+  const void* super_mins;
+  ScaleType scale_type;
   int64_t rows;
-  int64_t cols;   // a multiple of `group`, which is a multiple of 32, for quantized kinds
-  int64_t group;
+  int64_t cols;   // a multiple of `group`, and of 256 where scales are integers, for quantized kinds
+  int64_t group;  // a multiple of 32; at 6 bits 16
   // Columns of x; those from here to `cols` are padding and meet zeros.
   int64_t inputs;
 };
 
-// A few rows of x [m, inputs]: 8-bit weights meet at least 15 bits per activation, 4-bit weights at least 8.
+// A few rows of x [m, inputs]: 8-bit weights meet at least 15 bits per activation, others at least 8.
 struct FewKernel {
   // x in the form the weights meet it: `prepare` fills `bytes` bytes of 64-byte aligned memory.
   int64_t (*bytes)(const Weights&, int64_t m);

@@ -30,10 +30,12 @@ inline Ints MultiplyPairs(Shorts a, Shorts b) {
 // ---------------------------------------------------------------- a few rows of x
 
 // Columns are taken in blocks. One vector of codes is several planes of 16-bit integers: plane p has the codes at
-// bits [16 / planes * p, 16 / planes * (p + 1)) of each 16.
+// bits [16 / planes * p, 16 / planes * (p + 1)) of each 16. Codes of 5 and 6 bits become bytes first.
 template <int kBits>
 struct Shape {
-  static constexpr int kPlanes = 16 / kBits;                    // in a vector
+  static constexpr int64_t kSub = SubOf(kBits);
+  static constexpr int kStored = kBits == 4 ? 4 : 8;                // bits of a code, as it is multiplied
+  static constexpr int kPlanes = 16 / kStored;                      // in a vector
   static constexpr int64_t kColumns = kPlanes * kBytes / 2;         // in a vector
   static constexpr int64_t kBlock = std::max(kColumns, kSub);       // columns
   static constexpr int kVectors = kBlock / kColumns;                // in a block
@@ -59,14 +61,33 @@ inline Shorts Plane(UShorts codes, int p) {
 template <int kBits>
 inline Floats Spread(const float* values) {
   if constexpr (Shape<kBits>::kSubs == 1) return Floats{} + values[0];
-  Floats v;
+  Floats v{};
   for (int i = 0; i < kLanes; ++i) v[i] = values[i * Shape<kBits>::kSubs / kLanes];
   return v;
 }
 
+// The codes of a run of 32 columns as they are multiplied, one a byte.
 template <int kBits, bool kAffine>
+inline void UnpackRun(const uint8_t* codes, const uint8_t* high, int8_t* out) {
+  constexpr int kWide = kBits - 4, kFields = kWide > 0 ? 8 / kWide : 1, kLift = LiftOf(kBits, kAffine);
+  for (int c = 0; c < kRun; ++c) {
+    if constexpr (kBits == 8) {
+      out[c] = static_cast<int8_t>(codes[c]);
+    } else {
+      int code = codes[c / 2] >> c % 2 * 4 & 15;
+      const int k = c % 8 / 2, field = c / 8 * 2 + c % 2;  // see packing.py
+      if constexpr (kBits > 4) code |= (high[field / kFields * 4 + k] >> field % kFields * kWide & ((1 << kWide) - 1)) << 4;
+      if constexpr (kBits == 4 && !kAffine) code ^= kLift;  // two's complement
+      out[c] = static_cast<int8_t>(code - kLift);
+    }
+  }
+}
+
+template <int kBits_, bool kAffine>
 struct Few {
+  static constexpr int kBits = kBits_;
   using S = Shape<kBits>;
+  static constexpr int64_t kSub = S::kSub;
   using Block = portable::Block<kBits>;
   static constexpr int kMost = 4;
   static int64_t Blocks(const Weights& w) { return (w.cols + S::kBlock - 1) / S::kBlock; }
@@ -78,7 +99,7 @@ struct Few {
       Floats sum{};
       for (int s = 0; s < S::kSubs; ++s) {
         const int64_t start = b * S::kBlock + s * kSub;
-        const Quantized sub = Quantize(x + start, w.inputs - start, 32767);
+        const auto sub = Quantize<kSub>(x + start, w.inputs - start, 32767);
         scales[s] = sub.scale;
         sum[s * kLanes / S::kSubs] = sub.sum;
         for (int64_t c = 0; c < kSub; ++c) {
@@ -97,24 +118,27 @@ struct Few {
   static void Row(const Weights& w, const Groups& scales, const Groups& mins, const Block* x, int64_t row,
                   int64_t from_block, int64_t to, float* y) {
     const int64_t blocks = Blocks(w), subs = w.cols / kSub;
-    const int64_t bytes = CodeBytes<kBits>(w);
+    const int64_t bytes = CodeBytes<kBits>(w.cols);
     constexpr int kBlockBytes = S::kVectors * kBytes;
     constexpr bool kSigned = !(kAffine && kBits == 4);  // affine 4-bit codes are 0 .. 15
-    const auto* codes = static_cast<const uint8_t*>(w.codes) + row * bytes;
     Floats acc[M] = {};
     for (int64_t b = from_block; b < to; ++b) {
-      const uint8_t* from = codes + b * kBlockBytes;
-      uint8_t last[kBlockBytes];
-      if ((b + 1) * kBlockBytes > bytes) {
-        std::memset(last, 0, sizeof last);
-        std::memcpy(last, from, bytes - b * kBlockBytes);
-        from = last;
+      const uint8_t* from = Codes<kBits>(w, row, b * S::kBlock);
+      uint8_t block[std::max<int64_t>(kBlockBytes, kRun)] = {};
+      if constexpr (kBits == S::kStored) {
+        if ((b + 1) * kBlockBytes > bytes)
+          from = static_cast<const uint8_t*>(std::memcpy(block, from, bytes - b * kBlockBytes));
+      } else {
+        static_assert(kRun % S::kBlock == 0);
+        const int64_t run = b * S::kBlock / kRun * kRun;
+        UnpackRun<kBits, kAffine>(Codes<kBits>(w, row, run), High<kBits>(w, row, run), reinterpret_cast<int8_t*>(block));
+        from = block + b * S::kBlock % kRun;
       }
       Ints sum[M] = {};
       for (int v = 0; v < S::kVectors; ++v) {
         const UShorts raw = Load<UShorts>(from + v * kBytes);
         for (int p = 0; p < S::kPlanes; ++p) {
-          const Shorts plane = Plane<kBits, kSigned>(raw, p);
+          const Shorts plane = Plane<S::kStored, kSigned>(raw, p);
           for (int m = 0; m < M; ++m) sum[m] += MultiplyPairs(plane, x[m * blocks + b].q[v * S::kPlanes + p]);
         }
       }
@@ -137,32 +161,30 @@ struct Few {
 // ---------------------------------------------------------------- many rows of x
 
 // A tile is pairs of 16-bit integers, [step][row][2 columns]: lanes are weight rows, and x's pair is broadcast.
-template <int kBits, bool kAffine_>
+template <int kBits_, bool kAffine_>
 struct Tile {
   using Code = int16_t;
   using Input = int16_t;
+  static constexpr int kBits = kBits_;
   static constexpr bool kAffine = kAffine_;
-  static constexpr int64_t kRows = 2 * kLanes, kPart = int64_t{1} << 32, kPanel = 1;
+  static constexpr int64_t kSub = SubOf(kBits), kRows = 2 * kLanes, kPart = int64_t{1} << 32, kPanel = 1;
   static constexpr int kMost = 4, kLevels = 32767, kInputs = kSub, kCodes = kSub;
   static constexpr int kSteps = kSub / 2;
 
-  static int32_t Prepare(const Quantized& x, int64_t, int16_t* out) {
+  static int32_t Prepare(const Quantized<kSub>& x, int64_t, int16_t* out) {
     for (int64_t c = 0; c < kSub; ++c) out[c] = static_cast<int16_t>(x.At(c));
     return 0;
   }
 
   static void Pack(const Weights& w, const int64_t* rows, int64_t from, int64_t to, int16_t* out) {
     for (int64_t r = 0; r < kRows; ++r) {
-      const auto* codes = static_cast<const uint8_t*>(w.codes) + (rows[r] * w.cols + from) * kBits / 8;
       int16_t* pair = out + 2 * r;
-      for (int64_t c = from; c < to; c += 2, pair += 2 * kRows) {
-        if constexpr (kBits == 8) {
-          pair[0] = static_cast<int8_t>(*codes++);
-          pair[1] = static_cast<int8_t>(*codes++);
-        } else {
-          const int byte = *codes++;
-          pair[0] = kAffine ? byte & 15 : static_cast<int8_t>(byte << 4) >> 4;
-          pair[1] = kAffine ? byte >> 4 : static_cast<int8_t>(byte) >> 4;
+      for (int64_t column = from; column < to; column += kRun) {
+        int8_t codes[kRun];
+        UnpackRun<kBits, kAffine>(Codes<kBits>(w, rows[r], column), High<kBits>(w, rows[r], column), codes);
+        for (int c = 0; c < kRun; c += 2, pair += 2 * kRows) {
+          pair[0] = codes[c];
+          pair[1] = codes[c + 1];
         }
       }
     }

@@ -12,11 +12,16 @@ namespace {
 
 // ---------------------------------------------------------------- activations as integers
 
-constexpr int64_t kSub = 32;  // columns of x that share a scale, whatever the weights' group
+constexpr int64_t kRun = 32;  // columns whose codes are packed together, and most that share a scale of x
 
-// 32 activations as integers, with their scale and sums.
+// Columns of x that share a scale, whatever the weights' group: no more than that.
+constexpr int64_t SubOf(int bits) { return bits == 6 ? 16 : kRun; }
+
+// So many activations as integers, with their scale and sums.
+template <int64_t kSub>
 struct Quantized {
-  Ints q[kSub / kLanes];
+  static constexpr int64_t kVectors = kSub / kLanes;
+  Ints q[kVectors];
   int32_t total;  // of the integers
   float scale;
   float sum;  // of the values, for affine weights
@@ -25,7 +30,8 @@ struct Quantized {
 };
 
 // Integers up to `steps`. `count` values are real, the others zero. NaN and infinity make the scale NaN.
-inline Quantized Quantize(const float* from, int64_t count, float steps) {
+template <int64_t kSub>
+inline Quantized<kSub> Quantize(const float* from, int64_t count, float steps) {
   float padded[kSub] = {};
   if (count < kSub) {
     if (count > 0) std::memcpy(padded, from, count * sizeof(float));
@@ -44,7 +50,7 @@ inline Quantized Quantize(const float* from, int64_t count, float steps) {
   const float largest = Bits<float>(bits);
   const bool finite = bits < 0x7f800000, nonzero = largest > 1e-30f;
   const float inverse = finite && nonzero ? steps / largest : 0.0f;
-  Quantized out;
+  Quantized<kSub> out;
   for (int64_t i = 0; i < kSub / kLanes; ++i) {
     // Adding 1.5 * 2^23 leaves the nearest integer in the low bits; NaN leaves some, and its scale is NaN.
     const Floats shifted = Load<Floats>(from + i * kLanes) * inverse + 12582912.0f;
@@ -59,37 +65,77 @@ inline Quantized Quantize(const float* from, int64_t count, float steps) {
 
 // ---------------------------------------------------------------- quantized weights
 
-// Bytes of a row of weights.
+// Bytes of the codes of some columns: the low 4 bits below 8, and what is above them.
 template <int kBits>
-inline int64_t CodeBytes(const Weights& w) {
-  return w.cols * kBits / 8;
+constexpr int64_t CodeBytes(int64_t columns) {
+  return kBits == 8 ? columns : columns / 2;
+}
+template <int kBits>
+constexpr int64_t HighBytes(int64_t columns) {
+  return kBits == 8 ? 0 : columns * (kBits - 4) / 8;
 }
 
-// The scales (or minimums) of a row of weights, one per 32 columns.
+template <int kBits>
+inline const uint8_t* Codes(const Weights& w, int64_t row, int64_t column = 0) {
+  return static_cast<const uint8_t*>(w.codes) + row * CodeBytes<kBits>(w.cols) + CodeBytes<kBits>(column);
+}
+template <int kBits>
+inline const uint8_t* High(const Weights& w, int64_t row, int64_t column = 0) {
+  return static_cast<const uint8_t*>(w.high) + row * HighBytes<kBits>(w.cols) + HighBytes<kBits>(column);
+}
+
+// What unsigned codes are more than what they stand for.
+constexpr int LiftOf(int bits, bool affine) { return affine ? 0 : 1 << (bits - 1); }
+
+inline float Half(uint16_t bits) { return WidenHalf(Halves{bits})[0]; }
+
+// The scales (or minimums) of rows of weights, one per `sub` columns.
 class Groups {
  public:
-  Groups(const Weights& w, const void* values)
-      : values_(values), wide_(w.wide_scales), per_row_(w.cols / w.group), shift_(0) {
-    // Groups are 32, 64 or 128 columns, or the row.
-    while (w.cols > w.group ? (kSub << shift_) < w.group : (w.cols / kSub) >> shift_ > 0) ++shift_;
+  Groups(const Weights& w, const void* values, const void* outer, int64_t sub)
+      : values_(values), outer_(static_cast<const uint16_t*>(outer)), type_(w.scale_type),
+        per_row_(w.cols / w.group), shift_(0), per_outer_(kSuper / sub), outers_(w.cols / kSuper) {
+    // Groups are 32, 64 or 128 columns, or the row; of integers, `sub`.
+    while (w.cols > w.group ? (sub << shift_) < w.group : (w.cols / sub) >> shift_ > 0) ++shift_;
   }
-  // Whether there is a float16 for each 32 columns.
-  bool plain() const { return shift_ == 0 && !wide_; }
+  // Whether there is a float16 for each `sub` columns, or an integer.
+  bool plain() const { return shift_ == 0 && type_ == ScaleType::kHalf; }
+  bool integers() const { return type_ == ScaleType::kInt8; }
   const uint16_t* Plain(int64_t row, int64_t sub) const {
     return static_cast<const uint16_t*>(values_) + row * per_row_ + sub;
   }
+  const int8_t* Integers(int64_t row, int64_t sub) const {
+    return static_cast<const int8_t*>(values_) + row * per_row_ + sub;
+  }
+  // The float16 that a row's integers are times, one per 256 columns.
+  const uint16_t* Outer(int64_t row, int64_t sub) const { return outer_ + row * outers_ + sub / per_outer_; }
   float At(int64_t row, int64_t sub) const {
     const int64_t i = row * per_row_ + (sub >> shift_);
-    if (wide_) return static_cast<const float*>(values_)[i];
-    return WidenHalf(Halves{static_cast<const uint16_t*>(values_)[i]})[0];
+    switch (type_) {
+      case ScaleType::kFloat: return static_cast<const float*>(values_)[i];
+      case ScaleType::kHalf: return Half(static_cast<const uint16_t*>(values_)[i]);
+      default: return static_cast<const int8_t*>(values_)[i] * Half(*Outer(row, sub));
+    }
   }
 
  private:
+  static constexpr int64_t kSuper = 256;
   const void* values_;
-  bool wide_;
+  const uint16_t* outer_;
+  ScaleType type_;
   int64_t per_row_;
   int shift_;
+  int64_t per_outer_, outers_;
 };
+
+template <int kBits>
+inline Groups ScalesOf(const Weights& w) {
+  return Groups(w, w.scales, w.super_scales, SubOf(kBits));
+}
+template <int kBits>
+inline Groups MinsOf(const Weights& w) {
+  return Groups(w, w.mins, w.super_mins, SubOf(kBits));
+}
 
 // A sum over columns from `from` on: added to what those before came to.
 inline void Put(float sum, int64_t from, float* y) { *y = from > 0 ? *y + sum : sum; }
@@ -97,6 +143,7 @@ inline void Put(float sum, int64_t from, float* y) { *y = from > 0 ? *y + sum : 
 // ---------------------------------------------------------------- a few rows of x
 
 // What a table has for a few rows of x and quantized weights, which are read once, in order. Few says how they meet:
+//   kBits: of the weights.
 //   kMost: rows of x that a row of weights meets at a time.
 //   Block: some columns of a row of x, in the order in which the codes meet them; Blocks(w): how many a row has.
 //   Prepare(w, x, rows, blocks): makes those of one row of x, of so many that meet the weights together.
@@ -124,7 +171,7 @@ struct FewRows {
     constexpr int64_t kCache = 32768, kWeightRows = 32;
     const auto* x = static_cast<const Block*>(prepared);
     const int64_t blocks = Few::Blocks(w);
-    const Groups scales(w, w.scales), mins(w, w.mins);
+    const Groups scales = ScalesOf<Few::kBits>(w), mins = MinsOf<Few::kBits>(w);
     for (int64_t first = begin; first < end; first += kWeightRows)
       InSteps<Few::kMost>(m, [&](auto count, int64_t i) {
         constexpr int kCount = decltype(count)::value;
@@ -142,25 +189,25 @@ struct FewRows {
 
 // What a table has for many rows of x and quantized weights: a tile of weight rows is unpacked once and meets all of x
 // from the cache. Tile says how:
-//   kAffine: whether weights have minimums.
+//   kBits, kAffine: of the weights; whether they have minimums.
 //   kRows: weight rows in a tile, whole vectors of sums; kPart: columns of it.
-//   kMost: rows of x that a tile meets at a time. kPanel: so many rows of x lie side by side, 32 columns after 32
-//     columns: 1, or kMost, which zeros behind the last row fill up.
-//   kLevels: x becomes integers up to this. Input, kInputs: what 32 of them become.
-//   Code, kCodes: what 32 codes of a row become.
-//   Prepare(x, lane, panel): writes 32 columns of x, row `lane` of a panel; returns what their sums start from, to take
+//   kMost: rows of x that a tile meets at a time. kPanel: so many rows of x lie side by side, columns that share a scale
+//     after columns that do: 1, or kMost, which zeros behind the last row fill up.
+//   kLevels: x becomes integers up to this. Input, kInputs: what a sub-group of them becomes.
+//   Code, kCodes: what a sub-group of codes of a row becomes.
+//   Prepare(x, lane, panel): writes a sub-group of x, row `lane` of a panel; returns what their sums start from, to take
 //     back a lift of the codes.
 //   Pack(w, rows, from, to, out): writes the codes of columns [from, to) of kRows weight rows.
-//   Products<M>(codes, x, stride, starts, sums): those of 32 columns of a tile and M rows of x, `stride` apart.
+//   Products<M>(codes, x, stride, starts, sums): those of a sub-group of a tile and M rows of x, `stride` apart.
 template <typename Tile>
 struct TiledRows {
   using Code = typename Tile::Code;
   using Input = typename Tile::Input;
-  static constexpr int64_t kRows = Tile::kRows, kPanel = Tile::kPanel;
+  static constexpr int64_t kRows = Tile::kRows, kPanel = Tile::kPanel, kSub = SubOf(Tile::kBits);
   static constexpr int kVectors = kRows / kLanes;
   static_assert(kPanel == 1 || kPanel == Tile::kMost);
 
-  // Prepared x: panels, 32 columns after 32 columns, and for each of those numbers of all their rows.
+  // Prepared x: panels, sub-group after sub-group, and for each of those numbers of all their rows.
   struct Inputs {
     Input* q;
     float* scale;
@@ -168,7 +215,7 @@ struct TiledRows {
     int32_t* start;
   };
 
-  // Part of a tile, 32 columns after 32 columns: codes, and for all rows scales and minimums.
+  // Part of a tile, sub-group after sub-group: codes, and for all rows scales and minimums.
   struct Packed {
     Code* codes;
     float* scale;
@@ -185,11 +232,11 @@ struct TiledRows {
     for (int64_t i = begin; i < (end == m ? Padded(m) : end); ++i)
       for (int64_t s = 0; s < subs; ++s) {
         const int64_t panel = i / kPanel * subs + s, lane = i % kPanel, at = panel * kPanel + lane;
-        const Quantized x32 =
-            Quantize(x + i * w.inputs + s * kSub, i < m ? w.inputs - s * kSub : 0, Tile::kLevels);
-        to.start[at] = Tile::Prepare(x32, lane, to.q + panel * kPanel * Tile::kInputs);
-        to.scale[at] = x32.scale;
-        to.sum[at] = x32.sum;
+        const auto sub =
+            Quantize<kSub>(x + i * w.inputs + s * kSub, i < m ? w.inputs - s * kSub : 0, Tile::kLevels);
+        to.start[at] = Tile::Prepare(sub, lane, to.q + panel * kPanel * Tile::kInputs);
+        to.scale[at] = sub.scale;
+        to.sum[at] = sub.sum;
       }
   }
 
@@ -203,7 +250,7 @@ struct TiledRows {
     auto* codes = static_cast<Code*>(scratch);
     auto* scale = reinterpret_cast<float*>(codes + Subs(w) * kRows * Tile::kCodes);
     const Packed tile = {codes, scale, scale + Subs(w) * kRows};
-    const Groups scales(w, w.scales), mins(w, w.mins);
+    const Groups scales = ScalesOf<Tile::kBits>(w), mins = MinsOf<Tile::kBits>(w);
     for (int64_t from = 0; from < w.cols; from += Tile::kPart) {
       const int64_t to = std::min(from + Tile::kPart, w.cols);
       for (int64_t row = begin; row < end; row += kRows) {
@@ -312,6 +359,9 @@ constexpr KernelTable TableOf(const ManyKernel& many) {
   table[Kind::kInt8Affine] = kQuantized<Few<8, true>, Tile<8, true>>;
   table[Kind::kInt4] = kQuantized<Few<4, false>, Tile<4, false>>;
   table[Kind::kInt4Affine] = kQuantized<Few<4, true>, Tile<4, true>>;
+  table[Kind::kInt5] = kQuantized<Few<5, false>, Tile<5, false>>;
+  table[Kind::kInt5Affine] = kQuantized<Few<5, true>, Tile<5, true>>;
+  table[Kind::kInt6] = kQuantized<Few<6, false>, Tile<6, false>>;
   return table;
 }
 
