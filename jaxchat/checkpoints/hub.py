@@ -198,9 +198,11 @@ def _gguf(files: Iterable[str], name: HubName) -> list[str]:
             models.setdefault(_PART.sub("", file), []).append(file)
     if not models:
         return []
-    wanted = rf"(?<![A-Za-z0-9]){re.escape(name.variant or '')}(?![A-Za-z0-9])"
-    found = [model for model in models if re.search(wanted, Path(model).stem, re.IGNORECASE)]
-    if name.variant is not None:  # Q4_K is the name of one, and the beginning of that of others
+    found = list(models)
+    if name.variant is not None:
+        wanted = rf"(?<![A-Za-z0-9]){re.escape(name.variant)}(?![A-Za-z0-9])"
+        found = [model for model in models if re.search(wanted, Path(model).stem, re.IGNORECASE)]
+        # Q4_K is the name of one, and the beginning of that of others
         ends = [model for model in found if Path(model).stem.lower().endswith(name.variant.lower())]
         found = ends or found
     if len(found) == 1:
@@ -247,13 +249,10 @@ def _is_one(file: str, patterns: Sequence[str]) -> bool:
 
 def _cached(name: HubName, error: Exception) -> Path:
     """What an earlier run has fetched."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    with contextlib.suppress(LocalEntryNotFoundError):
-        folder = Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
-        if (folder / "config.json").exists() or any(folder.rglob("*.gguf")):
-            return _model_in(folder, name)
+    for repo in _repositories():
+        for found in repo.revisions if repo.repo_id == name.repo else ():
+            if (name.revision or "main") in (*found.refs, found.commit_hash):
+                return _model_in(Path(found.snapshot_path), name)
     reason = "HF_HUB_OFFLINE is set" if type(error).__name__ == "OfflineModeIsEnabled" else _words(error)
     raise Unreachable(
         f"{name}: the Hugging Face Hub cannot be reached ({reason}), and the model is not in the cache",
@@ -370,7 +369,7 @@ def _described(repo: "CachedRepoInfo") -> CachedModel:
 
 
 def name_in_cache(path: Path) -> str | None:
-    """The name of a model from its place in the cache, `models--ORG--NAME/snapshots/COMMIT` or a file there."""
+    """The name of a model from its place in the cache: `models--ORG--NAME/snapshots/COMMIT`, or in it."""
     for snapshot in (path, *path.parents[:2]):
         folder = snapshot.parent.parent.name
         if snapshot.parent.name == "snapshots" and folder.startswith("models--"):

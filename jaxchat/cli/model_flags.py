@@ -24,9 +24,10 @@ _flag = functools.partial(Flag, group="Model")
 
 MODEL = _flag(
     help="The model: a directory as on Hugging Face, or one that `jaxchat convert` wrote; a GGUF file, of "
-    "several parts the first; a name on the Hub, as org/name or org/name@revision, which is fetched once; a "
-    "short name, as :qwen2.5:1.5b; or box, the model in the box, unless there is a folder of that name",
-    example="-m models/llama-3-8b, -m model-Q4_K_M.gguf, -m Qwen/Qwen2.5-0.5B-Instruct, -m box",
+    "several parts the first; a name on the Hub, as org/name, org/name@revision or, of GGUF files, "
+    "org/name:Q4_K_M, which is fetched once; a short name, as :qwen2.5:1.5b; assistant, a small one that is "
+    "fetched the first time; or box, the model in the box, unless there is a folder of that name",
+    example="-m models/llama-3-8b, -m model-Q4_K_M.gguf, -m Qwen/Qwen2.5-0.5B-Instruct, -m assistant",
     elsewhere=("model_dir", "checkpoint", "hf", "hf_repo"),
     value="DIR",
     short="m",

