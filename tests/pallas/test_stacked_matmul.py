@@ -252,6 +252,21 @@ def test_a_quantizers_own_codes(backend, rng):
 
 
 @pytest.mark.skipif(not native.available(), reason=native.why_not() or "they run")
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("form", ["int4:affine", "int5:affine", "q4_k", "q5_k"])
+def test_offsets_meet_x_as_the_codes_do(rng, isa, form):
+    """Then what rounding x costs depends on the weights, and not on codes and offsets that nearly cancel."""
+    w = quantize(normal(rng, (1, 64, 1024)), QuantFormat.parse(form), name="w")
+    stack = cases.stack_of(w)
+    stack = stack._replace(norms=np.linalg.norm(stack.values, axis=-1))
+    typical = rounded(127) / 20  # rounding errors of opposite signs: measured 1 / 40 of the bound
+    for lead in ((4,), (1, 40)):
+        x = normal(rng, (*lead, 1024))
+        y = cpu.stacked_matmul(x, jax.tree.map(jnp.asarray, w), jnp.int32(0), isa=isa)
+        assert cases.error(y, x, stack, 0) <= typical
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "they run")
 def test_an_instruction_set_that_is_not_here_is_refused(rng):
     with pytest.raises(jax.errors.JaxRuntimeError, match="isa names no instruction set that runs here"):
         jax.block_until_ready(
