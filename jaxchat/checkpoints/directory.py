@@ -219,6 +219,23 @@ class ModelDirectory:
 
         return HfSource(self.path, self.stated_config, wanted)
 
+    def gguf_words(self, vocab_size: int) -> dict[str, Any]:
+        """Tokenizer and chat templates as the keys of a GGUF file, for an embedding of so many rows.
+
+        Raises:
+          JaxchatError: GGUF knows no such tokenizer.
+        """
+        from jaxchat.text.tokenizer import TextTokenizer
+        from jaxchat.text.tokenizer_to_gguf import metadata_of
+
+        if self.tokenizer is None:
+            return {}
+        assert isinstance(self.tokenizer, TextTokenizer)
+        words = metadata_of(self.path, self.tokenizer, self._text_config, vocab_size)
+        sources = {} if self.template is None else self.template.sources
+        keys = {name: f"tokenizer.chat_template{'' if name == 'default' else f'.{name}'}" for name in sources}
+        return words | {keys[name]: text for name, text in sources.items()}
+
     def write_config(self, directory: Path) -> None:
         """Writes `config.json` into another directory, byte for byte if it is a file."""
         shutil.copyfile(self.path / CONFIG, directory / CONFIG)
@@ -374,6 +391,10 @@ class GgufDirectory(ModelDirectory):
         from jaxchat.checkpoints.gguf import GgufSource
 
         return GgufSource(self._file, self.stated_config, keep)
+
+    def gguf_words(self, vocab_size: int) -> dict[str, Any]:
+        """See `ModelDirectory`: those of the file."""
+        return {key: value for key, value in self._file.metadata.items() if key.startswith("tokenizer.")}
 
     def write_config(self, directory: Path) -> None:
         """See `ModelDirectory`."""

@@ -49,6 +49,12 @@ _FILE_TYPES: Mapping[int, str] = {
 """`general.file_type` -> what people call such a file (llama.cpp's `llama_ftype`)."""
 
 
+def file_type_of(name: str) -> int | None:
+    """`general.file_type` of a mixture by its name; None where it has no number."""
+    plain = {"f32": 0, "f16": 1, "bf16": 32}
+    return next((number for number, found in _FILE_TYPES.items() if found == name), plain.get(name))
+
+
 def dtype_of(entry: GgufEntry) -> str:
     """The dtype in which a tensor's numbers are handed on: its own of plain 16 bits, else float32."""
     own = entry.type.dtype

@@ -1,6 +1,6 @@
-"""Writing checkpoints: any readable directory -> native or Orbax (`convert`), or Hugging Face's (`to_hf`).
+"""Writing checkpoints: any readable model -> native or Orbax (`convert`), Hugging Face's (`to_hf`), GGUF.
 
-Both take a layer plan or a recipe along. A checkpoint appears under its name complete or not at all: it is
+All take a layer plan or a recipe along. A checkpoint appears under its name complete or not at all: it is
 written beside it and renamed at the end.
 """
 
@@ -224,6 +224,65 @@ def to_hf(
             }
             _write_json(directory / "model.safetensors.index.json", index)
         _write_files(model, directory, values, model.dtype)
+    return source.manifest
+
+
+def to_gguf(
+    src: str | Path | ModelDirectory | Assembly,
+    dst: str | Path,
+    *,
+    layer_spec: str | None = None,
+    quant: str | None = None,
+    dequantize: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes a model as one GGUF file, which llama.cpp and its kin load; a layer plan is unrolled.
+
+    Args:
+      src: a model of any readable format, or what a recipe assembles.
+      dst: the file to create.
+      layer_spec: as in `convert`.
+      quant: a name in `gguf_write.MIXTURES`, such as `q4_k_m` or `bf16`; None keeps what is stored.
+      dequantize: whether weights that are quantized already may be quantized again.
+      overwrite: replace an existing file.
+      progress: called after every tensor.
+
+    Raises:
+      UsageError: as `convert`, or GGUF cannot say something about the model.
+      JaxchatError: as `convert`.
+    """
+    from jaxchat.checkpoints.gguf_write import mixture_of, write_gguf
+    from jaxchat.families.gguf_export import described
+
+    mixture_of(quant)
+    dst = Path(dst)
+    model = _open(src, layer_spec, None, "exact" if dequantize else "small")
+    for directory in model.directories:
+        if os.path.realpath(directory.path) == os.path.realpath(dst):
+            raise UsageError(f"{dst}: is what is read; give another --dst")
+    if os.path.lexists(dst) and not overwrite:
+        raise UsageError(f"{dst}: exists already; choose another --dst, or replace it with --overwrite")
+    if dst.is_dir():
+        raise UsageError(f"{dst}: is a directory; give the name of a file, as {dst}.gguf")
+    source = model.source if model.plan is None else BakedSource(model.source, model.plan)
+    held = source.manifest.quantization
+    if held is not None and quant is not None and quant != held.format and not dequantize:
+        raise UsageError(
+            f"{model.base}: holds {held.format} weights, and what was rounded off is gone; add --dequantize "
+            "to quantize them again all the same"
+        )
+    name = model.base.name if len(model.directories) == 1 else dst.stem
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        try_to_replace(dst)
+        words = model.words.gguf_words(source.config.vocab_size)
+        description = described(source.config, source.table, name=name, where=str(model.base))
+        write_gguf(source, description, words, dst, quant=quant, progress=progress)
+    except OSError as error:
+        raise JaxchatError(
+            f"{dst}: cannot be written ({error.strerror or error}); nothing was left behind"
+        ) from None
     return source.manifest
 
 

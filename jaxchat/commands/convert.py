@@ -18,19 +18,25 @@ _USAGE = """\
 usage: {program} (--src DIR | --recipe FILE) --dst DIR [...]
 
 Converts models: Hugging Face's layout or GGUF -> native (mapped, starts at
-once) or Orbax, and back; as they are, quantized, or under a layer plan.
+once) or Orbax, and back, or GGUF; as they are, quantized, or under a layer plan.
 
   {program} --src llama-3.2-1b --dst llama-1b --dtype bfloat16
   {program} --src llama-3.2-1b --dst llama-1b-int4 --quant int4
   {program} --src llama-3.2-1b --dst llama-1b-orbax --format orbax
   {program} --src llama-1b --dst llama-1b-hf --to_hf
+  {program} --src llama-1b --dst llama-1b-Q4_K_M.gguf --to_gguf --quant q4_k_m
   {program} --src llama-3-8b --dst llama-13b --to_hf \\
       --layer_spec 0:8,4:12,8:16,12:
   {program} --recipe expanded.yaml --dst openchat-9b \\
       --model_path openchat=models/openchat
 """
-_ONLY_TO_HF = ("max_shard_bytes", "dequantize")
-_NEVER_TO_HF = ("dtype", "quant", "keep", "format", "plan")
+_ONLY = {"max_shard_bytes": ("to_hf",), "dequantize": ("to_hf", "to_gguf")}
+"""Flags that are of use with some others only."""
+_NEVER = {
+    "to_hf": ("dtype", "quant", "keep", "format", "plan", "to_gguf"),
+    "to_gguf": ("dtype", "keep", "format", "plan"),
+}
+"""Flag -> those that make no sense beside it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +112,14 @@ class ConvertRequest:
             example="--src llama-1b --dst hf --to_hf",
         ),
     ] = False
+    to_gguf: Annotated[
+        bool,
+        Flag(
+            help="Write one GGUF file, which llama.cpp and its kin load; --quant is then one of f32 f16 bf16 "
+            "q8_0 q4_0 q4_1 q5_0 q5_1 q4_k_s q4_k_m q5_k_s q5_k_m q6_k, and what is stored if not given",
+            example="--src llama-1b --dst llama-1b.gguf --to_gguf --quant q4_k_m",
+        ),
+    ] = False
     max_shard_bytes: Annotated[
         int,
         Flag(
@@ -117,7 +131,8 @@ class ConvertRequest:
     dequantize: Annotated[
         bool,
         Flag(
-            help="With --to_hf: write quantized weights as the numbers they stand for",
+            help="With --to_hf: write quantized weights as the numbers they stand for; with --to_gguf: "
+            "quantize them again",
             example="--to_hf --dequantize",
         ),
     ] = False
@@ -134,7 +149,8 @@ def _run(request: ConvertRequest, given: frozenset[str]) -> int:
     except (KeyboardInterrupt, Ended):
         complain(f"interrupted; nothing was left in {request.dst}; run the same command again to start over")
         raise
-    size = sum(path.stat().st_size for path in Path(str(request.dst)).rglob("*") if path.is_file())
+    dst = Path(str(request.dst))
+    size = sum(path.stat().st_size for path in (dst, *dst.rglob("*")) if path.is_file())
     seconds = time.monotonic() - started
     print(f"{request.dst}: {manifest.parameters:,} parameters, {size:,} bytes, {seconds:.1f} s")
     return 0
@@ -146,22 +162,38 @@ def _refuse(request: ConvertRequest, given: frozenset[str]) -> None:
     needed = ("dst",) if request.recipe else ("src", "dst")
     if missing := [f"--{name}" for name in needed if name not in given]:
         raise UsageError(f"{' and '.join(missing)} must be given; --help shows examples")
-    if refused := [name for name in (_NEVER_TO_HF if request.to_hf else _ONLY_TO_HF) if name in given]:
-        reason = "cannot be combined with --to_hf" if request.to_hf else "needs --to_hf"
-        raise UsageError(f"--{refused[0]} {reason}")
+    for flag, names in _NEVER.items():
+        if refused := [name for name in names if flag in given and name in given]:
+            raise UsageError(f"--{refused[0]} cannot be combined with --{flag}")
+    for name, flags in _ONLY.items():
+        if name in given and not given & set(flags):
+            raise UsageError(f"--{name} needs {' or '.join(f'--{flag}' for flag in flags)}")
 
 
 def _written(request: ConvertRequest) -> "Manifest":
     # Imports JAX, which --help and usage errors need not wait for.
     from jaxchat.checkpoints import write
+    from jaxchat.checkpoints.gguf_write import mixture_of
     from jaxchat.checkpoints.quantized import Quant
     from jaxchat.cli.progress_bar import copying_bar
     from jaxchat.quant import QuantFormat
 
-    quant: Quant = "auto" if request.quant is None else QuantFormat.parse(request.quant)
     catch_interrupts()
+    if request.to_gguf:
+        mixture_of(request.quant)
+    quant: Quant = "auto" if request.quant is None or request.to_gguf else QuantFormat.parse(request.quant)
     source = _source(request)
     with copying_bar("converting") as progress:
+        if request.to_gguf:
+            return write.to_gguf(
+                source,
+                str(request.dst),
+                layer_spec=request.layer_spec,
+                quant=request.quant,
+                dequantize=request.dequantize,
+                overwrite=request.overwrite,
+                progress=progress,
+            )
         if request.to_hf:
             return write.to_hf(
                 source,

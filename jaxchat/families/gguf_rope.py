@@ -11,9 +11,9 @@ from jaxchat.families.gguf_keys import ADVICE, Keys
 from jaxchat.families.rope import KINDS
 from jaxchat.visible import shown
 
-_FREQUENCIES = "rope_freqs.weight"
-_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
-TENSORS = frozenset({_FREQUENCIES, _LONG, _SHORT})
+FREQUENCIES = "rope_freqs.weight"
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+TENSORS = frozenset({FREQUENCIES, LONG, SHORT})
 """The tensors of factors, one for each frequency."""
 
 
@@ -32,16 +32,14 @@ def rope_scaling(keys: Keys, theta: float, dim: int, context: int) -> dict[str, 
     """
     kind = keys.text("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
-    divisors = _factors(keys, _FREQUENCIES, dim)
+    divisors = _factors(keys, FREQUENCIES, dim)
     if divisors is not None and set(divisors) != {1.0}:
         if kind == "yarn":
-            raise UsageError(
-                f"{keys.at('rope.scaling.type')} is 'yarn', beside {_FREQUENCIES}: not supported"
-            )
+            raise UsageError(f"{keys.at('rope.scaling.type')} is 'yarn', beside {FREQUENCIES}: not supported")
         if kind == "linear":
             divisors = tuple(divisor * factor for divisor in divisors)
         return _divided(divisors, theta, dim, context)
-    if _LONG in keys.model.shapes or kind == "longrope":
+    if LONG in keys.model.shapes or kind == "longrope":
         return _longrope(keys, dim, context)
     if kind == "yarn":
         return _yarn(keys, factor, context)
@@ -71,9 +69,9 @@ def _factors(keys: Keys, name: str, dim: int) -> tuple[float, ...] | None:
 
 
 def _longrope(keys: Keys, dim: int, context: int) -> dict[str, Any]:
-    long, short = (_factors(keys, name, dim) for name in (_LONG, _SHORT))
+    long, short = (_factors(keys, name, dim) for name in (LONG, SHORT))
     if long is None or short is None:
-        missing = _LONG if long is None else _SHORT
+        missing = LONG if long is None else SHORT
         raise JaxchatError(f"{keys.model.where}: tensor {missing} is missing; {ADVICE}")
     attention = keys.number("rope.scaling.attn_factor", 0.0)
     return {

@@ -34,6 +34,7 @@ class ChatTemplate:
 
     Attributes:
         source: the text of the default template, or of another where there is none.
+        sources: all texts by name.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class ChatTemplate:
         self.path = path
         self.variables = dict(variables or {})
         self.stop_strings = tuple(stop_strings)
-        self._sources = {"default": source} if isinstance(source, str) else dict(source)
-        self.source = self._sources.get("default") or next(iter(self._sources.values()), "")
+        self.sources = {"default": source} if isinstance(source, str) else dict(source)
+        self.source = self.sources.get("default") or next(iter(self.sources.values()), "")
         self._problem = problem
 
     @classmethod
@@ -91,12 +92,12 @@ class ChatTemplate:
     def _source_of(self, name: str) -> str:
         if self._problem is not None:
             raise self._problem
-        if name not in self._sources:
-            names = ", ".join(sorted(self._sources)) or "none"
+        if name not in self.sources:
+            names = ", ".join(sorted(self.sources)) or "none"
             raise JaxchatError(
                 f"{self.path}: no chat template named {name!r} (found: {names}); {_continued()}"
             )
-        return self._sources[name]
+        return self.sources[name]
 
     def _text_of(self, answer: Answer) -> str:
         if "refused" in answer:
@@ -133,7 +134,7 @@ class ChatTemplate:
             UsageError: the template refuses these messages (its `raise_exception`).
             JaxchatError: the template itself fails.
         """
-        source = self._source_of("tool_use" if tools and "tool_use" in self._sources else "default")
+        source = self._source_of("tool_use" if tools and "tool_use" in self.sources else "default")
         context = {**self.variables, "documents": None, **kwargs}
         context |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         return self._text_of(ask("render", source, context))

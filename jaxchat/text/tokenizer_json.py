@@ -51,6 +51,11 @@ class JsonTokenizer(TextTokenizer):
         self._strip = self._piece.strip if self._piece else 0
         self.prefixes_segments = _prefixes_segments(backend)
 
+    def spec(self) -> dict[str, Any]:
+        """What `tokenizer.json` says, or would say."""
+        found: dict[str, Any] = json.loads(self._backend.to_str())
+        return found
+
     def _token_text_bytes(self, token_id: int) -> bytes:
         piece = self._backend.id_to_token(token_id) if token_id >= 0 else None
         if piece is None:

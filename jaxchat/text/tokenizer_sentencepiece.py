@@ -47,6 +47,11 @@ class SentencePieceTokenizer(TextTokenizer):
         self._added_regex = re.compile("|".join(map(_added_pattern, _longest_first(added))) or r"(?!)")
         self._ids_by_content = {t.content: t.id for t in added}
 
+    @property
+    def model(self) -> sentencepiece.SentencePieceProcessor:
+        """The model file, with the special tokens of those beside it."""
+        return self._first
+
     def _set_named_ids(self, config: Config) -> None:
         bos_id = self._named_id(config.named("bos_token"), self._first.bos_id())
         eos_id = self._named_id(config.named("eos_token"), self._first.eos_id())
