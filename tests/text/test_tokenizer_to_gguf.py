@@ -45,7 +45,8 @@ def test_tokens_are_the_same_when_read_back(shared_data, name):
         assert again.encode(text) == tokenizer.encode(text)
     for text, number in tokenizer.special_tokens.items():
         assert again.encode(text, add_special_tokens=False, parse_special=True) == [number]
-    assert (again.bos_id, set(again.eos_ids)) == (tokenizer.bos_id, set(tokenizer.eos_ids))
+    assert again.bos_id == tokenizer.bos_id
+    assert set(again.eos_ids) >= set(tokenizer.eos_ids)  # and others that end a text by their names
 
 
 def test_rows_without_a_token_get_fillers(shared_data):
