@@ -99,7 +99,7 @@ def lowered(function, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("fmt", ["int4:128:f32", "int4:channel:affine", "int8"])
+@pytest.mark.parametrize("fmt", ["int4:128:f32", "int4:channel:affine", "int8", "q5_k", "q6_k"])
 def test_products_lower_for_cuda_and_take_the_whole_stack(rng, fmt):
     w = matmul.prepare(jax.tree.map(jnp.asarray, stack(rng, fmt, (301, 1100), layers=5).w), "weight", False)
     x = jax.ShapeDtypeStruct((3, 1100), jnp.bfloat16)

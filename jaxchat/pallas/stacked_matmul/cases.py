@@ -164,6 +164,10 @@ FOR_GPU = tuple(
             "int4:channel",
             "int8:128:affine",
             "int8:channel",
+            "int5",
+            "q4_k",
+            "q5_k",
+            "q6_k",
         ),
         ((1, (32001, 1100)), (3, (4096, 4096)), (8, (301, 96))),
     )

@@ -45,6 +45,7 @@ about four programs of four warps.
 _PROGRAMS = 4 * 132
 """Programs to aim at; a product with fewer rows of weights splits the contraction."""
 
+_SCALES = ("scales", "mins", "super_scales", "super_mins")
 _WARPS = 4
 _UNIT = 4
 """Words that a thread reads at a time: 16 bytes, the widest load there is."""
@@ -59,14 +60,19 @@ class PreparedTensor(InParts):
     stacks of a 13B model overflow. Indexing gives dequantized rows: an embedding is looked up in this form.
 
     Attributes:
-      words: int32 [..., O, W]: four 8-bit or eight 4-bit codes, the first in the lowest bits.
-      scales, mins: as in `QuantizedTensor`, [..., O, Ip/G].
+      words: int32 [..., O, W]: four 8-bit or eight 4-bit codes, the first in the lowest bits; of codes of 5
+        and 6 bits, the low 4.
+      high: None, or what is above those: int32 [..., O, Ip/32] or [..., O, Ip/16].
+      scales, mins, super_scales, super_mins: as in `QuantizedTensor`.
       bits, group, columns: static, as there.
     """
 
     words: Array
     scales: Array
-    mins: Array | None
+    mins: Array | None = None
+    high: Array | None = None
+    super_scales: Array | None = None
+    super_mins: Array | None = None
     bits: int = dataclasses.field(metadata={"static": True})
     group: int = dataclasses.field(metadata={"static": True})
     columns: int = dataclasses.field(metadata={"static": True})
@@ -83,7 +89,11 @@ class PreparedTensor(InParts):
     @property
     def codes_per_word(self) -> int:
         """J: 4 or 8."""
-        return 32 // self.bits
+        return _codes_per_word(self.bits)
+
+
+def _codes_per_word(bits: int) -> int:
+    return 4 if bits == 8 else 8  # of 5 and 6 bits, the low 4
 
 
 def prepare(value: Any, role: Role, tied: bool) -> Any:
@@ -132,11 +142,10 @@ def stacked_matmul(x: Array, w: Any, layer: Array | int, *, interpret: bool = Fa
 
 def _in_words(q: QuantizedTensor) -> PreparedTensor:
     def regroup(q: QuantizedTensor) -> PreparedTensor:
-        codes = q.codes.reshape(*q.codes.shape[:-1], -1, 4)
         return PreparedTensor(
-            words=lax.bitcast_convert_type(codes, jnp.int32),
-            scales=jnp.asarray(q.scales),
-            mins=None if q.mins is None else jnp.asarray(q.mins),
+            words=_as_words(q.codes),
+            high=None if q.high is None else _as_words(q.high),
+            **{name: jnp.asarray(part) for name in _SCALES if (part := getattr(q, name)) is not None},
             bits=q.bits,
             group=q.group,
             columns=q.columns,
@@ -148,14 +157,20 @@ def _in_words(q: QuantizedTensor) -> PreparedTensor:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
 
 
+def _as_words(part: Any) -> Array:
+    return lax.bitcast_convert_type(part.reshape(*part.shape[:-1], -1, 4), jnp.int32)
+
+
+def _as_bytes(words: Array, kind: Any) -> Array:
+    return lax.bitcast_convert_type(words, kind).reshape(*words.shape[:-1], -1)
+
+
 def _unpacked(w: PreparedTensor) -> QuantizedTensor:
     """What `w` was made of; for an embedding's rows or one layer, not for a stack: it makes a copy."""
-    kind = jnp.int8 if w.bits == 8 else jnp.uint8
-    codes = lax.bitcast_convert_type(w.words, kind)
     return QuantizedTensor(
-        codes=codes.reshape(*w.words.shape[:-1], -1),
-        scales=w.scales,
-        mins=w.mins,
+        codes=_as_bytes(w.words, jnp.int8 if w.bits == 8 else jnp.uint8),
+        high=None if w.high is None else _as_bytes(w.high, jnp.uint8),
+        **{name: getattr(w, name) for name in _SCALES},
         bits=w.bits,
         group=w.group,
         columns=w.columns,
@@ -279,52 +294,81 @@ def _word_product(x: Array, w: PreparedTensor, layer: Array, *, interpret: bool)
     padded = jnp.pad(x, ((0, 0), (0, w.words.shape[-1] * w.codes_per_word - x.shape[1])))
     turned = padded.reshape(x.shape[0], units, _UNIT, w.codes_per_word).transpose(0, 3, 1, 2)
     words = w.words.reshape(*w.words.shape[:-1], units, _UNIT)
-    kernel = functools.partial(_word_kernel, bits=w.bits)
-    operands = (layer, _whole_blocks(turned), words, w.scales, *(() if w.mins is None else (w.mins,)))
-    return _call(kernel, sizes, x, w, operands, interpret)
+    parts = {name: part for name in ("high", *_SCALES) if (part := getattr(w, name)) is not None}
+    kernel = functools.partial(_word_kernel, names=tuple(parts), bits=w.bits)
+    return _call(kernel, sizes, x, w, (layer, _whole_blocks(turned), words, *parts.values()), interpret)
 
 
 def _word_kernel(
-    layer_ref: Any,
-    x_ref: Any,
-    words_ref: Any,
-    scales_ref: Any,
-    *refs: Any,
-    sizes: _Sizes,
-    bits: int,
+    layer_ref: Any, x_ref: Any, words_ref: Any, *refs: Any, sizes: _Sizes, names: tuple[str, ...], bits: int
 ) -> None:
-    """x [M, J, U, 4], words [L, O, U, 4], scales (and mins) [L, O, Ip/G] -> out [1, M, rows of a block]."""
-    *mins_ref, out_ref = refs
+    """x [M, J, U, 4], words [L, O, U, 4], parts by name as in `PreparedTensor` -> out [1, M, row block]."""
+    *parts, out_ref = refs
+    ref = dict(zip(names, parts, strict=True))
     layer, rows, first = layer_ref[0], sizes.row_indices(), pl.program_id(1) * sizes.steps
-    units_per_group = sizes.columns // scales_ref.shape[-1]
     word, m = jnp.arange(_UNIT), jnp.arange(x_ref.shape[0])
+    affine = "mins" in ref
 
     def step(i: Array, total: Array) -> Array:
         units, there = sizes.column_indices(first + i)
+
+        def at(name: str, columns: Array) -> Array:
+            """Numbers of a part in columns [U or 1, 4 or 1] of each row: [rows, U, 4 or 1]."""
+            return ref[name][layer, rows[:, None, None], columns[None]]
+
+        groups = _group_of(units, word, ref["scales"].shape[-1], sizes.columns)
+
+        def both_levels(inner: str, outer: str) -> Array:
+            value = at(inner, groups).astype(jnp.float32)
+            if outer in ref:
+                per_outer = ref[inner].shape[-1] // ref[outer].shape[-1]
+                value = value * at(outer, lax.div(groups, jnp.int32(per_outer))).astype(jnp.float32)
+            return value[None]
+
         words = words_ref[layer, rows[:, None, None], units[None, :, None], word[None, None, :]]
-        group = lax.div(units, jnp.int32(units_per_group))
-        scale, *minimum = (
-            ref[layer, rows[:, None], group[None, :]].astype(jnp.float32)[None, :, :, None]
-            for ref in (scales_ref, *mins_ref)
-        )
+        high = at("high", _high_word_of(units, word, bits)) if "high" in ref else None
         part = jnp.zeros_like(total)
         x_sum = jnp.zeros((len(m), 1, sizes.column_block, _UNIT), jnp.float32)
-        for j in range(32 // bits):
+        for j in range(_codes_per_word(bits)):
             x = x_ref[m[:, None, None], j, units[None, :, None], word[None, None, :]]
             x = jnp.where(there[None, :, None], x, 0.0)[:, None]
-            part = part + _code(words, j, bits, bool(minimum))[None] * x
+            part = part + _code(words, high, word, j, bits, affine)[None] * x
             x_sum = x_sum + x
-        total = total + part * scale
-        return total + x_sum * minimum[0] if minimum else total
+        total = total + part * both_levels("scales", "super_scales")
+        return total + x_sum * both_levels("mins", "super_mins") if affine else total
 
     total = jnp.zeros((len(m), sizes.row_block, sizes.column_block, _UNIT), jnp.float32)
     out_ref[0] = lax.fori_loop(0, sizes.steps, step, total).sum(3).sum(2)
 
 
-def _code(words: Array, j: int, bits: int, affine: bool) -> Array:
-    """Code j of each word, float32: two's complement but for affine 4-bit codes, which are 0 to 15."""
-    if bits == 4 and affine:
-        code = lax.shift_right_logical(words, jnp.int32(4 * j)) & 15
-    else:
+def _group_of(units: Array, word: Array, groups: int, columns: int) -> Array:
+    """The group of scales of each unit [U, 1], or, where a unit has several, of each word [U, 4]."""
+    if groups <= columns:
+        return lax.div(units, jnp.int32(columns // groups))[:, None]
+    several = groups // columns
+    return units[:, None] * several + lax.div(word * several, jnp.int32(_UNIT))[None]
+
+
+def _high_word_of(units: Array, word: Array, bits: int) -> Array:
+    """Which word has the high bits: one for a unit, which is a run of `packing`, or one for two words."""
+    return units[:, None] if bits == 5 else 2 * units[:, None] + lax.div(word, jnp.int32(2))[None]
+
+
+def _code(words: Array, high: Array | None, word: Array, j: int, bits: int, affine: bool) -> Array:
+    """Code j of each word [rows, U, 4], float32: as `QuantizedTensor` says what codes stand for."""
+    if bits == 8 or (bits == 4 and not affine):  # two's complement
         code = lax.shift_right_arithmetic(words << (32 - bits * (j + 1)), jnp.int32(32 - bits))
+        return code.astype(jnp.float32)
+    code = lax.shift_right_logical(words, jnp.int32(4 * j)) & 15
+    if high is not None:
+        wide = bits - 4
+        field = lax.rem(
+            2 * word + j % 2, jnp.int32(8 // wide)
+        )  # see `packing`: k = j // 2, v = word, i = j % 2
+        shift = jnp.broadcast_to((8 * (j // 2) + wide * field)[None, None], words.shape)
+        code = (
+            code
+            | (lax.shift_right_logical(jnp.broadcast_to(high, words.shape), shift) & ((1 << wide) - 1)) << 4
+        )
+        code = code if affine else code - (1 << (bits - 1))
     return code.astype(jnp.float32)
