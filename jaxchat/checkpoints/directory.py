@@ -19,6 +19,7 @@ from jaxchat import demo
 from jaxchat.checkpoints import gguf_config, gguf_storage, hub
 from jaxchat.checkpoints.foreign import advice_on, found_in, refuse_quantized
 from jaxchat.checkpoints.gguf_file import GgufFile
+from jaxchat.checkpoints.llama_files import LlamaFiles, open_files
 from jaxchat.checkpoints.manifest import MANIFEST, WEIGHT_DTYPES, Manifest, config_of, recorded_plan
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
@@ -411,11 +412,92 @@ class GgufDirectory(ModelDirectory):
             (directory / name).write_bytes(contents)
 
 
+class LlamaDirectory(ModelDirectory):
+    """Llama in its makers' own files: a folder of Meta's, or a file of llama2.c's."""
+
+    @classmethod
+    def recognized(cls, path: Path) -> Self | None:
+        """See `ModelDirectory`."""
+        if path.is_dir() and os.path.lexists(path / CONFIG):
+            return None
+        return None if open_files(path) is None else cls(path)
+
+    @functools.cached_property
+    def _files(self) -> LlamaFiles:
+        files = open_files(self.path)
+        assert files is not None
+        return files
+
+    @property
+    def _folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def config_place(self) -> str:
+        """See `ModelDirectory`."""
+        return self._files.where
+
+    @functools.cached_property
+    def config_values(self) -> Mapping[str, Any]:
+        """What would be in `config.json`; the ids of special tokens are the tokenizer's."""
+        values = self._files.config
+        if self.tokenizer is not None:
+            ends = self.tokenizer.eos_ids
+            ids = {
+                "bos_token_id": self.tokenizer.bos_id,
+                "eos_token_id": list(ends) if len(ends) > 1 else None,
+            }
+            values |= {**ids, "eos_token_id": ends[0]} if len(ends) == 1 else ids
+        return values
+
+    @functools.cached_property
+    def _text_config(self) -> "Config":
+        from jaxchat.text.tokenizer_config import read_config
+
+        return read_config(self._folder)
+
+    @functools.cached_property
+    def tokenizer(self) -> "Tokenizer | None":
+        """See `ModelDirectory`: that of the files beside the weights."""
+        from jaxchat.text.tokenizer_files import has_tokenizer, load_tokenizer
+
+        return load_tokenizer(self._folder, self._text_config) if has_tokenizer(self._folder) else None
+
+    @property
+    def template(self) -> None:
+        """See `ModelDirectory`: there is none."""
+
+    @functools.cached_property
+    def stored_dtype(self) -> str | None:
+        """See `ModelDirectory`."""
+        found = {self._files.dtype(name).name for name in self._files.shapes}
+        return found.pop() if len(found) == 1 and found <= WEIGHT_DTYPES.keys() else None
+
+    def source(self, wanted: "Wanted | None" = None, keep: "Keep" = "small") -> "Source":
+        """See `ModelDirectory`; all of it is there."""
+        from jaxchat.checkpoints.llama_source import LlamaSource
+
+        return LlamaSource(self._files, self.stated_config)
+
+    def write_config(self, directory: Path) -> None:
+        """See `ModelDirectory`."""
+        _write_json(directory / CONFIG, self.config_values)
+
+    def write_words(self, directory: Path) -> None:
+        """See `ModelDirectory`."""
+        ModelDirectory(self._folder).write_words(directory)
+
+
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-FORMATS: tuple[type[ModelDirectory], ...] = (ConvertedDirectory, GgufDirectory, ModelDirectory)
+FORMATS: tuple[type[ModelDirectory], ...] = (
+    ConvertedDirectory,
+    GgufDirectory,
+    LlamaDirectory,
+    ModelDirectory,
+)
 """The formats of models, in the order in which they are tried; the last takes every other directory."""
 
 _GIVE = f"the folder that holds {CONFIG}, or a GGUF file"

@@ -109,7 +109,8 @@ class TorchFile:
                 reader = _zipped if file.read(4) == b"PK\x03\x04" else _legacy
                 file.seek(0)
                 found, places = reader(file, self._file.size)
-            self._tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, _Tensor)}
+            flat, self._found = _flat(found), found
+            self._tensors = {name: tensor for name, tensor in flat.items() if isinstance(tensor, _Tensor)}
             self.entries = {name: _entry(name, t, places) for name, t in self._tensors.items()}
         except JaxchatError:
             raise
@@ -122,6 +123,11 @@ class TorchFile:
             raise JaxchatError(
                 f"{self.path}: not a file of PyTorch's tensors ({kind}: {error}); download the file again"
             ) from None
+
+    def numbers(self, key: str) -> dict[str, int | float | bool]:
+        """What is saved beside the tensors under a name: numbers by theirs; none where there is nothing."""
+        found = _mapping(_mapping(self._found).get(key))
+        return {str(name): value for name, value in found.items() if type(value) in (int, float, bool)}
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """A copy of the tensor in C order, or of some of its rows: `tensor[rows]`. No other rows are read.
@@ -161,7 +167,7 @@ def _entry(name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]]) ->
 # --- the two layouts: what the pickle holds, and key of a storage -> its first and last-plus-one byte
 
 
-def _zipped(file: BinaryIO, size: int) -> tuple[Mapping[str, Any], dict[str, tuple[int, int]]]:
+def _zipped(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
     _check_directory(file, size)
     with zipfile.ZipFile(file) as archive:
         records = {info.filename: info for info in archive.infolist()}
@@ -181,7 +187,7 @@ def _zipped(file: BinaryIO, size: int) -> tuple[Mapping[str, Any], dict[str, tup
             for key, info in records.items()
             if key.startswith(f"{folder}data/")
         }
-    return _flat(found), places
+    return found, places
 
 
 def _check_directory(file: BinaryIO, size: int) -> None:
@@ -209,12 +215,12 @@ def _bytes_of(file: BinaryIO, info: zipfile.ZipInfo, size: int) -> tuple[int, in
     return start, start + info.file_size
 
 
-def _legacy(file: BinaryIO, size: int) -> tuple[Mapping[str, Any], dict[str, tuple[int, int]]]:
+def _legacy(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
     if _unpickled(file) != _LEGACY_MAGIC or _unpickled(file) != _LEGACY_PROTOCOL:
         raise _Refused("not a file that PyTorch has saved; give the model's own file")
     _unpickled(file)  # about the machine
     storages: dict[str, _Storage] = {}
-    found = _flat(_unpickled(file, storages))
+    found = _unpickled(file, storages)
     keys = _unpickled(file)
     if not isinstance(keys, list):
         raise _Refused("its list of storages is none; download the file again")
