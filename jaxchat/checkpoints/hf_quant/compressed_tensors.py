@@ -132,7 +132,7 @@ class IntegerWeight(Weight):
         packed = False
         if not self._packed:
             codes = self.found.get("weight", rows)
-        elif self._scheme.bits == 4 and columns % 8 == 0 and self._order is None:
+        elif self._scheme.bits == 4 and columns % 8 == 0 and self.codes is not None and self._order is None:
             codes = np.ascontiguousarray(self.found.get("weight_packed", rows)).view(np.uint8)
             packed = True
         else:

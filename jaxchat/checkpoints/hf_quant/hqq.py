@@ -106,7 +106,7 @@ class HqqWeight(Weight):
         outputs, columns = self.found.shape
         if "shape" in self.found.tensors and tuple(self.found.get("shape")) != self.found.shape:
             raise self.found.fail(
-                f".shape says {list(self.found.get('shape'))}; expected {list(self.found.shape)}"
+                f".shape says {self.found.get('shape').tolist()}; expected {list(self.found.shape)}"
             )
         height, _ = self._packed()
         step = _PARTS[self._bits]
