@@ -465,33 +465,33 @@ CASES: Mapping[str, Case] = {
     "ct-float": Case(
         _compressed("float-quantized", type="float"),
         float8("weight_scale", "row", dtype=BF16),
-        "int8",
+        "q8_0",
         "float32",
         0.01,
     ),
     "ct-float-tensor": Case(
         _compressed("float-quantized", type="float", strategy="tensor"),
         float8("weight_scale", "one"),
-        "int8",
+        "q8_0",
         "float32",
         0.01,
     ),
     "ct-float-group": Case(
         _compressed("float-quantized", type="float", **_grouped(32)),
         float8("weight_scale", "group", (1, 32)),
-        "int8",
+        "q8_0",
         "float32",
         0.01,
     ),
     "ct-float-block": Case(
         _compressed("float-quantized", type="float", strategy="block", block_structure=[24, 48]),
         float8("weight_scale", "block", (24, 48)),
-        "int8",
+        "q8_0",
         "float32",
         0.01,
     ),
     "ct-mxfp8": Case(
-        _compressed("mxfp8-quantized", type="float", **_grouped(32)), mx8, "int8", "float32", 0.01
+        _compressed("mxfp8-quantized", type="float", **_grouped(32)), mx8, "q8_0", "float32", 0.01
     ),
     "ct-mxfp4": Case(
         _compressed("mxfp4-pack-quantized", bits=4, type="float", **_grouped(32)),
@@ -516,29 +516,29 @@ CASES: Mapping[str, Case] = {
     "fp8-block": Case(
         {"quant_method": "fp8", "weight_block_size": [24, 48], "activation_scheme": "dynamic"},
         float8("weight_scale_inv", "block", (24, 48)),
-        "int8",
+        "q8_0",
         "float32",
         0.01,
     ),
     "fp8-block-powers": Case(
         {"quant_method": "fp8", "weight_block_size": [24, 48], "scale_fmt": "ue8m0"},
         float8("weight_scale_inv", "block", (24, 48), E8M0),
-        "int8",
+        "q8_0",
         "float32",
         0.01,
     ),
     "fp8-tensor": Case(
         {"quant_method": "fp8", "activation_scheme": "static"},
         float8("weight_scale", "tensor"),
-        "int8",
+        "q8_0",
         "float32",
         0.01,
     ),
     "fp8-rows": Case(
-        {"quant_method": "fp8"}, float8("weight_scale_inv", "rows", dtype=BF16), "int8", "float32", 0.01
+        {"quant_method": "fp8"}, float8("weight_scale_inv", "rows", dtype=BF16), "q8_0", "float32", 0.01
     ),
     "fbgemm-fp8": Case(
-        {"quant_method": "fbgemm_fp8"}, float8("weight_scale", "row"), "int8", "float32", 0.01
+        {"quant_method": "fbgemm_fp8"}, float8("weight_scale", "row"), "q8_0", "float32", 0.01
     ),
     "mxfp4": Case(
         {"quant_method": "mxfp4"},

@@ -28,6 +28,7 @@ from jaxchat.families.hf_config import HfConfig
 from jaxchat.visible import shown
 
 _BITS = (2, 3, 4, 8)
+_COLUMNS = 256  # put in order at a time
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}
 """`checkpoint_format` -> what stored zero points are less than they should be."""
 
@@ -81,7 +82,7 @@ class GptqWeight(Weight):
     def rows(self, rows: slice) -> Grid | np.ndarray:
         """See `Weight`."""
         _, columns = self.found.shape
-        words = np.ascontiguousarray(self.found.get("qweight")[:, rows].T)
+        stored = self.found.get("qweight")[:, rows]
         scales = np.ascontiguousarray(self.found.get("scales")[:, rows].T)
         zeros = np.ascontiguousarray(self._zeros()[:, rows].T)
         middle = 1 << (self._bits - 1)
@@ -93,14 +94,17 @@ class GptqWeight(Weight):
             )
         known = middle if self._symmetric else zeros
         if self.codes is None:
+            words = np.ascontiguousarray(stored.T)
             codes = packing.unpacked(words, self._bits, columns).astype(np.float32)
             groups = self.found.get("g_idx")
             return (codes - zeros[:, groups]) * scales.astype(np.float32)[:, groups]
-        if self._bits == 4 and self._order is None and columns % 8 == 0:
-            codes, packed = words.view(np.uint8), True
+        packed = self._bits == 4 and columns % 8 == 0
+        if packed and self._order is not None:
+            codes = _pairs(stored, self._order)
         else:
-            codes, packed = packing.unpacked(words, self._bits, columns), False
-            codes = codes if self._order is None else codes[:, self._order]
+            words = np.ascontiguousarray(stored.T)
+            codes = words.view(np.uint8) if packed else packing.unpacked(words, self._bits, columns)
+            codes = codes if packed or self._order is None else codes[:, self._order]
         return Grid(
             codes=codes, scales=scales, zeros=known, group=self._group, order=self._order, packed=packed
         )
@@ -114,6 +118,18 @@ class GptqWeight(Weight):
             return packing.unpacked((words.view(np.uint32) + ones).view(np.int32), self._bits, outputs)
         stored = packing.unpacked(words, self._bits, outputs)
         return stored + np.uint8(self._offset) & np.uint8((1 << self._bits) - 1)
+
+
+def _pairs(stored: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """4-bit codes uint8 [O, I/2] of words [I/8, O], the columns in this order, some at a time."""
+    words = np.ascontiguousarray(stored).view(np.uint32)
+    out = np.empty((len(order) // 2, stored.shape[1]), np.uint8)
+    for start in range(0, len(order), _COLUMNS):
+        columns = order[start : start + _COLUMNS]
+        shifts = (4 * (columns % 8)).astype(np.uint32)[:, None]
+        own = (words[columns // 8] >> shifts).astype(np.uint8) & np.uint8(15)
+        out[start // 2 : (start + _COLUMNS) // 2] = own[0::2] | own[1::2] << np.uint8(4)
+    return np.ascontiguousarray(out.T)
 
 
 def _bits(settings: HfConfig) -> int:

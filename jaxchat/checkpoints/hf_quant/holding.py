@@ -103,7 +103,7 @@ def _cost(text: str, columns: int) -> float:
 def _nearest(bits: float, columns: int) -> str:
     """The smallest format that is finer than codes of so many bits, whatever those stand for."""
     if bits > 6.6:
-        return "int8"
+        return "q8_0"
     whole = columns % 256 == 0
     if bits > 4:
         return "q5_k" if whole else "int5:affine"
