@@ -119,17 +119,20 @@ class HfSource:
         """How the parameters are held that are quantized, and what the user should know of that."""
         parameters, holdings = {}, []
         for param in self.table:
-            rows = []
+            held: dict[int, str] = {}
             for index in self._layers(param):
                 name = self._name(param, index)
                 if name in self._quantized.weights:
                     found = self._quantized.holding(name, reordering=param.role != "embedding")
                     holdings.append(found)
-                    rows.append(found.format)
+                    held[index] = found.format
                 else:
-                    rows.append(self._plain_type(self._entry(param, index).dtype))
-            if not all(row in WEIGHT_DTYPES for row in rows):
-                parameters[param.name] = rows[0] if len(set(rows)) == 1 else rows
+                    held[index] = self._plain_type(self._entry(param, index).dtype)
+            if not held.keys() or all(row in WEIGHT_DTYPES for row in held.values()):
+                continue
+            some = next(iter(held.values()))  # stands for layers that nobody will ask for
+            rows = [held.get(index, some) for index in range(param.rows(self.config))]
+            parameters[param.name] = some if len(set(rows)) == 1 else rows
         self.remarks += self._quantized.remarks(holdings)
         return None if stated is None or not parameters else Quantization(stated.label, parameters)
 

@@ -241,6 +241,16 @@ def test_layers_that_are_left_out_are_plain(tmp_path: Path):
     assert logits_of(config, params, TOKENS).shape == (8, 96)
 
 
+def test_one_layer_of_several_kinds_is_read_alone(tmp_path: Path):
+    case = CASES["gptq-sym"]
+    weights = write_quantized(tmp_path / "q", case.section, case.make, plain=lambda name: ".0.mlp" in name)
+    for layer in (0, 1):
+        convert(tmp_path / "q", tmp_path / f"{layer}", layer_spec=str(layer), plan="bake")
+        _, found, _ = loaded(tmp_path / f"{layer}")
+        own = {name: w for name, w in weights.items() if f"layers.{layer}." in name}
+        assert_close(found, {name.replace(f".{layer}.", ".0.", 1): w for name, w in own.items()})
+
+
 def test_settings_of_single_layers_are_followed(tmp_path: Path):
     section = {
         **CASES["gptq-sym"].section,
