@@ -410,10 +410,18 @@ def test_show_says_what_the_files_hold(tmp_path: Path, commands: Commands):
     said = commands("show", "-m", tmp_path).out
     assert "gptq 4-bit" in said
     assert "(as stored), scales included" in said
+    plan = json.loads(commands("plan", "-m", tmp_path, "--json").out)
     report = show.describe_directory(tmp_path)
     _, params = load_params(tmp_path)
     assert report.quantized_bytes is not None
     assert report.quantized_bytes["total"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    read = sum(
+        leaf.nbytes
+        for name, value in params.items()
+        if name != "embed.weight"
+        for leaf in jax.tree.leaves(value)
+    )
+    assert plan["cost"]["weight_bytes"] == pytest.approx(read, rel=0.01)
     (tmp_path / "model.safetensors").unlink()
     assert "gptq" not in commands("show", "-m", tmp_path).out  # of config.json alone
 
