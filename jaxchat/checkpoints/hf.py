@@ -1,7 +1,6 @@
 """Hugging Face directories as a `Source`: files of safetensors or PyTorch with one tensor a layer."""
 
 import dataclasses
-import logging
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping
@@ -30,8 +29,6 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 _COMPARE_BYTES = 1 << 24
 
 TensorFile = SafetensorsFile | TorchFile
-
-logger = logging.getLogger(__name__)
 
 
 class HfSource:
@@ -128,7 +125,7 @@ class HfSource:
                     held[index] = found.format
                 else:
                     held[index] = self._plain_type(self._entry(param, index).dtype)
-            if not held.keys() or all(row in WEIGHT_DTYPES for row in held.values()):
+            if not held or all(row in WEIGHT_DTYPES for row in held.values()):
                 continue
             some = next(iter(held.values()))  # stands for layers that nobody will ask for
             rows = [held.get(index, some) for index in range(param.rows(self.config))]
@@ -207,9 +204,8 @@ class HfSource:
         }
         verify(self._where, expected, found, dtypes)
         if others:
-            logger.warning(
-                "%s: ignored, as no part of the model: %s", self._where, listed(fold_layers(others))
-            )
+            names = listed(fold_layers(others))
+            self.remarks.append(f"{self._where}: ignored, as no part of the model: {names}")
 
     def _is_empty_bias(self, name: str) -> bool:
         """Whether it is what AutoGPTQ has stored of layers that have no bias."""

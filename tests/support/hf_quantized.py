@@ -484,7 +484,7 @@ CASES: Mapping[str, Case] = {
         0.01,
     ),
     "ct-float-block": Case(
-        _compressed("float-quantized", type="float", strategy="block", block_structure=[24, 48]),
+        _compressed("float-quantized", type="float", strategy="block", block_structure="24x48"),
         float8("weight_scale", "block", (24, 48)),
         "q8_0",
         "float32",

@@ -3,6 +3,7 @@
 Formats: OCP 8-bit and Microscaling (MX) specifications; NVFP4 as compressed-tensors writes it.
 """
 
+import re
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -141,9 +142,11 @@ def whole_groups(found: Found, group: int) -> None:
 
 
 def block_of(values: object, where: str) -> tuple[int, int] | None:
-    """`[rows, columns]` that share a scale, as a configuration has it."""
+    """`[rows, columns]` that share a scale, as a configuration has it, or "128x128"."""
     if values is None:
         return None
+    if isinstance(values, str) and (sides := re.fullmatch(r"(\d{1,9})x(\d{1,9})", values)):
+        values = [int(side) for side in sides.groups()]
     if (
         isinstance(values, list)
         and len(values) == 2
