@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxchat.quant import Array, InParts, QuantizedTensor
+from jaxchat.quant import Array, InParts, Quantized
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class MixedTensor(InParts):
       row: [L], where in it, static.
     """
 
-    parts: tuple[Array | QuantizedTensor, ...]
+    parts: tuple[Array | Quantized, ...]
     part: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     row: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 

@@ -87,7 +87,7 @@ def logits(step: Step, hidden: Float[Array, "*lead D"]) -> Float32[Array, "*lead
     head = step.params[EMBED if config.tied_embeddings else HEAD]
     with jax.named_scope("lm_head"):
         stack = jax.tree.map(lambda array: array[None], head)  # one layer of its own
-        out = step.kernels.stacked_matmul(hidden.astype(step.dtype), stack, jnp.int32(0))
+        (out,) = step.kernels.matmuls(hidden.astype(step.dtype), [stack], [jnp.int32(0)])
     if config.final_softcap:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
     return out

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.visible import shown
 
 Array = jax.Array | np.ndarray
+T = TypeVar("T", bound="QuantizedTensor | Reordered")
 
 GROUPS = (32, 64, 128)
 """The group sizes; 0 in a `QuantFormat` stands for one group a row."""
@@ -53,6 +54,8 @@ class QuantFormat:
       scale_dtype: `float16` or `float32`, of scales and offsets.
       two_level: scales and offsets are integers of 6 to 8 bits themselves, times a float16 for 256 weights:
         ggml's K-quants. Of each number of bits there is one such format.
+      reordered: the columns are in another order (`Reordered`), which a weight brings: nothing is quantized
+        to such a format here.
     """
 
     bits: int
@@ -61,6 +64,7 @@ class QuantFormat:
     search: bool = True
     scale_dtype: str = "float16"
     two_level: bool = False
+    reordered: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "QuantFormat | None":
@@ -91,7 +95,8 @@ class QuantFormat:
         affine = ["affine"] if self.affine else []
         plain = [] if self.search else ["plain"]
         wide = ["f32"] if self.scale_dtype == "float32" else []
-        return ":".join([f"int{self.bits}", *group, *affine, *plain, *wide])
+        order = ["reordered"] if self.reordered else []
+        return ":".join([f"int{self.bits}", *group, *affine, *plain, *wide, *order])
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -118,6 +123,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "affine": {"affine": True},
     "plain": {"search": False},
     "f32": {"scale_dtype": "float32"},
+    "reordered": {"reordered": True},
 }
 _GGUF_NAMES = {
     "q8_0": QuantFormat(bits=8, search=False),
@@ -247,6 +253,49 @@ class QuantizedTensor(InParts):
         return str(QuantFormat(bits=self.bits, group=group, affine=self.affine, scale_dtype=wide))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reordered(InParts):
+    """A quantized weight whose columns are in another order, so that those of a group are neighbours.
+
+    Who multiplies with it puts the activations in the same order: GPTQ's `desc_act`.
+
+    Attributes:
+      weight: [..., O, I], in its own order; a `QuantizedTensor`, or what a backend makes of one.
+      order: int32 [..., I]: column j of `weight` is column `order[j]` of what this stands for.
+    """
+
+    weight: Any
+    order: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight this stands for: [..., O, I]."""
+        return tuple(self.weight.shape)
+
+    @property
+    def columns(self) -> int:
+        """I."""
+        return self.shape[-1]
+
+    @property
+    def format_name(self) -> str:
+        """See `QuantizedTensor`."""
+        return f"{self.weight.format_name}:reordered"
+
+
+Quantized = QuantizedTensor | Reordered
+"""A quantized weight, of one format."""
+
+
+def empty_like(shape: tuple[int, ...], fmt: QuantFormat) -> Quantized:
+    """`empty`, with an order of columns if the format has one."""
+    tensor = empty(shape, fmt)
+    if not fmt.reordered:
+        return tensor
+    return Reordered(weight=tensor, order=np.empty((*shape[:-2], shape[-1]), np.int32))
+
+
 def empty(shape: tuple[int, ...], fmt: QuantFormat) -> QuantizedTensor:
     """Uninitialised numpy arrays for weights of `shape` [..., O, I], for `quantize(..., out=)` to fill."""
     *lead, columns = shape
@@ -315,8 +364,12 @@ def quantize(
     return out
 
 
-def dequantize(q: QuantizedTensor) -> Any:
+def dequantize(q: Quantized) -> Any:
     """The weights a tensor stands for: float32 [..., O, I]; numpy in, numpy out, otherwise traceable."""
+    if isinstance(q, Reordered):
+        xp: Any = np if isinstance(q.order, np.ndarray) else jnp
+        back = xp.argsort(q.order, axis=-1)[..., None, :]
+        return xp.take_along_axis(dequantize(q.weight), back, axis=-1)
     codes = unpack_codes(q)
     groups = codes.reshape(*codes.shape[:-1], -1, q.group).astype(np.float32)
     w = groups * group_scales(q)[..., None]
@@ -355,7 +408,14 @@ def unpack_codes(q: QuantizedTensor) -> Any:
     return codes - np.int8(1 << (q.bits - 1))
 
 
-def layer_slice(q: QuantizedTensor, layer: int | jax.Array) -> QuantizedTensor:
+def row_slice(q: Quantized, rows: slice) -> Quantized:
+    """Some rows [o, I] of a weight [O, I]: a view."""
+    if isinstance(q, Reordered):
+        return dataclasses.replace(q, weight=row_slice(q.weight, rows))
+    return jax.tree.map(lambda array: array[rows], q)
+
+
+def layer_slice(q: T, layer: int | jax.Array) -> T:
     """One layer [O, I] of a stack [L, O, I]; `layer` may be traced. Of numpy arrays it is a view."""
 
     def pick(array: Array) -> Array:

@@ -1,13 +1,15 @@
 """Which mesh axis each dimension of a parameter or cache is split over: one table, used wherever they go."""
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxchat.config import ModelConfig, Param
 from jaxchat.families import parameter_table
-from jaxchat.quant import QuantizedTensor
+from jaxchat.quant import Quantized, QuantizedTensor, Reordered
 
 MESH_AXES: Mapping[str, str | None] = {
     "heads": "model",
@@ -50,14 +52,24 @@ def param_sharding(
     return NamedSharding(mesh, param_spec(param, config, mesh, group=group))
 
 
+def placements(value: Any, sharding: Sharding) -> Any:
+    """The sharding of every array of a parameter's value: an order of columns is whole on each device."""
+    if not isinstance(value, Reordered):
+        return sharding
+    whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+    split: Any = {"weight": jax.tree.map(lambda _: sharding, value.weight), "order": whole}
+    return dataclasses.replace(value, **split)
+
+
 def shard_params(
-    params: Mapping[str, jax.Array | QuantizedTensor], config: ModelConfig, mesh: Mesh
-) -> dict[str, jax.Array | QuantizedTensor]:
+    params: Mapping[str, jax.Array | Quantized], config: ModelConfig, mesh: Mesh
+) -> dict[str, jax.Array | Quantized]:
     """Moves loaded parameters (name -> [L, ...] or [...]) onto a mesh, each into its `param_sharding`."""
     table = {param.name: param for param in parameter_table(config)}
 
-    def sharding(name: str, value: jax.Array | QuantizedTensor) -> NamedSharding:
-        group = value.group if isinstance(value, QuantizedTensor) else None
-        return param_sharding(table[name], config, mesh, group=group)
+    def sharding(name: str, value: jax.Array | Quantized) -> Any:
+        weight = value.weight if isinstance(value, Reordered) else value
+        group = weight.group if isinstance(weight, QuantizedTensor) else None
+        return placements(value, param_sharding(table[name], config, mesh, group=group))
 
     return {name: jax.device_put(value, sharding(name, value)) for name, value in params.items()}

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 
 from jaxchat.checkpoints.assembly import Assembly, Tensor, assembled_config, global_tensor, stack_of
-from jaxchat.checkpoints.gguf_storage import Keep
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, Quantization, Stack
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Keep, Manifest, Quantization, Stack
 from jaxchat.checkpoints.quantized import Held, alike, described, of_row, stored_format_of
 from jaxchat.checkpoints.source import Source, convert_into, row_blocks
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
@@ -20,7 +19,7 @@ from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.families import count_parameters, parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.mixed import MixedTensor
-from jaxchat.quant import QuantizedTensor
+from jaxchat.quant import Quantized, Reordered
 
 T = TypeVar("T")
 
@@ -119,7 +118,7 @@ class AssembledSource:
     def _is_quantized(self, name: str, model: int) -> bool:
         return stored_format_of(self._sources[model].manifest, self._own(name, model)) is not None
 
-    def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
+    def layer(self, param: Param, index: int) -> np.ndarray | Quantized:
         """See `Source`."""
         source, own, tensor = self._find(param, index)
         values, label = source.layer(own, tensor.row), f"{own.name}[{tensor.row}]"
@@ -127,7 +126,7 @@ class AssembledSource:
             values = _converted(values, self._dtype, label)
         return scaled(values, tensor.scale, label)
 
-    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | MixedTensor | None:
+    def mapped(self, param: Param) -> np.ndarray | Quantized | MixedTensor | None:
         """See `Source`: neighbouring rows of one model's file, as they are; of a mixed stack, all or none."""
         tensors = self._tensors[param.name]
         first = tensors[0]
@@ -186,7 +185,7 @@ class BakedSource:
         """See `Source`."""
         return self._source.dtype(param)
 
-    def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
+    def layer(self, param: Param, index: int) -> np.ndarray | Quantized:
         """See `Source`."""
         values = self._source.layer(param, self._row(param, index))
         factor = 1.0
@@ -215,7 +214,7 @@ def gathered_config(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     )
 
 
-def scaled(values: np.ndarray | QuantizedTensor, factor: float, name: str) -> np.ndarray | QuantizedTensor:
+def scaled(values: np.ndarray | Quantized, factor: float, name: str) -> np.ndarray | Quantized:
     """Values times a factor in their own dtype: the product in float32, rounded to nearest even.
 
     Raises:
@@ -223,7 +222,9 @@ def scaled(values: np.ndarray | QuantizedTensor, factor: float, name: str) -> np
     """
     if factor == 1.0:
         return values
-    if isinstance(values, QuantizedTensor):
+    if isinstance(values, Reordered):
+        return dataclasses.replace(values, weight=scaled(values.weight, factor, name))
+    if not isinstance(values, np.ndarray):
         names = ("super_scales", "super_mins") if values.two_level else ("scales", "mins")
         parts = {part: found for part in names if (found := getattr(values, part)) is not None}
         scales: dict[str, Any] = {part: _product(found, factor, name) for part, found in parts.items()}

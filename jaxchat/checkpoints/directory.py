@@ -17,10 +17,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from jaxchat import demo
 from jaxchat.checkpoints import gguf_config, gguf_storage, hub
-from jaxchat.checkpoints.foreign import advice_on, found_in, refuse_quantized
+from jaxchat.checkpoints.foreign import (
+    advice_on,
+    fail_quantized,
+    found_in,
+    quantization_section,
+    without_quantization,
+)
 from jaxchat.checkpoints.gguf_file import GgufFile
+from jaxchat.checkpoints.hf_quant import methods
 from jaxchat.checkpoints.llama_files import LlamaFiles, open_files
-from jaxchat.checkpoints.manifest import MANIFEST, WEIGHT_DTYPES, Manifest, config_of, recorded_plan
+from jaxchat.checkpoints.manifest import MANIFEST, WEIGHT_DTYPES, Keep, Manifest, config_of, recorded_plan
 from jaxchat.config import ModelConfig
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table, read_config
@@ -32,7 +39,6 @@ from jaxchat.options import SAMPLING_RANGES
 from jaxchat.values import check_number
 
 if TYPE_CHECKING:
-    from jaxchat.checkpoints.gguf_storage import Keep
     from jaxchat.checkpoints.source import Source, Wanted
     from jaxchat.text.chat_template import ChatTemplate
     from jaxchat.text.tokenizer import Tokenizer
@@ -109,12 +115,36 @@ class ModelDirectory:
         return str(self.path / GENERATION_CONFIG)
 
     @functools.cached_property
-    def config_values(self) -> Mapping[str, Any]:
+    def _stored_values(self) -> Mapping[str, Any]:
         """`config.json` as it is."""
         path = self.path / CONFIG
         if not path.exists() and (found := found_in(self.path)) is not None:
             raise JaxchatError(f"{path}: no such file; {found}")
         return read_json(path)
+
+    @functools.cached_property
+    def config_values(self) -> Mapping[str, Any]:
+        """`config.json` without what it says of a quantization, which is undone or ours when it is read."""
+        return without_quantization(self._stored_values)
+
+    @functools.cached_property
+    def quantization(self) -> "methods.Stated | None":
+        """How another program has quantized the weights, as the small files say it; None of a plain model.
+
+        Raises:
+          JaxchatError: in a way that is not read; names the method, the key and what to do.
+        """
+        where, section = self.config_place, quantization_section(self._stored_values)
+        if section is None:
+            own = next((name for name in methods.OWN_FILES if (self.path / name).is_file()), None)
+            if own is None:
+                return None
+            where, section = str(self.path / own), (methods.OWN_FILES[own], "", read_json(self.path / own))
+        method, key, values = section
+        stated = None
+        if isinstance(values, Mapping):
+            stated = methods.stated(method, values, f"{where}: {key}" if key else where)
+        return fail_quantized(where, f"{method} (key {key!r})") if stated is None else stated
 
     @functools.cached_property
     def _generation_values(self) -> Mapping[str, Any]:
@@ -123,7 +153,7 @@ class ModelDirectory:
     @functools.cached_property
     def stated_config(self) -> ModelConfig:
         """What `config.json` says, and `generation_config.json` of the tokens that end a text."""
-        refuse_quantized(self.config_place, self.config_values)
+        _ = self.quantization  # refused before anything that is wrong besides
         config = read_config(self.config_values, source=self.config_place)
         generation = HfConfig(self._generation_values, self._generation_place)
         eos = dict.fromkeys((*config.eos_ids, *generation.ids("eos_token_id")))
@@ -134,10 +164,22 @@ class ModelDirectory:
         """The configuration of what is stored, as far as small files know it; `source` may know better."""
         return self.stated_config
 
-    @property
+    @functools.cached_property
     def manifest(self) -> Manifest | None:
-        """What a conversion of ours wrote of its result; None where it was none."""
-        return None
+        """What the stored weights are once they are loaded, if the small files alone do not say it.
+
+        It is what a conversion of ours wrote of its result, or of other quantized weights what their files
+        say; None of plain ones, and where weights are missing: who opens the source is told which.
+        """
+        if self.quantization is None:
+            return None
+        from jaxchat.checkpoints.hf import HfSource
+
+        try:
+            source = HfSource(self.path, self.stated_config, stated=self.quantization)
+        except JaxchatError:
+            return None
+        return source.manifest if source.manifest.quantization is not None else None
 
     @property
     def plan(self) -> LayerPlan:
@@ -152,6 +194,8 @@ class ModelDirectory:
     @functools.cached_property
     def stored_dtype(self) -> str | None:
         """The weights' dtype or quantization format, as far as the small files say it."""
+        if self.manifest is not None and self.manifest.quantization is not None:
+            return self.manifest.quantization.format
         text = self.config_values.get("text_config")
         for values in (self.config_values, text if isinstance(text, dict) else {}):
             for key in ("dtype", "torch_dtype"):
@@ -218,7 +262,10 @@ class ModelDirectory:
         """
         from jaxchat.checkpoints.hf import HfSource
 
-        return HfSource(self.path, self.stated_config, wanted)
+        source = HfSource(self.path, self.stated_config, wanted, stated=self.quantization, keep=keep)
+        for remark in source.remarks:
+            logger.warning("%s", remark)
+        return source
 
     def gguf_words(self, vocab_size: int) -> dict[str, Any]:
         """Tokenizer and chat templates as the keys of a GGUF file, for an embedding of so many rows.
@@ -238,8 +285,11 @@ class ModelDirectory:
         return words | {keys[name]: text for name, text in sources.items()}
 
     def write_config(self, directory: Path) -> None:
-        """Writes `config.json` into another directory, byte for byte if it is a file."""
-        shutil.copyfile(self.path / CONFIG, directory / CONFIG)
+        """Writes `config.json` into another directory, byte for byte if it is a file and of plain weights."""
+        if self.config_values == self._stored_values:
+            shutil.copyfile(self.path / CONFIG, directory / CONFIG)
+        else:
+            _write_json(directory / CONFIG, self.config_values)
 
     def write_words(self, directory: Path) -> None:
         """Writes the files of the tokenizer, the chat templates and the sampling advice into a directory."""
@@ -343,6 +393,10 @@ class GgufDirectory(ModelDirectory):
     def config_values(self) -> Mapping[str, Any]:
         """What would be in `config.json`."""
         return gguf_config.config_values(self._file)
+
+    @property
+    def quantization(self) -> None:
+        """See `ModelDirectory`; types of tensors are no method."""
 
     @functools.cached_property
     def _generation_values(self) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ _FORMATS = {
     ".h5": f"a file of TensorFlow's, {_ORIGINAL}",
     ".msgpack": f"a file of Flax', {_ORIGINAL}",
 }
+QUANTIZATION_KEYS = ("quantization_config", "quantization")
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
@@ -43,17 +44,22 @@ def found_in(directory: Path) -> str | None:
     return None
 
 
-def refuse_quantized(path: Path | str, config: Mapping[str, Any]) -> None:
-    """Refuses a model whose `config.json` says that another program has quantized it.
-
-    Raises:
-      JaxchatError: names the method, the key and what to do.
-    """
+def quantization_section(config: Mapping[str, Any]) -> tuple[str, str, Any] | None:
+    """What a `config.json` says of another program's quantization: method, key and value; None if nothing."""
     text = config.get("text_config")
-    for values in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("quantization_config", "quantization"):
+    for place, values in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
+        for key in QUANTIZATION_KEYS:
             if values.get(key):
-                fail_quantized(path, f"{_method(values[key])} (key {key!r})")
+                return _method(values[key]), place + key, values[key]
+    return None
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` that says nothing of it."""
+    plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(text := plain.get("text_config"), Mapping):
+        plain["text_config"] = {key: value for key, value in text.items() if key not in QUANTIZATION_KEYS}
+    return plain
 
 
 def fail_quantized(where: Path | str, method: str) -> NoReturn:
@@ -61,6 +67,16 @@ def fail_quantized(where: Path | str, method: str) -> NoReturn:
     raise JaxchatError(
         f"{where}: quantized with {method}, which is not read; take the original model, and quantize it "
         f"here with {option('quant', 'int8')} or int4"
+    )
+
+
+def fail_unstated(where: Path | str, method: str, *, known: bool) -> NoReturn:
+    """Raises the error about tensors that are quantized, of which `config.json` says nothing."""
+    if not known:
+        fail_quantized(where, method)
+    raise JaxchatError(
+        f"{where}: holds tensors quantized with {method}, but config.json has no quantization_config that "
+        "says how; download the whole repository again"
     )
 
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from jaxchat.checkpoints.gguf_config import model_of
 from jaxchat.checkpoints.gguf_file import GgufFile
-from jaxchat.checkpoints.gguf_storage import KEPT, Keep, changed, described, dtype_of, is_shifted, place
+from jaxchat.checkpoints.gguf_storage import KEPT, changed, described, dtype_of, is_shifted, place
 from jaxchat.checkpoints.gguf_types import dequantize
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Keep
 from jaxchat.checkpoints.quantized import of_row, stored_format_of
 from jaxchat.checkpoints.safetensors_file import NAMES
 from jaxchat.checkpoints.source import verify

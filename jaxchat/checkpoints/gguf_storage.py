@@ -5,17 +5,13 @@ As words, needing no JAX; the weights are read in `gguf.py`.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 from jaxchat.checkpoints.gguf_file import GgufEntry, GgufFile
-from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, Quantization
+from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Keep, Manifest, Quantization
 from jaxchat.config import ModelConfig, Param
 from jaxchat.families import count_parameters
 from jaxchat.families.gguf import Architecture
 from jaxchat.families.gguf_tensors import Place, place_of, scale_of
-
-Keep = Literal["small", "exact"]
-"""What becomes of weights that no format here holds as they are: few bits, or the numbers themselves."""
 
 KEPT: Mapping[str, str] = {
     "Q4_0": "q4_0",

@@ -18,8 +18,7 @@ from jaxchat import memory
 from jaxchat.checkpoints.assembled import AssembledSource
 from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.directory import ModelDirectory
-from jaxchat.checkpoints.gguf_storage import Keep
-from jaxchat.checkpoints.manifest import weight_dtype
+from jaxchat.checkpoints.manifest import Keep, weight_dtype
 from jaxchat.checkpoints.quantized import (
     Held,
     Mixture,
@@ -38,8 +37,18 @@ from jaxchat.config import ModelConfig, Param
 from jaxchat.mixed import MixedTensor
 from jaxchat.pallas import backends
 from jaxchat.pallas.storage import as_bits
-from jaxchat.quant import InParts, QuantFormat, QuantizedTensor, empty, format_for, layer_slice, quantize
-from jaxchat.sharding import param_sharding
+from jaxchat.quant import (
+    InParts,
+    QuantFormat,
+    Quantized,
+    QuantizedTensor,
+    Reordered,
+    empty_like,
+    format_for,
+    layer_slice,
+    quantize,
+)
+from jaxchat.sharding import param_sharding, placements
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all), counted in the stored dtype."""
@@ -140,11 +149,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def aligned_storage(shape: tuple[int, ...], held: Held) -> np.ndarray | QuantizedTensor:
+def aligned_storage(shape: tuple[int, ...], held: Held) -> np.ndarray | Quantized:
     """The same for plain numbers or a quantized weight."""
     if not isinstance(held, QuantFormat):
         return aligned_empty(shape, held)
-    return jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), empty(shape, held))
+    return jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), empty_like(shape, held))
 
 
 class Meter:
@@ -188,9 +197,7 @@ def _load(source: Source, wanted: Mapping[str, Storage], mesh: Mesh | None, mete
     return {p.name: _load_param(source, p, wanted[p.name], mesh, meter) for p in source.table}
 
 
-def _mapped(
-    source: Source, param: Param, storage: Storage
-) -> np.ndarray | QuantizedTensor | MixedTensor | None:
+def _mapped(source: Source, param: Param, storage: Storage) -> np.ndarray | Quantized | MixedTensor | None:
     """The parameter where it lies in its file, if it can be used there."""
     stack = source.mapped(param)
     return stack if isinstance(stack, InParts) or (stack is not None and storage == stack.dtype) else None
@@ -198,7 +205,7 @@ def _mapped(
 
 def layers_of(
     source: Source, param: Param, storage: Storage, meter: Meter
-) -> Iterator[tuple[int, np.ndarray | QuantizedTensor]]:
+) -> Iterator[tuple[int, np.ndarray | Quantized]]:
     """Each (index, layer as `storage` says, in C order) of a parameter."""
     for index in range(param.rows(source.config)):
         values = source.layer(param, index)
@@ -206,8 +213,8 @@ def layers_of(
         meter.add(values.nbytes)
 
 
-def _stored_as(values: np.ndarray | QuantizedTensor, held: Held, label: str) -> np.ndarray | QuantizedTensor:
-    if isinstance(values, QuantizedTensor):
+def _stored_as(values: np.ndarray | Quantized, held: Held, label: str) -> np.ndarray | Quantized:
+    if isinstance(values, InParts):
         return values
     if isinstance(held, QuantFormat):
         return quantize(values, held, name=label)
@@ -240,7 +247,7 @@ def _load_param(source: Source, param: Param, storage: Storage, mesh: Mesh | Non
 
 def _fill_host(
     source: Source, param: Param, storage: Storage, meter: Meter
-) -> np.ndarray | QuantizedTensor | MixedTensor:
+) -> np.ndarray | Quantized | MixedTensor:
     """The parameter in host memory, each layer converted or quantized right into its place."""
     shape = param.stacked_shape(source.config)
     if isinstance(storage, Mixture):
@@ -259,19 +266,20 @@ def _fill_host(
 
 
 def _put(
-    stack: np.ndarray | QuantizedTensor,
+    stack: np.ndarray | Quantized,
     row: int | None,
-    values: np.ndarray | QuantizedTensor,
+    values: np.ndarray | Quantized,
     held: Held,
     label: str,
 ) -> None:
     """Writes a layer's values into a row of a stack, or to the whole of it."""
     if isinstance(held, QuantFormat):
-        assert isinstance(stack, QuantizedTensor)
+        assert isinstance(stack, InParts)
         out = stack if row is None else layer_slice(stack, row)
-        if isinstance(values, QuantizedTensor):
+        if isinstance(values, InParts):
             jax.tree.map(np.copyto, out, values)
         else:
+            assert isinstance(out, QuantizedTensor)  # nothing is reordered here
             quantize(values, held, name=label, out=out)
         return
     assert isinstance(values, np.ndarray)  # quantized parameters stay quantized
@@ -290,7 +298,7 @@ def _fill_device(source: Source, param: Param, storage: Storage, sharding: Shard
     for index, values in layers_of(source, param, storage, meter):
         name, row = place(param.name, storage, index)
         host = jax.tree.map(as_bits, values) if device.platform == "cpu" else values
-        layer = jax.device_put(host, layer_sharding)
+        layer = jax.device_put(host, placements(host, layer_sharding))
         if not param.per_layer:
             stacks[name] = layer
         else:
@@ -304,7 +312,9 @@ def _fill_device(source: Source, param: Param, storage: Storage, sharding: Shard
 
 def _zeros_like_stack(layer: Any, count: int, sharding: Sharding) -> Any:
     """A stack of so many layers; every array of a quantized one is split as the weight is."""
-    return jax.tree.map(lambda a: jnp.zeros((count, *a.shape), a.dtype, device=sharding), layer)
+    split = placements(layer, sharding)
+    each = split if isinstance(split, Reordered) else jax.tree.map(lambda _: split, layer)
+    return jax.tree.map(lambda a, where: jnp.zeros((count, *a.shape), a.dtype, device=where), layer, each)
 
 
 @jax.jit(donate_argnums=0)

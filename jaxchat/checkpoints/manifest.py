@@ -6,7 +6,7 @@ Needs no JAX. The tensors are read in `source.py`.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import ml_dtypes
 import msgspec
@@ -30,6 +30,9 @@ WEIGHT_DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+
+Keep = Literal["small", "exact"]
+"""What becomes of foreign weights that no format here holds as they are: few bits, or the numbers."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table
 from jaxchat.mixed import MixedTensor
-from jaxchat.quant import QuantizedTensor
+from jaxchat.quant import Quantized
 
 
 class NativeSource:
@@ -61,7 +61,7 @@ class NativeSource:
             return WEIGHT_DTYPES[self.manifest.dtypes[param.name]]
         return DTYPES[self.file.entries[param.name].dtype]
 
-    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | MixedTensor:
+    def mapped(self, param: Param) -> np.ndarray | Quantized | MixedTensor:
         """See `Source`."""
         storage = self._formats[param.name] or self.dtype(param)
         columns = param.layer_shape(self.config)[-1]
@@ -74,7 +74,7 @@ class NativeSource:
             ]
         )
 
-    def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
+    def layer(self, param: Param, index: int) -> np.ndarray | Quantized:
         """See `Source`."""
         storage = self._formats[param.name] or self.dtype(param)
         name, row = place(param.name, storage, index)

@@ -1,7 +1,8 @@
 """Quantized parameters in checkpoints: their tensors, their description, and which formats may be asked for.
 
 A quantized parameter `name` is stored as the tensors `name.codes`, `name.scales` and, of affine formats,
-`name.mins`: the arrays of a `QuantizedTensor`. One whose layers are held in several ways is in parts, as if
+`name.mins`: the arrays of a `QuantizedTensor`; of a `Reordered` one, `name.order`, too. One whose layers
+are held in several ways is in parts, as if
 they were parameters `name.0`, `name.1`: see `Mixture`. `jaxchat.json` says which has which format.
 """
 
@@ -18,7 +19,7 @@ from jaxchat.checkpoints.manifest import WEIGHT_DTYPES, Manifest, Quantization
 from jaxchat.config import Param
 from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.mixed import MixedTensor
-from jaxchat.quant import SUPER_GROUP, QuantFormat, QuantizedTensor, empty, format_for
+from jaxchat.quant import SUPER_GROUP, QuantFormat, Quantized, Reordered, empty, format_for
 from jaxchat.visible import shown
 
 Held = np.dtype | QuantFormat
@@ -94,6 +95,7 @@ Quant = QuantFormat | None | Literal["auto"]
 TensorSpec = tuple[np.dtype, tuple[int, ...]]
 
 _ARRAYS = ("codes", "high", "scales", "mins", "super_scales", "super_mins")
+_ORDER = "order"
 
 
 def tensor_specs(name: str, shape: tuple[int, ...], storage: Storage) -> dict[str, TensorSpec]:
@@ -106,7 +108,10 @@ def tensor_specs(name: str, shape: tuple[int, ...], storage: Storage) -> dict[st
     if not isinstance(storage, QuantFormat):
         return {name: (storage, shape)}
     sample = named_arrays(name, empty((0, shape[-1]), storage))
-    return {part: (array.dtype, (*shape[:-1], array.shape[-1])) for part, array in sample.items()}
+    specs = {part: (array.dtype, (*shape[:-1], array.shape[-1])) for part, array in sample.items()}
+    if storage.reordered:
+        specs[f"{name}.{_ORDER}"] = (np.dtype(np.int32), (*shape[:-2], shape[-1]))
+    return specs
 
 
 def stored_bytes(shape: tuple[int, ...], storage: Storage) -> int:
@@ -115,24 +120,27 @@ def stored_bytes(shape: tuple[int, ...], storage: Storage) -> int:
     return sum(math.prod(part) * dtype.itemsize for dtype, part in specs)
 
 
-def named_arrays(name: str, values: np.ndarray | QuantizedTensor) -> dict[str, np.ndarray]:
+def named_arrays(name: str, values: np.ndarray | Quantized) -> dict[str, np.ndarray]:
     """The tensors of a parameter's value, under their names in a checkpoint."""
-    if not isinstance(values, QuantizedTensor):
+    if isinstance(values, np.ndarray):
         return {name: values}
+    if isinstance(values, Reordered):
+        return {**named_arrays(name, values.weight), f"{name}.{_ORDER}": np.asarray(values.order)}
     arrays = {f"{name}.{part}": getattr(values, part) for part in _ARRAYS}
     return {part: array for part, array in arrays.items() if array is not None}
 
 
 def from_arrays(
     name: str, columns: int, held: Held, get: Callable[[str], np.ndarray]
-) -> np.ndarray | QuantizedTensor:
+) -> np.ndarray | Quantized:
     """The value of a parameter, or part of one, from its tensors; the inverse of `named_arrays`."""
     if not isinstance(held, QuantFormat):
         return get(name)
     sample = empty((0, columns), held)
     parts = [part for part in _ARRAYS if getattr(sample, part) is not None]
     arrays: dict[str, Any] = {part: get(f"{name}.{part}") for part in parts}
-    return dataclasses.replace(sample, **arrays)
+    tensor = dataclasses.replace(sample, **arrays)
+    return Reordered(weight=tensor, order=get(f"{name}.{_ORDER}")) if held.reordered else tensor
 
 
 # --- what the description says
@@ -195,6 +203,11 @@ def choose_format(directory: object, manifest: Manifest, wanted: Quant) -> Quant
       UsageError: the checkpoint is quantized, and not in the wanted way: what was rounded off is gone.
     """
     stored = manifest.quantization
+    if isinstance(wanted, QuantFormat) and wanted.reordered:
+        raise UsageError(
+            f"{option('quant', str(wanted))}: only weights that GPTQ has reordered are held so; leave "
+            ":reordered out"
+        )
     if wanted == "auto" or (stored is not None and stored.format == str(wanted)):
         return None
     if stored is not None:

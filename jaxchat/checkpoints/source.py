@@ -14,7 +14,7 @@ from jaxchat.checkpoints.manifest import Manifest
 from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError
 from jaxchat.mixed import MixedTensor
-from jaxchat.quant import QuantizedTensor
+from jaxchat.quant import Quantized
 
 _READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CHUNK = 1 << 22  # elements converted at a time, so that a conversion needs no second copy of a big tensor
@@ -40,11 +40,11 @@ class Source(Protocol):
         """The stored dtype; of a quantized parameter, the one it had before."""
         ...
 
-    def layer(self, param: Param, index: int) -> np.ndarray | QuantizedTensor:
+    def layer(self, param: Param, index: int) -> np.ndarray | Quantized:
         """One row of a stacked parameter, or the whole of another (index 0), as a view where possible."""
         ...
 
-    def mapped(self, param: Param) -> np.ndarray | QuantizedTensor | MixedTensor | None:
+    def mapped(self, param: Param) -> np.ndarray | Quantized | MixedTensor | None:
         """The whole parameter, [L, ...] or [...], as a view of the file that maps it; None if none does."""
         ...
 

@@ -15,18 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxchat.checkpoints.assembled import AssembledSource, BakedSource
 from jaxchat.checkpoints.assembly import Assembly, under, whole
 from jaxchat.checkpoints.directory import CONFIG, GENERATION_CONFIG, ModelDirectory
-from jaxchat.checkpoints.gguf_storage import Keep
 from jaxchat.checkpoints.load import Meter, Progress, layers_of, storages
 from jaxchat.checkpoints.manifest import (
     MANIFEST,
     NATIVE_FILE,
     ORBAX_FOLDER,
+    Keep,
     Manifest,
     Stack,
     recorded_plan,
@@ -49,7 +48,7 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import Family, family_of, relayered_config
 from jaxchat.files import locked, try_to_replace
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.quant import QuantizedTensor
+from jaxchat.quant import Quantized, row_slice
 from jaxchat.quant import dequantize as dequantize_tensor
 from jaxchat.text.tokenizer_files import text_files
 
@@ -385,16 +384,15 @@ def _write_hf_file(source: Source, path: Path, tensors: list[_HfTensor], meter: 
             meter.add(sum(value.nbytes for value in stored))
 
 
-def _plain(values: np.ndarray | QuantizedTensor, tensor: _HfTensor) -> np.ndarray:
+def _plain(values: np.ndarray | Quantized, tensor: _HfTensor) -> np.ndarray:
     """A parameter's numbers; quantized ones in the tensor's dtype, some rows at a time."""
-    if not isinstance(values, QuantizedTensor):
+    if isinstance(values, np.ndarray):
         return values
     out = np.empty(values.shape, tensor.dtype)
     step = max(1, _DEQUANTIZED // values.columns)
     for start in range(0, len(out), step):
         rows = slice(start, start + step)
-        part = jax.tree.map(lambda array, rows=rows: array[rows], values)
-        convert_into(out[rows], dequantize_tensor(part), tensor.name)
+        convert_into(out[rows], dequantize_tensor(row_slice(values, rows)), tensor.name)
     return out
 
 

@@ -63,8 +63,8 @@ QUANT = _flag(
 )
 KEEP = _flag(
     help="What becomes of weights that another program quantized in a way that no format here is the same as "
-    "(IQ3_S, Q2_K, ...): small quantizes them again to the smallest format that is finer, exact keeps the "
-    "numbers they stand for, at 32 bits",
+    "(GGUF's IQ3_S or Q2_K, FP8, NF4, NVFP4, ...): small quantizes them again to the smallest format that is "
+    "finer, exact keeps the numbers they stand for, at 32 bits",
     example="--keep exact",
     value="HOW",
 )

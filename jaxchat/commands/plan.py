@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from jaxchat.analysis import cost, show
 from jaxchat.analysis.token_cost import Cost, cost_lines, token_cost
 from jaxchat.checkpoints.assembly import Assembly
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.manifest import WEIGHT_DTYPES
 from jaxchat.cli.command_line import Command, complain
 from jaxchat.cli.flags import flag_fields
@@ -134,12 +135,14 @@ class _Subject(NamedTuple):
       config: None without a model.
       assembly: of the recipe.
       name: of the model, for people and in a recipe; None if there is none.
+      base: the model, of several the one whose configuration is used.
     """
 
     plan: LayerPlan
     config: ModelConfig | None
     assembly: Assembly | None
     name: str | None
+    base: ModelDirectory | None
 
 
 def _run(request: PlanRequest, given: frozenset[str]) -> int:
@@ -157,7 +160,6 @@ def _run(request: PlanRequest, given: frozenset[str]) -> int:
 
 def _print_cost(request: PlanRequest, subject: _Subject, config: ModelConfig) -> None:
     report = _report(subject, request.max_length, request.quant)
-    assembly = subject.assembly
     token = token_cost(
         config,
         subject.plan,
@@ -166,7 +168,7 @@ def _print_cost(request: PlanRequest, subject: _Subject, config: ModelConfig) ->
         dtype=request.dtype,
         quant=request.quant,
         kv_dtype=request.kv_dtype,
-        manifest=None if assembly is None else assembly.models[assembly.base].manifest,
+        manifest=None if subject.base is None else subject.base.manifest,
     )
     if not request.json:
         print(_render(report, token, subject))
@@ -201,11 +203,13 @@ def _refuse(request: PlanRequest, given: frozenset[str]) -> None:
 def _subject(request: PlanRequest) -> _Subject:
     if request.num_layers is not None:
         spec = "all" if request.layer_spec is None else request.layer_spec
-        return _Subject(LayerPlan.parse(spec, request.num_layers), None, None, None)
+        return _Subject(LayerPlan.parse(spec, request.num_layers), None, None, None, None)
     request = request.or_boxed()
     chosen = request.chosen()
     name = request.model if request.recipe is None else Path(request.recipe).name
-    return _Subject(chosen.plan, chosen.config, chosen.assembly, name)
+    source, assembly = chosen.source, chosen.assembly
+    base = source if isinstance(source, ModelDirectory) else source.models[source.base]
+    return _Subject(chosen.plan, chosen.config, assembly, name, base)
 
 
 _ABOUT_COST = [field.name for field in flag_fields(PlanRequest) if field.flag.group == "Cost"]

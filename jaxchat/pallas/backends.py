@@ -15,6 +15,7 @@ from jaxchat.mixed import MixedTensor, by_part
 from jaxchat.pallas import cache_attention, native, stacked_matmul
 from jaxchat.pallas.cache_attention import Attend, WriteRows
 from jaxchat.pallas.stacked_matmul import StackedMatmul, StackedMatmuls
+from jaxchat.quant import Reordered
 
 NAMES = ("auto", "reference", "native", "pallas")
 """What `--kernels` accepts."""
@@ -46,18 +47,34 @@ class Kernels:
 
     def matmuls(self, x: jax.Array, stacks: Sequence[Any], layers: Sequence[jax.Array]) -> list[jax.Array]:
         """`x @ stack[layer].T` for each stack and layer."""
-        if self.stacked_matmuls is not None:
-            return self.stacked_matmuls(x, stacks, layers)
+        together = [number for number, stack in enumerate(stacks) if not _is_reordered(stack)]
+        out: dict[int, jax.Array] = {}
+        if self.stacked_matmuls is not None and together:
+            ys = self.stacked_matmuls(x, [stacks[n] for n in together], [layers[n] for n in together])
+            out = dict(zip(together, ys, strict=True))
         return [
-            by_part(stack, layer, functools.partial(self.stacked_matmul, x))
-            for stack, layer in zip(stacks, layers, strict=True)
+            out[number] if number in out else by_part(stack, layer, functools.partial(self._matmul, x))
+            for number, (stack, layer) in enumerate(zip(stacks, layers, strict=True))
         ]
+
+    def _matmul(self, x: jax.Array, stack: Any, layer: jax.Array) -> jax.Array:
+        """One product; with a reordered stack, of x in the same order."""
+        if not isinstance(stack, Reordered):
+            return self.stacked_matmul(x, stack, layer)
+        return self.stacked_matmul(x[..., stack.order[layer]], stack.weight, layer)
 
     def prepared(self, value: Any, role: Role, tied: bool) -> Any:
         """A loaded parameter in the layout the kernels read; of a mixed stack, each part is."""
         if isinstance(value, MixedTensor):
-            return value.map(lambda part: self.prepare(part, role, tied))
+            return value.map(lambda part: self.prepared(part, role, tied))
+        if isinstance(value, Reordered):
+            return dataclasses.replace(value, weight=self.prepare(value.weight, role, tied))
         return self.prepare(value, role, tied)
+
+
+def _is_reordered(stack: Any) -> bool:
+    parts = stack.parts if isinstance(stack, MixedTensor) else (stack,)
+    return any(isinstance(part, Reordered) for part in parts)
 
 
 REFERENCE = Kernels("reference")

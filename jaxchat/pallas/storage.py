@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from jaxchat import quant
-from jaxchat.quant import QuantizedTensor
+from jaxchat.quant import Quantized, QuantizedTensor, Reordered
 
 
 def stored_dtype(dtype: jnp.dtype, platform: str) -> jnp.dtype:
@@ -31,9 +31,9 @@ def stored(rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return rows.astype(dtype)
 
 
-def widen(w: jax.Array | QuantizedTensor) -> jax.Array:
+def widen(w: jax.Array | Quantized) -> jax.Array:
     """Weights as a float type; uint16 holds the bits of a bfloat16, quantized ones become float32."""
-    if isinstance(w, QuantizedTensor):
+    if isinstance(w, QuantizedTensor | Reordered):
         return quant.dequantize(w)
     if w.dtype == jnp.uint16:
         return lax.bitcast_convert_type(w.astype(jnp.uint32) << 16, jnp.float32)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def _call(
     isa: str,
 ) -> list[jax.Array]:
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    parts = [w.parts if isinstance(w, MixedTensor) else (w,) for w in weights]
+    parts: list[Any] = [w.parts if isinstance(w, MixedTensor) else (w,) for w in weights]
     places = [
         w.place(layer) if isinstance(w, MixedTensor) else (0, layer)
         for w, layer in zip(weights, layers, strict=True)

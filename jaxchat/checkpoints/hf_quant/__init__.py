@@ -1,0 +1,1 @@
+"""Models in Hugging Face's layout that other programs have quantized: a file and a row in `methods.py`."""
