@@ -24,6 +24,7 @@ from jaxchat.layers.adapters import Adapters, Factors, Replaced
 from jaxchat.layers.step import Params
 from jaxchat.mixed import MixedTensor
 from jaxchat.pallas.storage import as_bits, stored_dtype, widen
+from jaxchat.quant import QuantizedTensor
 from jaxchat.visible import shown
 
 COLUMNS = 8
@@ -151,6 +152,8 @@ class _Building:
         platform = next(iter(leaf.devices())).platform
         # bfloat16 on CPU would be widened at every use: its numbers fit float32.
         self.dtype = jnp.dtype(jnp.float32) if platform == "cpu" else dtype
+        if platform == "cpu" and any(isinstance(p, QuantizedTensor | MixedTensor) for p in params.values()):
+            self.dtype = jnp.dtype(jnp.float16)  # what it rounds is far below what the weights have lost
         self.platform = "cpu" if platform == "cpu" else "other"
         self.table = {param.name: param for param in parameter_table(config)}
         starts = np.cumsum([0, *(adapter.rank for adapter in adapters)])
@@ -230,8 +233,7 @@ class _Building:
             for layer, delta in layers.items():
                 factor = self._lengthening(adapter, name, layer, delta)
                 columns = slice(start, start + len(delta.a))
-                a[layer, columns] = delta.a
-                b[layer, columns] = (delta.b * factor[:, None]).T
+                a[layer, columns], b[layer, columns] = _balanced(delta.a, (delta.b * factor[:, None]).T)
                 gain[layer, number] = factor - 1
         return Factors(self._placed(a), self._placed(b)), gain if gain.any() else None
 
@@ -313,6 +315,18 @@ class _Building:
         stack = np.stack(list(layers.values()))
         kept = as_bits(stack) if stored_dtype(stack.dtype, self.platform) == jnp.uint16 else stack
         return Replaced(*map(self._placed, (kept, row, share, np.asarray(number, np.int32))))
+
+
+def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two factors [R, I] and [R, O] of the same product, of about one size: neither leaves float16.
+
+    By powers of two, so that no digit changes.
+    """
+    sizes = [np.abs(part).max(axis=1, keepdims=True, initial=0) for part in (a, b)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.exp2(np.round(np.log2(sizes[1] / sizes[0]) / 2))
+    ratio = np.where((sizes[0] > 0) & (sizes[1] > 0), ratio, 1).astype(np.float32)
+    return a * ratio, b / ratio
 
 
 @jax.jit

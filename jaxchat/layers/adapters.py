@@ -59,21 +59,20 @@ class Adapters:
         """With the strengths that there are in a slot."""
         return dataclasses.replace(self, strengths=self.by_slot[position])
 
+    @property
+    def column_strengths(self) -> jax.Array:
+        """float32 [B, R], of each column."""
+        return self.strengths[:, self.columns]
+
     def changed(
-        self,
-        name: str,
-        layer: jax.Array,
-        y: jax.Array,
-        low: jax.Array | None,
-        product: Callable[[jax.Array, jax.Array], jax.Array],
+        self, name: str, layer: jax.Array, y: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]
     ) -> jax.Array:
-        """What a weight and its deltas make of x.
+        """What a weight makes of x, float32 [B, ..., O], where adapters replace it or lengthen its rows.
 
         Args:
           name: of the weight.
           layer: whose.
-          y: what the weight makes, float32 [B, ..., O].
-          low: `x @ a[layer].T`, float32 [B, ..., R]; None where it has no deltas.
+          y: what it makes by itself.
           product: of x with a row of a stack [rows, O, I].
         """
         out = y
@@ -82,11 +81,7 @@ class Adapters:
             out = out + share * (product(other.stack, other.row[layer]) - y)
         if name in self.gains:
             out = out + _along(self.strengths @ self.gains[name][layer], y.ndim) * y
-        if low is None:
-            return out
-        return out + _product(
-            low * _along(self.strengths[:, self.columns], y.ndim), self.low_rank[name].b, layer
-        )
+        return out
 
     def added(self, name: str, layer: jax.Array, dimensions: int) -> jax.Array | None:
         """What is added to a bias or norm of values [B, ..., O] of so many dimensions; None if nothing is."""
@@ -104,21 +99,11 @@ class Adapters:
         if name not in self.low_rank:
             return out
         a, b = self.low_rank[name]
-        low = embedding_rows(jnp.swapaxes(a[0], 0, 1), ids)
-        return out + _product(low * _along(self.strengths[:, self.columns], x.ndim), b, jnp.int32(0))
+        low = embedding_rows(jnp.swapaxes(a[0], 0, 1), ids) * _along(self.column_strengths, x.ndim)
+        return out + jnp.matmul(low, b[0].astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
 def _along(values: jax.Array, dimensions: int) -> jax.Array:
     """What each sequence has, [B] or [B, n], for arrays [B, ..., n] of so many dimensions."""
     last = values.shape[1:] or (1,)
     return values.reshape(values.shape[0], *(1,) * (dimensions - 2), *last)
-
-
-def _product(low: jax.Array, stack: jax.Array, layer: jax.Array) -> jax.Array:
-    """`low @ stack[layer]`, float32 [..., O], of low [..., R] and a stack [L, R, O]."""
-    b = lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
-    precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dims = (((low.ndim - 1,), (0,)), ((), ()))
-    return lax.dot_general(
-        low.astype(b.dtype), b, dims, precision=precision, preferred_element_type=jnp.float32
-    )

@@ -140,21 +140,23 @@ def products(
       layer: of the adapters' deltas.
     """
     kernels, adapters = step.kernels, step.adapters
+    ys = kernels.matmuls(x, stacks, rows)
     if adapters is None:
-        return kernels.matmuls(x, stacks, rows)
-    factors = {name: adapters.low_rank[name].a for name in names if name in adapters.low_rank}
-    if kernels.stacked_matmuls is None:  # whose own take no matrix as narrow as these
-        ys = kernels.matmuls(x, stacks, rows)
-        lows = [stacked_matmul.reference.stacked_matmul(x, a, layer) for a in factors.values()]
-    else:
-        both = kernels.matmuls(x, [*stacks, *factors.values()], [*rows, *[layer] * len(factors)])
-        ys, lows = both[: len(stacks)], both[len(stacks) :]
-    by_name = dict(zip(factors, lows, strict=True))
+        return ys
 
     def product(stack: jax.Array, row: jax.Array) -> jax.Array:
         return stacked_matmul.reference.stacked_matmul(x, stack, row)
 
-    return [
-        adapters.changed(name, layer, y, by_name.get(name), product)
-        for name, y in zip(names, ys, strict=True)
-    ]
+    ys = [adapters.changed(name, layer, y, product) for name, y in zip(names, ys, strict=True)]
+    changed = dict(zip(names, ys, strict=True))
+    factors = {name: adapters.low_rank[name] for name in names if name in adapters.low_rank}
+    added = kernels.add_deltas(
+        x,
+        [changed[name] for name in factors],
+        [each.a for each in factors.values()],
+        [each.b for each in factors.values()],
+        layer,
+        adapters.column_strengths,
+    )
+    changed |= dict(zip(factors, added, strict=True))
+    return [changed[name] for name in names]
