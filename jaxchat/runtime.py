@@ -102,9 +102,11 @@ class Model:
         """
         if plan is None:
             raise arguments.refused("plan", plan, "a layer plan; 'all' is every layer once")
+        chosen = as_plan(plan, self.base_plan)
+        self.engine.check_uses(self.uses, chosen)
         return Model(
             self.engine,
-            as_plan(plan, self.base_plan),
+            chosen,
             base_plan=self.base_plan,
             tokenizer=self.tokenizer,
             template=self.template,

@@ -209,9 +209,7 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
         file, key or module.
       JaxchatError: a file is malformed, a tensor is missing, of another shape, or holds NaN.
     """
-    path = Path(directory)
-    if not path.is_dir():
-        refuse_no_directory(path)
+    path = _directory(directory)
     lora = read_lora_config(path)
     return _Reading(path, lora, AdapterFile(path), config).adapter()
 
@@ -225,10 +223,35 @@ def common_replication(adapters: Iterable[Adapter]) -> tuple[int, ...] | None:
     repeating = [adapter for adapter in adapters if adapter.replicated is not None]
     for other in repeating[1:]:
         if other.replicated != repeating[0].replicated:
-            raise UsageError(
-                f"{repeating[0].path} and {other.path} have different layer_replication; load them apart"
-            )
+            raise _other_replication(repeating[0].path, other.path)
     return repeating[0].replicated if repeating else None
+
+
+def replication(directories: Iterable[str | Path], config: ModelConfig) -> tuple[int, ...] | None:
+    """The same of adapters of which only the configurations are read."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for name in directories:
+        path = _directory(name)
+        if (own := read_lora_config(path).replicated) is not None:
+            _check_replication(path, own, config)
+            found[path] = own
+    (first, layers), *others = found.items() or [(None, None)]
+    for other, own in others:
+        if own != layers:
+            raise _other_replication(first, other)
+    return layers
+
+
+def _check_replication(path: Path, layers: tuple[int, ...] | None, config: ModelConfig) -> None:
+    if layers is not None and max(layers) >= config.num_layers:
+        raise UsageError(
+            f"{path / CONFIG}: layer_replication has layer {max(layers)}; expected 0 to "
+            f"{config.num_layers - 1}: take the model that the adapter was made for"
+        )
+
+
+def _other_replication(one: object, other: object) -> UsageError:
+    return UsageError(f"{one} and {other} have different layer_replication; load them apart")
 
 
 def replicated_config(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
@@ -238,8 +261,11 @@ def replicated_config(config: ModelConfig, layers: tuple[int, ...]) -> ModelConf
     return dataclasses.replace(gathered_config(config, layers), layer_rows=rows)
 
 
-def refuse_no_directory(path: Path) -> None:
-    """Raises what is wrong with a path that is no directory."""
+def _directory(given: str | Path) -> Path:
+    """The folder of an adapter; raises what is wrong with a path that is none."""
+    path = Path(given)
+    if path.is_dir():
+        return path
     if path.suffix == ".gguf":
         raise UsageError(
             f"{path}: adapters in GGUF are not read; give the folder of the PEFT adapter it was made from"
@@ -277,11 +303,7 @@ class _Reading:
         self.path, self.lora, self.file = path, lora, file
         self.where = f"{path / CONFIG}"
         self.replicated = lora.replicated
-        if self.replicated and max(self.replicated) >= config.num_layers:
-            raise UsageError(
-                f"{self.where}: layer_replication has layer {max(self.replicated)}; expected 0 to "
-                f"{config.num_layers - 1}: take the model that the adapter was made for"
-            )
+        _check_replication(path, self.replicated, config)
         self.config = config
         if self.replicated:
             self.config = dataclasses.replace(config, num_layers=len(self.replicated), layer_rows=())

@@ -46,7 +46,7 @@ from jaxchat.checkpoints.source import Source, convert_into
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import Family, family_of, relayered_config
-from jaxchat.files import locked, try_to_replace
+from jaxchat.files import locked, read_json, try_to_replace
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantizedTensor
 from jaxchat.quant import dequantize as dequantize_tensor
@@ -349,8 +349,8 @@ def _write_files(model: _Model, dst: Path, values: dict[str, Any] | None, dtype:
             copy = dst / path.relative_to(words)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-    before = model.base.config_values
-    config = before if values is None else values
+    before = read_json(model.base.path / CONFIG)
+    config = model.base.config_values if values is None else values
     if dtype is not None:
         config = {**config, **{key: dtype for key in ("dtype", "torch_dtype") if key in config}}
     if model.words != model.base:

@@ -155,6 +155,8 @@ CONFLICTS = (
     Conflict("load_session", "system", "a session has its own; /system changes it"),
     Conflict("load_session", "reversed_role", "a session has its own roles; /role changes them"),
     Conflict("load_session", "thought_tags", "a session has its own"),
+    Conflict("adapter", "show", "it tells about the model that adapters are put beside"),
+    Conflict("adapter", "recipe", "a recipe's layers are of several models, and an adapter is for one"),
 )
 NEEDS = (
     *RECIPE_NEEDS,
