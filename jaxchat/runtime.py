@@ -23,7 +23,7 @@ from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import Progress, load_assembly, load_params
 from jaxchat.checkpoints.quantized import Quant
 from jaxchat.config import ModelConfig
-from jaxchat.engine.adapters import adapter_set
+from jaxchat.engine.adapters import adapter_set, check_uses
 from jaxchat.engine.compile_cache import enable_compilation_cache
 from jaxchat.engine.session import Engine, Session, default_dtype, kernels_for, placement_of, read_kv_dtype
 from jaxchat.errors import JaxchatError, UsageError, option, told
@@ -531,6 +531,7 @@ def load(
         assembly = recipe if isinstance(recipe, Assembly) else _read(recipe, model_paths, keep_identity)
         directory, base_plan = assembly.models[assembly.tokenizer], assembly.plan
     chosen = as_plan(plan, base_plan)
+    check_uses(adapters, uses, chosen)
     # Before the weights: what is wrong with a setting or a small file is not told after minutes of loading.
     selected = kernels_for(kernels, backends.devices()[0] if mesh is None else mesh.devices.flat[0], mesh)
     cache_dtype = None if kv_dtype is None else read_kv_dtype(kv_dtype)
@@ -557,7 +558,6 @@ def load(
         else None,
         uses=uses,
     )
-    engine.check_uses(uses, chosen)
     model = Model(
         engine,
         chosen,

@@ -173,7 +173,9 @@ def targeted(config: LoraConfig, names: Sequence[str], linear: Sequence[str], *,
         if not isinstance(wanted, str) and config.layers_to_transform not in (None, []):
             found = [name for name in found if _is_transformed(config, name)]
     left_out = set(_named(config.exclude_modules or [], names, f"{where}: exclude_modules"))
-    return set(found) - left_out - set(saved(config, names))
+    entries = config.modules_to_save or []
+    whole = {name for name in names if any(f".{entry}." in f".{name}." for entry in entries)}
+    return set(found) - left_out - whole
 
 
 def unmatched(config: LoraConfig, names: Sequence[str]) -> list[str]:
@@ -183,9 +185,17 @@ def unmatched(config: LoraConfig, names: Sequence[str]) -> list[str]:
 
 
 def saved(config: LoraConfig, names: Sequence[str]) -> list[str]:
-    """Those of a model's modules that `modules_to_save` names."""
-    entries = config.modules_to_save or []
-    return [name for name in names if any(f".{entry}." in f".{name}." for entry in entries)]
+    """Those of a model's modules that `modules_to_save` names: they, or what they are in, end so.
+
+    Not at a dot: `norm` is `input_layernorm`, too (`peft.utils.other._set_trainable`).
+    """
+    entries = tuple(config.modules_to_save or [])
+
+    def within(name: str) -> list[str]:
+        parts = name.split(".")
+        return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+    return [name for name in names if any(part.endswith(entries) for part in within(name))]
 
 
 def pattern_values(

@@ -16,7 +16,7 @@ from jaxchat import memory
 from jaxchat.adapter_use import AdapterUse, Uses
 from jaxchat.arguments import meant
 from jaxchat.checkpoints.adapter import Adapter, LowRank
-from jaxchat.config import EMBED, HEAD, ModelConfig, Param
+from jaxchat.config import EMBED, HEAD, LAYERS, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
@@ -54,38 +54,8 @@ class AdapterSet:
         return [adapter.name for adapter in self.adapters]
 
     def number(self, use: AdapterUse) -> int:
-        """Which adapter a use names: by its directory, or its last part.
-
-        Raises:
-          UsageError: none, or several.
-        """
-        path = Path(use.name)
-        found = [n for n, own in enumerate(self.adapters) if own.path in (path, path.absolute())]
-        found = found or [n for n, own in enumerate(self.adapters) if use.name == own.name]
-        if len(found) == 1:
-            return found[0]
-        known = ", ".join(self.names) or "none"
-        problem = "is the name of several" if found else "is not loaded"
-        advice = "give its directory" if found else f"load the model with it; loaded are {known}"
-        raise UsageError(f"adapter {shown(use.name)} {problem}{meant(use.name, self.names)}; {advice}")
-
-    def check(self, uses: Uses, plan: LayerPlan) -> None:
-        """Raises UsageError for uses of an adapter that is not there, or in a slot that it cannot be in."""
-        for use in uses:
-            adapter = self.adapters[self.number(use)]
-            if use.slot is None:
-                continue
-            if use.slot >= len(plan):
-                raise UsageError(
-                    f"adapter {shown(str(use))}: the layer plan has {len(plan)} slots; expected a slot from "
-                    f"0 to {len(plan) - 1}"
-                )
-            outside = sorted(name for name in adapter.touched if not name.startswith("layers."))
-            if outside:
-                raise UsageError(
-                    f"adapter {shown(str(use))}: {adapter.path} changes {', '.join(outside)}, which is in no "
-                    "slot; use it without @SLOT"
-                )
+        """See `number_of`."""
+        return number_of(self.adapters, use)
 
     def strengths(
         self, rows: Sequence[Uses], plan: LayerPlan, *, padded: int, slots: int
@@ -111,6 +81,42 @@ class AdapterSet:
             key = self.adapters[self.number(use)].digest, use.slot
             totals[key] = totals.get(key, 0.0) + use.strength
         return sorted(str(AdapterUse(name, value, slot)) for (name, slot), value in totals.items() if value)
+
+
+def number_of(adapters: Sequence[Adapter], use: AdapterUse) -> int:
+    """Which of some adapters a use names: by its directory, or the last part of that.
+
+    Raises:
+      UsageError: none, or several.
+    """
+    path = Path(use.name)
+    found = [number for number, own in enumerate(adapters) if own.path in (path, path.absolute())]
+    found = found or [number for number, own in enumerate(adapters) if use.name == own.name]
+    if len(found) == 1:
+        return found[0]
+    names = [own.name for own in adapters]
+    if found:
+        raise UsageError(f"adapter {shown(use.name)}: {len(found)} of that name are loaded; give a directory")
+    hint = meant(use.name, names) or f"; loaded are {', '.join(names)}"
+    raise UsageError(f"adapter {shown(use.name)} is not loaded{hint} (load the model with it)")
+
+
+def check_uses(adapters: Sequence[Adapter], uses: Uses, plan: LayerPlan) -> None:
+    """Raises UsageError for uses of an adapter that is not there, or in a slot that it cannot be in."""
+    for use in uses:
+        adapter = adapters[number_of(adapters, use)]
+        if use.slot is None:
+            continue
+        if use.slot >= len(plan):
+            raise UsageError(
+                f"adapter {shown(str(use))}: the layer plan has {len(plan)} slots; expected a slot from 0 to "
+                f"{len(plan) - 1}"
+            )
+        if outside := sorted(name for name in adapter.touched if not name.startswith(LAYERS)):
+            raise UsageError(
+                f"adapter {shown(str(use))}: {adapter.path} changes {', '.join(outside)}, which is in no "
+                "slot; use it without @SLOT"
+            )
 
 
 def adapter_set(
@@ -199,7 +205,7 @@ class _Building:
         return jax.device_put(values, self.placement)
 
     def _is_stacked(self, name: str) -> bool:
-        return name.startswith("layers.")
+        return name.startswith(LAYERS)
 
     def _layers(self, adapter: Adapter, given: Mapping[int, Any], name: str) -> dict[int, Any]:
         """What an adapter has, by this model's layers: one that knows no repetitions follows its layer."""
@@ -241,7 +247,8 @@ class _Building:
         """float32 [O]: what DoRA multiplies each row of weight and delta with, computed once; 1 without."""
         if delta.magnitude is None:
             return np.ones(len(delta.b), np.float32)
-        if name in adapter.replaced:
+        replaced = adapter.replaced.get(name, {}).get(layer)
+        if replaced is not None and not self._is_own(name, layer, replaced):
             raise UsageError(
                 f"{adapter.path}: {name} is replaced, and has a DoRA delta, too; expected one of them"
             )

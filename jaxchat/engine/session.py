@@ -18,7 +18,7 @@ from jaxchat.adapter_use import Uses
 from jaxchat.arguments import refused, whole
 from jaxchat.config import FINAL_NORM, ModelConfig
 from jaxchat.engine import steps
-from jaxchat.engine.adapters import AdapterSet
+from jaxchat.engine.adapters import AdapterSet, check_uses
 from jaxchat.engine.rows import Contexts
 from jaxchat.errors import AdvisedError, UsageError, option
 from jaxchat.families import parameter_table
@@ -161,7 +161,7 @@ class Engine:
     def check_uses(self, uses: Uses, plan: LayerPlan) -> None:
         """Raises UsageError for uses of adapters that are not loaded, or have no such slot."""
         if self.adapters is not None:
-            self.adapters.check(uses, plan)
+            check_uses(self.adapters.adapters, uses, plan)
         elif uses:
             raise UsageError(
                 f"adapter {shown(str(uses[0]))} is not loaded: the model has no adapters; load it with "
