@@ -554,13 +554,9 @@ class _Reading:
         self._count(stored, values)
         if params[0].transposed:
             values = values.T
-        names = [param.name for param in params]
-        if params[0].role == "embedding" and self.config.tied_embeddings and self.lora.ensure_weight_tying:
-            names.append(HEAD)
-        for name in names:
-            param = next((p for p in params if p.name == name), params[0])
+        for param in params:
             rows = slice(*param.fused_range(self.config)) if param.fused else slice(None)
-            self.replaced.setdefault(name, {})[module.layer] = np.ascontiguousarray(values[rows])
+            self.replaced.setdefault(param.name, {})[module.layer] = np.ascontiguousarray(values[rows])
 
 
 def _folded(modules: Iterable[str]) -> str:

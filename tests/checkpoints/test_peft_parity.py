@@ -49,6 +49,10 @@ KINDS: dict[str, Any] = {
         "target_modules": [_first(t)],
         "modules_to_save": [_embedding(t), "lm_head", NORM.get(t, "norm")],
     },
+    "a saved embedding": lambda t: {"target_modules": [_first(t)], "modules_to_save": [_embedding(t)]},
+    "a tied saved embedding": lambda t: {
+        "target_modules": [_first(t)], "modules_to_save": [_embedding(t)], "ensure_weight_tying": True,
+    },
     "a saved projection": lambda t: {
         "target_modules": [_first(t)], "modules_to_save": [{"gpt2": "c_fc"}.get(t, "down_proj")],
     },
