@@ -158,7 +158,7 @@ class _Building:
         platform = next(iter(leaf.devices())).platform
         # bfloat16 on CPU would be widened at every use: its numbers fit float32.
         self.dtype = jnp.dtype(jnp.float32) if platform == "cpu" else dtype
-        if platform == "cpu" and any(isinstance(p, QuantizedTensor | MixedTensor) for p in params.values()):
+        if platform == "cpu" and any(_bits(value) < 8 for value in params.values()):
             self.dtype = jnp.dtype(jnp.float16)  # what it rounds is far below what the weights have lost
         self.platform = "cpu" if platform == "cpu" else "other"
         self.table = {param.name: param for param in parameter_table(config)}
@@ -322,6 +322,13 @@ class _Building:
         stack = np.stack(list(layers.values()))
         kept = as_bits(stack) if stored_dtype(stack.dtype, self.platform) == jnp.uint16 else stack
         return Replaced(*map(self._placed, (kept, row, share, np.asarray(number, np.int32))))
+
+
+def _bits(value: Any) -> int:
+    """The fewest bits that a parameter's numbers have."""
+    if isinstance(value, MixedTensor):
+        return min(map(_bits, value.parts))
+    return value.bits if isinstance(value, QuantizedTensor) else 8 * value.dtype.itemsize
 
 
 def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
