@@ -120,6 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_report(result: dict[str, Any]) -> None:
     rows = [
+        ("machine", f"{result['cpu']}, {result['cores']} cores, {result['device']}"),
         ("model", f"{result['shape']}, {result['quant']}, {result['kernels']} kernels"),
         ("adapters", f"{result['loaded']} of rank {result['rank']}, {result['adapter_mb']:.1f} MB"),
     ]
