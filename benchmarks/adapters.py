@@ -62,6 +62,7 @@ def random_adapter(config: ModelConfig, rank: int, seed: int) -> Adapter:
         low_rank=low_rank,
         added={},
         replaced={},
+        rows={},
         digest=str(seed),
     )
 

@@ -118,6 +118,9 @@ class Model:
     def with_adapters(self, adapters: AdapterLike | Sequence[AdapterLike] | None) -> "Model":
         """The same weights with other adapters, of those it was loaded with: nothing is read or compiled.
 
+        Several add up, each being what it is to the model itself. (PEFT applies DoRA to the sum of model and
+        adapters before it, so that their order counts; here it does not.)
+
         Args:
           adapters: names or directories, each with a strength or a slot if wanted: `"poet"`, `"poet=0.5"`,
             `["poet@3", "critic=0.2"]`; None or [] is the model itself.

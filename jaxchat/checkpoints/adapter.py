@@ -61,6 +61,7 @@ class Adapter:
       low_rank: weight -> layer -> delta; of the embedding that of its transpose, [D, V].
       added: bias -> layer -> float32 [O] that is added to the projection (`lora_bias`).
       replaced: parameter -> layer -> what stands in its place, [...] in the stored dtype.
+      rows: embedding or head -> token ids int [n], and their rows [n, D] (`trainable_token_indices`).
       digest: of all of it.
     """
 
@@ -70,6 +71,7 @@ class Adapter:
     low_rank: Mapping[str, Mapping[int, LowRank]]
     added: Mapping[str, Mapping[int, np.ndarray]]
     replaced: Mapping[str, Mapping[int, np.ndarray]]
+    rows: Mapping[str, tuple[np.ndarray, np.ndarray]]
     digest: str
 
     @property
@@ -80,7 +82,14 @@ class Adapter:
     @property
     def touched(self) -> frozenset[str]:
         """The parameters that it changes."""
-        return frozenset((*self.low_rank, *self.added, *self.replaced))
+        return frozenset((*self.low_rank, *self.added, *self.replaced, *self.rows))
+
+    def with_rows(self, name: str, table: np.ndarray) -> np.ndarray:
+        """A table [V, D] with the rows that the adapter has of it, in the table's dtype; a copy."""
+        ids, values = self.rows[name]
+        table = table.copy()
+        table[ids] = values.astype(table.dtype)
+        return table
 
 
 class Module(NamedTuple):
@@ -311,6 +320,7 @@ class _Reading:
         self.low_rank: dict[str, dict[int, LowRank]] = {}
         self.added: dict[str, dict[int, np.ndarray]] = {}
         self.replaced: dict[str, dict[int, np.ndarray]] = {}
+        self.rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._digest = hashlib.blake2b(digest_size=8)
         self._digest.update(repr(dataclasses.replace(lora, base_model_name_or_path=None)).encode())
 
@@ -342,6 +352,7 @@ class _Reading:
             low_rank=self.low_rank,
             added=self.added,
             replaced=self.replaced,
+            rows=self.rows,
             digest=self._digest.hexdigest(),
         )
 
@@ -514,11 +525,8 @@ class _Reading:
 
     def _read_saved(self, name: str) -> None:
         found, module = self.file.modules[name], self.modules[name]
-        if ("token rows", "weight") in found:
-            raise UsageError(
-                f"{self.where}: trainable_token_indices: single rows of {name} are not supported; train it "
-                "with modules_to_save"
-            )
+        if (rows := found.get(("token rows", "weight"))) is not None:
+            self._read_rows(name, rows)
         for (kind, tensor), stored in found.items():
             if kind not in ("saved", "base"):
                 continue
@@ -529,6 +537,28 @@ class _Reading:
                 )
             self._check_saved(name, tensor, stored)
             self._replace(module, module.params[tensor], stored)
+
+    def _read_rows(self, name: str, stored: str) -> None:
+        """Rows of single tokens; of a tied head those of the embedding, as in PEFT."""
+        param = self.modules[name].params["weight"][0]
+        given = self.lora.trainable_token_indices
+        ends = [name.endswith(key) for key in given] if isinstance(given, dict) else []
+        ids = list(given.values())[ends.index(True)] if isinstance(given, dict) and any(ends) else given
+        if param.role not in ("embedding", "head") or not isinstance(ids, list) or not ids:
+            raise JaxchatError(
+                f"{self.file.path}: {stored}: trainable_token_indices in {CONFIG} has no tokens of {name}; "
+                "take both from one adapter"
+            )
+        if max(ids) >= self.config.vocab_size:
+            raise UsageError(
+                f"{self.where}: trainable_token_indices has token {max(ids)}; expected one below "
+                f"{self.config.vocab_size}: tokens were added; give the model those, too "
+                "(resize_token_embeddings)"
+            )
+        values = self._tensor(stored, (len(ids), self.config.hidden_size))
+        self.rows[param.name] = np.asarray(ids), values
+        if param.role == "embedding" and self.config.tied_embeddings:
+            self.rows.setdefault(HEAD, self.rows[EMBED])
 
     def _check_saved(self, name: str, tensor: str, stored: str) -> None:
         """A whole tensor has a reason in the configuration, or is a resized embedding's."""

@@ -172,7 +172,7 @@ class MergedSource:
             return None
         if param.per_layer and self._repeated is not None and adapter.replicated is None:
             adapter = _one_layer(adapter, param.name, self._repeated[index], index)
-        parts = (adapter.low_rank, adapter.added, adapter.replaced)
+        parts = (adapter.low_rank, adapter.added, adapter.replaced, {name: {0: 0} for name in adapter.rows})
         return (adapter, strength) if any(index in part.get(param.name, {}) for part in parts) else None
 
 
@@ -194,6 +194,8 @@ def _changed(adapter: Adapter, name: str, index: int, base: np.ndarray) -> np.nd
     """A tensor as an adapter has it, float32."""
     values = adapter.replaced.get(name, {}).get(index)
     out = base if values is None else values.astype(np.float32)
+    if name in adapter.rows:
+        out = adapter.with_rows(name, out)
     if (added := adapter.added.get(name, {}).get(index)) is not None:
         out = out + added
     delta = adapter.low_rank.get(name, {}).get(index)
@@ -222,4 +224,9 @@ def _config(config: ModelConfig, merged: Sequence[Merged]) -> ModelConfig:
 
 def _parts_head(merged: Sequence[Merged]) -> bool:
     """Whether embedding and head are no longer the same, if they were."""
-    return any(name in adapter.touched for adapter, _ in merged for name in (EMBED, HEAD))
+    both = (EMBED, HEAD)
+    return any(
+        any(name in part for part in (adapter.low_rank, adapter.replaced) for name in both)
+        or adapter.rows.get(EMBED) is not adapter.rows.get(HEAD)
+        for adapter, _ in merged
+    )

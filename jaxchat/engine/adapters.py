@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jaxchat import memory
@@ -174,6 +175,7 @@ class _Building:
             for layers in adapter.replaced.values()
             for values in layers.values()
         )
+        size += sum(4 * self.config.vocab_size * self.config.hidden_size * len(a.rows) for a in self.adapters)
         devices = {device for leaf in jax.tree.leaves(self.params) for device in leaf.devices()}
         sizes = [self._factor_bytes(name) for name in self._names(lambda adapter: adapter.low_rank)]
         memory.require(
@@ -305,9 +307,21 @@ class _Building:
                     continue
                 layers = self._layers(adapter, given, name)
                 layers = {i: values for i, values in layers.items() if not self._is_own(name, i, values)}
-                if layers:
+                if layers and name not in adapter.rows:
                     found.setdefault(name, []).append(self._stack_of(name, number, layers))
+            for name in adapter.rows:
+                table = adapter.replaced.get(name, {}).get(0, self._table(name))
+                layers = {0: adapter.with_rows(name, table)}
+                found.setdefault(name, []).append(self._stack_of(name, number, layers))
         return {name: tuple(parts) for name, parts in found.items()}
+
+    def _table(self, name: str) -> np.ndarray:
+        """An embedding or a head [V, D], in the type that it has; quantized ones in float32."""
+        stack = self.params[EMBED if name == HEAD and HEAD not in self.params else name]
+        if isinstance(stack, QuantizedTensor | MixedTensor):
+            return np.asarray(self._weight(name, 0))
+        table = np.asarray(stack)
+        return table.view(ml_dtypes.bfloat16) if table.dtype == np.uint16 else table
 
     def _is_own(self, name: str, layer: int, values: np.ndarray) -> bool:
         """Whether what is to replace a weight is that: PEFT saves an embedding with its delta."""

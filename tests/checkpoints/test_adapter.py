@@ -285,7 +285,18 @@ REFUSED = {
         _put(
             f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta", np.ones((2, 24), np.float32)
         ),
-        "trainable_token_indices",
+        "trainable_token_indices in adapter_config.json has no tokens of model.embed_tokens",
+    ),
+    "rows of added tokens": (
+        spoiled(
+            lambda tensors, settings: (
+                tensors.update(
+                    {f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta": np.ones((1, 24), np.float32)}
+                ),
+                settings.update(trainable_token_indices={"lm_head": [67]}),
+            )
+        ),
+        "has token 67; expected one below 67: tokens were added",
     ),
     "a bias the model has not": (
         _put(f"{FIRST}.bias", np.ones(24, np.float32)),

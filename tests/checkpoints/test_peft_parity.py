@@ -56,6 +56,9 @@ KINDS: dict[str, Any] = {
     "a saved projection": lambda t: {
         "target_modules": [_first(t)], "modules_to_save": [{"gpt2": "c_fc"}.get(t, "down_proj")],
     },
+    "single tokens": lambda t: {
+        "target_modules": [_first(t)], "trainable_token_indices": {_embedding(t): [3, 5, 50, 96]},
+    },
     "biases": lambda t: {"target_modules": [_first(t)], "bias": "all"},
     "bias of the delta": lambda t: {"target_modules": [_first(t)], "lora_bias": True},
 }  # fmt: skip
@@ -116,6 +119,32 @@ def test_strength_is_peft_scaling(tmp_path):
     ids = tokens(case)[:, :40]
     loaded = jaxchat.load(tmp_path / "base", adapter=f"{tmp_path / 'adapter'}=0.3")
     assert error(logits_of(loaded, ids), reference_logits(reference, ids)) <= TOLERANCE
+
+
+def test_a_batch_of_several_adapters_is_that_of_peft(tmp_path):
+    case, ids = MODELS[0], tokens(MODELS[0])[:, :40]
+    reference_model(case).save_pretrained(tmp_path / "base")
+    for kind in ("plain", "ranks and alphas"):
+        adapted(case, kind).save_pretrained(tmp_path / kind)
+    reference = peft.PeftModel.from_pretrained(
+        reference_model(case), tmp_path / "plain", adapter_name="plain"
+    )
+    reference.load_adapter(tmp_path / "ranks and alphas", adapter_name="other")
+    reference.eval()
+    expected = {"__base__": reference_logits(reference_model(case), ids[:1])}
+    for name in ("plain", "other"):
+        reference.set_adapter(name)
+        expected[name] = reference_logits(reference, ids[:1])
+    reference.base_model.set_adapter(["plain", "other"])
+    expected["both"] = reference_logits(reference, ids[:1])
+    loaded = jaxchat.load(
+        tmp_path / "base", adapter=[str(tmp_path / kind) for kind in ("plain", "ranks and alphas")]
+    )
+    one, other = AdapterUse("plain"), AdapterUse("ranks and alphas")
+    uses = [(), (one,), (other,), (one, other)]
+    found = logits_of(loaded, [ids[0]] * 4, uses)
+    for logits, wanted in zip(found, expected.values(), strict=True):
+        assert error(logits[None], wanted) <= TOLERANCE
 
 
 def test_what_peft_saves_is_known(tmp_path):
