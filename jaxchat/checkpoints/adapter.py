@@ -33,7 +33,7 @@ from jaxchat.checkpoints.torch_file import TorchFile
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import family_of, parameter_table
-from jaxchat.visible import shown
+from jaxchat.visible import shown, visible
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """The tensors, in the order of preference."""
@@ -365,7 +365,7 @@ class _Reading:
             logger.warning(
                 "%s: left out, as they are for parts of the model that are not read: %s",
                 self.file.path,
-                _folded(towers),
+                visible(_folded(towers)),
             )
         if unknown := [name for name in strange if name not in towers]:
             base = self.lora.base_model_name_or_path
@@ -402,7 +402,7 @@ class _Reading:
             self._refuse("has a delta of", set(have) - wanted, f"which target_modules, {entries}, has not")
         if left := unmatched(self.lora, names):
             logger.warning(
-                "%s: target_modules: no module of the model is called %s", self.where, listed(left)
+                "%s: target_modules: no module of the model is called %s", self.where, visible(listed(left))
             )
         for entry in self.lora.modules_to_save or []:
             if not saved(dataclasses.replace(self.lora, modules_to_save=[entry]), names):

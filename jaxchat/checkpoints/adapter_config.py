@@ -139,12 +139,16 @@ def _check_values(path: Path, config: LoraConfig) -> None:
         raise JaxchatError(f"{path}: bias is {shown(config.bias)}; expected none, all or lora_only")
     if config.use_dora and config.lora_bias:
         raise JaxchatError(f"{path}: use_dora and lora_bias are both true; expected one of them, as in PEFT")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
+        given = getattr(config, key)
+        if isinstance(given, list) and len(given) > MAX_LAYERS:
+            raise JaxchatError(f"{path}: {key} has {len(given)} entries; expected at most {MAX_LAYERS}")
     for start, stop in config.layer_replication or ():
         if not start < stop <= MAX_LAYERS:
             raise JaxchatError(
                 f"{path}: layer_replication has [{start}, {stop}]; expected [first, last + 1] of some layers"
             )
-    if len(config.replicated or ()) > MAX_LAYERS:
+    if sum(stop - start for start, stop in config.layer_replication or ()) > MAX_LAYERS:
         raise JaxchatError(f"{path}: layer_replication makes more than {MAX_LAYERS} layers; shorten it")
 
 
@@ -180,8 +184,8 @@ def targeted(config: LoraConfig, names: Sequence[str], linear: Sequence[str], *,
 
 def unmatched(config: LoraConfig, names: Sequence[str]) -> list[str]:
     """The entries of `target_modules` that are no module of a model."""
-    wanted = config.target_modules
-    return [] if not isinstance(wanted, list) else [entry for entry in wanted if not _ends(entry, names)]
+    wanted, known = config.target_modules, {tail for name in names for tail in _tails(name)}
+    return [entry for entry in wanted if entry not in known] if isinstance(wanted, list) else []
 
 
 def saved(config: LoraConfig, names: Sequence[str]) -> list[str]:
@@ -209,8 +213,7 @@ def pattern_values(
     fits = matches([rf"(?:.*\.)?(?:{keys[place]})" for place in others], names, where=where)
     found = {}
     for number, name in enumerate(names):
-        parts = name.split(".")
-        places = [literal[tail] for i in range(len(parts)) if (tail := ".".join(parts[i:])) in literal]
+        places = [literal[tail] for tail in _tails(name) if tail in literal]
         places += [place for place, row in zip(others, fits, strict=True) if row[number]]
         found[name] = (pattern or {})[keys[min(places)]] if places else default
     return found
@@ -221,11 +224,13 @@ def _named(wanted: list[str] | str, names: Sequence[str], where: str) -> list[st
         (fits,) = matches([wanted], names, where=where)
         return [name for name, does in zip(names, fits, strict=True) if does]
     entries = set(wanted)
-    return [name for name in names if name in entries or any(name.endswith(f".{e}") for e in entries)]
+    return [name for name in names if not entries.isdisjoint(_tails(name))]
 
 
-def _ends(entry: str, names: Sequence[str]) -> bool:
-    return any(name == entry or name.endswith(f".{entry}") for name in names)
+def _tails(name: str) -> list[str]:
+    """A name, and what follows each of its dots."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _is_transformed(config: LoraConfig, name: str) -> bool:

@@ -99,7 +99,8 @@ class Adapters:
         if name not in self.low_rank:
             return out
         a, b = self.low_rank[name]
-        low = embedding_rows(jnp.swapaxes(a[0], 0, 1), ids) * _along(self.column_strengths, x.ndim)
+        low = jnp.moveaxis(a[0][:, ids], 0, -1).astype(jnp.float32)  # no copy of the table is turned
+        low = low * _along(self.column_strengths, x.ndim)
         return out + jnp.matmul(low, b[0].astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 import jaxchat
 from jaxchat.adapter_use import AdapterUse, read_uses
+from jaxchat.analysis import sweep
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.merged import merged_directory
 from jaxchat.checkpoints.write import convert, to_hf
@@ -326,6 +328,18 @@ def test_a_model_with_a_recorded_plan_is_refused(base, adapters, tmp_path):
     convert(base, tmp_path / "planned", layer_spec="0,1,1")
     with pytest.raises(UsageError, match=r"is stored with a layer plan.*convert it with --to_hf"):
         jaxchat.load(tmp_path / "planned", adapter=str(adapters / "poet"))
+
+
+def test_an_analysis_does_not_leave_adapters_out_silently(model):
+    with pytest.raises(UsageError, match=r"without adapters.*merge them first"):
+        sweep.Sweep(model.engine, model.plan, sweep.Windows(np.ones((1, 4), np.int32), np.array([4])))
+
+
+def test_adapters_are_on_every_device_of_a_mesh(base, adapters):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    uses = [f"{adapters / 'poet'}", f"{adapters / 'critic'}=0.5"]
+    sharded = jaxchat.load(base, adapter=uses, mesh=mesh)
+    assert_close(logits_of(sharded, IDS), logits_of(jaxchat.load(base, adapter=uses), IDS))
 
 
 def test_repetitions_that_differ_are_refused(base, config, tmp_path):
