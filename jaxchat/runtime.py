@@ -375,9 +375,10 @@ class Model:
                 group = numbers[start : start + batch_size]
                 if session is None or session.batch != len(group):
                     session = self.engine.session(plan, batch=len(group), max_slots=slots, uses=())
-                for row in range(len(group)):
-                    session.set_adapters((), row)  # those before may be in slots that this plan has not
-                session.set_plan(plan)
+                if plan != session.plan:
+                    for row in range(len(group)):
+                        session.set_adapters((), row)  # those before may be in slots that this plan has not
+                    session.set_plan(plan)
                 for row, number in enumerate(group):
                     session.set_adapters(uses[number], row)
                     session.set_ids(ids[number], row)

@@ -450,7 +450,13 @@ class _Reading:
             )
         if self.lora.lora_bias:
             added = self._tensor(found["b", "bias"], (outputs,)) * np.float32(scale)
-        b = b * np.float32(scale)
+        with np.errstate(over="ignore"):
+            b = b * np.float32(scale)
+        if not np.isfinite(b).all():
+            raise JaxchatError(
+                f"{self.file.path}: {name}.lora_B times {scale:g} (lora_alpha and r in {CONFIG}) is too "
+                "large for float32; put lora_alpha right"
+            )
         for param in params:
             rows = slice(*param.fused_range(self.config)) if param.fused else slice(None)
             part = None if magnitude is None else magnitude[rows]

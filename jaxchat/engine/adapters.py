@@ -241,7 +241,13 @@ class _Building:
             for layer, delta in layers.items():
                 factor = self._lengthening(adapter, name, layer, delta)
                 columns = slice(start, start + len(delta.a))
-                a[layer, columns], b[layer, columns] = _balanced(delta.a, (delta.b * factor[:, None]).T)
+                with np.errstate(over="ignore"):
+                    a[layer, columns], b[layer, columns] = _balanced(delta.a, (delta.b * factor[:, None]).T)
+                if not (_is_finite(a[layer, columns]) and _is_finite(b[layer, columns])):
+                    raise JaxchatError(
+                        f"{adapter.path}: the delta of {name} of layer {layer} is too large for "
+                        f"{self.dtype}; the adapter is broken, or its lora_alpha is"
+                    )
                 gain[layer, number] = factor - 1
         return Factors(self._placed(a), self._placed(b)), gain if gain.any() else None
 
@@ -343,6 +349,10 @@ def _bits(value: Any) -> int:
     if isinstance(value, MixedTensor):
         return min(map(_bits, value.parts))
     return value.bits if isinstance(value, QuantizedTensor) else 8 * value.dtype.itemsize
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values.astype(np.float32)).all())
 
 
 def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -221,6 +221,15 @@ REFUSED = {
     "no number": (_say(r="4"), "r is '4'; expected a whole number"),
     "rank 0": (_say(r=0), "r is 0; expected"),
     "an endless alpha": (_say(lora_alpha=1e300), "lora_alpha is 1e"),
+    "a delta that is too large": (
+        spoiled(
+            lambda tensors, settings: (
+                tensors.update({f"{FIRST}.lora_B.weight": np.full((24, 4), 1e20, np.float32)}),
+                settings.update(lora_alpha=1e30),
+            )
+        ),
+        "q_proj.lora_B times 2.5e.29 .* is too large for float32",
+    ),
     "another rank": (_say(r=8), r"q_proj.lora_A.weight is \[4, 24\], of rank 4, but r .* make it 8"),
     "a kind of bias": (_say(bias="some"), "bias is 'some'; expected none, all or lora_only"),
     "targets that are nowhere": (
