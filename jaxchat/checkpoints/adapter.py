@@ -420,36 +420,15 @@ class _Reading:
     # --- deltas
 
     def _read_delta(self, name: str, rank: int, scale: float) -> None:
-        found, module = self.file.modules[name], self.modules[name]
-        if "weight" not in module.params or module.params["weight"][0].role not in (
-            "weight",
-            "embedding",
-            "head",
-        ):
+        module, role = self.modules[name], self._role(name)
+        if role not in ("weight", "embedding", "head"):
             raise UsageError(f"{self.file.path}: {name} has a delta, but is no projection; take a plain LoRA")
         params = module.params["weight"]
         self._check_tying(params[0])
-        if params[0].role == "embedding":
-            a, b = self._factors(name, ("a of embedding", "b of embedding"), rank, params)
-        else:
-            a, b = self._factors(name, ("a", "b"), rank, params)
-        outputs = len(b)
-        magnitude = None
-        if self.lora.use_dora != (("magnitude", "weight") in found):
-            raise JaxchatError(
-                f"{self.file.path}: {name} has {'no' if self.lora.use_dora else 'a'} lora_magnitude_vector, "
-                f"but use_dora is {str(self.lora.use_dora).lower()}; take file and {CONFIG} from one adapter"
-            )
-        if self.lora.use_dora:
-            magnitude = self._tensor(found["magnitude", "weight"], (outputs,))
-        added = None
-        if self.lora.lora_bias != (("b", "bias") in found):
-            raise JaxchatError(
-                f"{self.file.path}: {name}.lora_B has {'no' if self.lora.lora_bias else 'a'} bias, but "
-                f"lora_bias is {str(self.lora.lora_bias).lower()}; take file and {CONFIG} from one adapter"
-            )
-        if self.lora.lora_bias:
-            added = self._tensor(found["b", "bias"], (outputs,)) * np.float32(scale)
+        kinds = ("a of embedding", "b of embedding") if role == "embedding" else ("a", "b")
+        a, b = self._factors(name, kinds, rank, params)
+        magnitude = self._optional(name, ("magnitude", "weight"), len(b), "use_dora", "lora_magnitude_vector")
+        added = self._optional(name, ("b", "bias"), len(b), "lora_bias", "bias of lora_B")
         with np.errstate(over="ignore"):
             b = b * np.float32(scale)
         if not np.isfinite(b).all():
@@ -463,7 +442,24 @@ class _Reading:
             self.low_rank.setdefault(param.name, {})[module.layer] = LowRank(a, b[rows], part)
             if added is not None:
                 bias = param.name.removesuffix(".weight") + ".bias"
-                self.added.setdefault(bias, {})[module.layer] = added[rows]
+                self.added.setdefault(bias, {})[module.layer] = added[rows] * np.float32(scale)
+
+    def _role(self, name: str) -> str | None:
+        """What the weight of a module is; None where it has none."""
+        params = self.modules[name].params.get("weight")
+        return None if params is None else params[0].role
+
+    def _optional(
+        self, name: str, entry: tuple[str, str], outputs: int, key: str, what: str
+    ) -> np.ndarray | None:
+        """A vector [O] of a module that is in the file exactly if a switch of the configuration says so."""
+        stored, wanted = self.file.modules[name].get(entry), bool(getattr(self.lora, key))
+        if wanted != (stored is not None):
+            raise JaxchatError(
+                f"{self.file.path}: {name} has {'no' if wanted else 'a'} {what}, but {key} is "
+                f"{str(wanted).lower()}; take file and {CONFIG} from one adapter"
+            )
+        return None if stored is None else self._tensor(stored, (outputs,))
 
     def _check_tying(self, param: Param) -> None:
         tied = self.config.tied_embeddings and param.name in (EMBED, HEAD)

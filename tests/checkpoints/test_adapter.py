@@ -250,7 +250,7 @@ REFUSED = {
         _say(use_dora=True),
         "q_proj has no lora_magnitude_vector, but use_dora is true",
     ),
-    "a bias that is missing": (_say(lora_bias=True), "lora_B has no bias, but lora_bias is true"),
+    "a bias that is missing": (_say(lora_bias=True), "q_proj has no bias of lora_B, but lora_bias is true"),
     "layers that are repeated backwards": (
         _say(layer_replication=[[2, 1]]),
         r"layer_replication has \[2, 1\]",
