@@ -1,3 +1,4 @@
+from .adapter_use import AdapterUse
 from .chat.replies import Result, Score, TextStream, Timings
 from .chat.session import ChatSession
 from .checkpoints.assembly import Assembly
@@ -12,6 +13,7 @@ from .runtime import Model, load
 __version__: str
 
 __all__ = [
+    "AdapterUse",
     "Assembly",
     "ChatSession",
     "ContextOverflowError",

@@ -25,7 +25,7 @@ from jaxchat.layers import attention
 from jaxchat.layers.block import run_slot
 from jaxchat.layers.cache import KVCache, empty_cache
 from jaxchat.layers.norms import norm
-from jaxchat.layers.step import Params, Step
+from jaxchat.layers.step import Params, Step, products
 from jaxchat.pallas.backends import DIFFERENTIABLE
 from jaxchat.pallas.embedding import embedding_rows
 
@@ -47,11 +47,17 @@ def forward(step: Step, cache: KVCache) -> tuple[Float32[Array, "B T D"], KVCach
 def embed(step: Step) -> Float[Array, "B T D"]:
     """The residual stream before the first slot, [B, T, D]."""
     with jax.named_scope("embed"):
-        x = embedding_rows(step.params[EMBED], step.tokens) * np.float32(step.config.embedding_scale)
+        x = _rows(step, EMBED, step.tokens) * np.float32(step.config.embedding_scale)
         if step.config.learned_positions:
             # Padding may run beyond the table; its positions are clipped, its output is never read.
-            x = x + embedding_rows(step.params["positions.weight"], step.positions)
+            x = x + _rows(step, "positions.weight", step.positions)
     return x.astype(step.dtype)
+
+
+def _rows(step: Step, name: str, ids: Int[Array, "B T"]) -> Float32[Array, "B T D"]:
+    """Rows of a table, float32 [B, T, D]."""
+    x = embedding_rows(step.params[name], ids)
+    return x if step.adapters is None else step.adapters.embedded(name, ids, x)
 
 
 def run_plan(
@@ -87,7 +93,8 @@ def logits(step: Step, hidden: Float[Array, "*lead D"]) -> Float32[Array, "*lead
     head = step.params[EMBED if config.tied_embeddings else HEAD]
     with jax.named_scope("lm_head"):
         stack = jax.tree.map(lambda array: array[None], head)  # one layer of its own
-        (out,) = step.kernels.matmuls(hidden.astype(step.dtype), [stack], [jnp.int32(0)])
+        first = jnp.int32(0)
+        (out,) = products(step, hidden.astype(step.dtype), [HEAD], [stack], [first], first)
     if config.final_softcap:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
     return out

@@ -11,18 +11,21 @@ from typing import Any, Literal, Unpack
 import jax
 
 from jaxchat import arguments
+from jaxchat.adapter_use import AdapterLike, Uses, read_uses, refuse_recipe
 from jaxchat.chat.batch import ChatBatch
 from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.replies import Batch, Result, Row, Score, TextStream, numbered
 from jaxchat.chat.session import ChatSession
 from jaxchat.chat.vocabulary import Vocabulary
+from jaxchat.checkpoints.adapter import Adapter, common_replication, read_adapter, replicated_config
 from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import Progress, load_assembly, load_params
 from jaxchat.checkpoints.quantized import Quant
 from jaxchat.config import ModelConfig
+from jaxchat.engine.adapters import adapter_set, check_uses
 from jaxchat.engine.compile_cache import enable_compilation_cache
-from jaxchat.engine.session import Engine, Session, kernels_for, read_kv_dtype
+from jaxchat.engine.session import Engine, Session, default_dtype, kernels_for, placement_of, read_kv_dtype
 from jaxchat.errors import JaxchatError, UsageError, option, told
 from jaxchat.layer_plan import LayerPlan, PlanLike, as_plan
 from jaxchat.options import DEFAULTS, MAX_SLOTS, GenerateOptions, GenerateOverrides, checked_options
@@ -51,6 +54,7 @@ class Model:
       template: the chat template, or None.
       max_slots: cache slots that its sessions reserve.
       name: what people call it, "" where nobody said.
+      uses: what its requests use of the adapters that it was loaded with, where they do not say it.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Model:
         template: ChatTemplate | None = None,
         max_slots: int = 0,
         name: str = "",
+        uses: Uses | None = None,
     ):
         self.base_plan = base_plan or LayerPlan.identity(engine.config.num_layers)
         self.config: ModelConfig = engine.config
@@ -72,6 +77,7 @@ class Model:
         self.template = template
         self.max_slots = max_slots
         self.name = name
+        self.uses = engine.uses if uses is None else uses
 
     def __repr__(self) -> str:
         """What it is, in a line."""
@@ -96,14 +102,43 @@ class Model:
         """
         if plan is None:
             raise arguments.refused("plan", plan, "a layer plan; 'all' is every layer once")
+        chosen = as_plan(plan, self.base_plan)
+        self.engine.check_uses(self.uses, chosen)
         return Model(
             self.engine,
-            as_plan(plan, self.base_plan),
+            chosen,
             base_plan=self.base_plan,
             tokenizer=self.tokenizer,
             template=self.template,
             max_slots=self.max_slots,
             name=self.name,
+            uses=self.uses,
+        )
+
+    def with_adapters(self, adapters: AdapterLike | Sequence[AdapterLike] | None) -> "Model":
+        """The same weights with other adapters, of those it was loaded with: nothing is read or compiled.
+
+        Several add up, each being what it is to the model itself. (PEFT applies DoRA to the sum of model and
+        adapters before it, so that their order counts; here it does not.)
+
+        Args:
+          adapters: names or directories, each with a strength or a slot if wanted: `"poet"`, `"poet=0.5"`,
+            `["poet@3", "critic=0.2"]`; None or [] is the model itself.
+
+        >>> model = jaxchat.load("path/to/model", adapter=["loras/poet", "loras/critic"])  # doctest: +SKIP
+        >>> poet, plain = model.with_adapters("poet"), model.with_adapters(None)  # doctest: +SKIP
+        """
+        uses = read_uses(adapters, "adapters")
+        self.engine.check_uses(uses, self.plan)
+        return Model(
+            self.engine,
+            self.plan,
+            base_plan=self.base_plan,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            max_slots=self.max_slots,
+            name=self.name,
+            uses=uses,
         )
 
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
@@ -151,6 +186,7 @@ class Model:
         *,
         token_ids: Sequence[Sequence[int]] | None = None,
         plans: Sequence[PlanLike | None] | None = None,
+        adapters: Sequence[AdapterLike | Sequence[AdapterLike] | None] | None = None,
         batch_size: int = 8,
         parse_special: bool = True,
         options: GenerateOptions = DEFAULTS,
@@ -163,6 +199,8 @@ class Model:
           token_ids: instead of texts; needs no tokenizer.
           plans: a layer plan a prompt, as `with_plan` takes it, None for the model's own; prompts under the
             same plan run together.
+          adapters: what each prompt uses of the model's adapters, as `with_adapters` takes it, None for the
+            model's own and [] for none; prompts with different ones run together.
           batch_size: how many sequences are decoded together.
           parse_special: special tokens spelled out in a text are those, see `encode`.
           options: how to go on; single ones can be given by name: `max_new_tokens=20`.
@@ -176,8 +214,9 @@ class Model:
         arguments.whole("batch_size", batch_size, 1)
         ids = self._prompt_ids("prompts", prompts, token_ids, parse_special)
         chosen, slots = self._plans(plans, len(ids))
+        uses = self._uses(adapters, chosen)
         results: dict[int, Result] = {}
-        for group, session in self._groups(ids, chosen, slots, batch_size):
+        for group, session in self._groups(ids, chosen, uses, slots, batch_size):
             rows = [Row.of_prompt(ids[number], numbered(settings, number)) for number in group]
             batch = Batch(self.vocabulary, session, rows)
             for _ in batch.pieces():
@@ -204,7 +243,7 @@ class Model:
             raise arguments.refused("prompt", prompt, "one text (generate takes several)")
         one = None if token_ids is None else [arguments.token_ids("token_ids", token_ids)]
         ids = self._prompt_ids("prompt", prompt, one, parse_special)
-        session = self.engine.session(self.plan, max_slots=self.max_slots)
+        session = self.engine.session(self.plan, max_slots=self.max_slots, uses=self.uses)
         row = Row.of_prompt(ids[0], numbered(settings, 0))
         return TextStream(Batch(self.vocabulary, session, [row]))
 
@@ -279,6 +318,7 @@ class Model:
             self.vocabulary,
             base_plan=self.base_plan,
             max_slots=self.max_slots,
+            uses=self.uses,
         )
 
     def load_session(self, path: str | Path) -> ChatSession:
@@ -299,26 +339,33 @@ class Model:
         *,
         token_ids: Sequence[Sequence[int]] | None = None,
         plans: Sequence[PlanLike | None] | None = None,
+        adapters: Sequence[AdapterLike | Sequence[AdapterLike] | None] | None = None,
         batch_size: int = 1,
         parse_special: bool = True,
     ) -> list[Score]:
         """Log-likelihood of every token of each text, given those before it.
 
-        `plans`, `batch_size` and `parse_special` are as in `generate`.
+        `plans`, `adapters`, `batch_size` and `parse_special` are as in `generate`.
 
         >>> model.score("Once upon a time")[0].total  # doctest: +SKIP
         """
         arguments.whole("batch_size", batch_size, 1)
         all_ids = self._prompt_ids("texts", texts, token_ids, parse_special)
         chosen, slots = self._plans(plans, len(all_ids))
+        uses = self._uses(adapters, chosen)
         scores: dict[int, Score] = {}
-        for group, session in self._groups(all_ids, chosen, slots, batch_size):
+        for group, session in self._groups(all_ids, chosen, uses, slots, batch_size):
             for number, logprobs in zip(group, session.score_rows(range(len(group))), strict=True):
                 scores[number] = Score(list(all_ids[number]), logprobs.tolist())
         return [scores[number] for number in range(len(all_ids))]
 
     def _groups(
-        self, ids: Sequence[Sequence[int]], plans: Sequence[LayerPlan], slots: int, batch_size: int
+        self,
+        ids: Sequence[Sequence[int]],
+        plans: Sequence[LayerPlan],
+        uses: Sequence[Uses],
+        slots: int,
+        batch_size: int,
     ) -> Iterator[tuple[list[int], Session]]:
         """The numbers of the prompts that run together, under one plan, and a session that holds them."""
         session: Session | None = None
@@ -327,9 +374,13 @@ class Model:
             for start in range(0, len(numbers), batch_size):
                 group = numbers[start : start + batch_size]
                 if session is None or session.batch != len(group):
-                    session = self.engine.session(plan, batch=len(group), max_slots=slots)
-                session.set_plan(plan)
+                    session = self.engine.session(plan, batch=len(group), max_slots=slots, uses=())
+                if plan != session.plan:
+                    for row in range(len(group)):
+                        session.set_adapters((), row)  # those before may be in slots that this plan has not
+                    session.set_plan(plan)
                 for row, number in enumerate(group):
+                    session.set_adapters(uses[number], row)
                     session.set_ids(ids[number], row)
                 yield group, session
 
@@ -377,6 +428,28 @@ class Model:
         ]
         return chosen, max([self.max_slots, *(len(plan.executed()) for plan in chosen)])
 
+    def _uses(
+        self,
+        adapters: Sequence[AdapterLike | Sequence[AdapterLike] | None] | None,
+        plans: Sequence[LayerPlan],
+    ) -> list[Uses]:
+        """What each prompt, under its plan, uses of the adapters."""
+        if adapters is None:
+            adapters = [None] * len(plans)
+        expected = "a list of one a prompt: a name, a list of names, [] for none, or None"
+        listed = arguments.several("adapters", adapters, expected)
+        if len(listed) != len(plans):
+            raise UsageError(
+                f"adapters: got {len(listed)} entries for {len(plans)} prompts; give a list of one a prompt"
+            )
+        uses = [
+            self.uses if entry is None else read_uses(entry, f"adapters[{number}]")
+            for number, entry in enumerate(listed)
+        ]
+        for own, plan in zip(uses, plans, strict=True):
+            self.engine.check_uses(own, plan)
+        return uses
+
     def conversation(self, **settings: Any) -> Conversation:
         """A history for this model; the settings are those of `Conversation`. `chat_session` runs one."""
         if self.tokenizer is None:
@@ -398,6 +471,7 @@ def load(
     recipe: str | Path | Assembly | None = None,
     model_paths: Mapping[str, str | Path] | None = None,
     keep_identity: bool = False,
+    adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     dtype: str | None = None,
     quant: str | QuantFormat | None = None,
     keep: Literal["small", "exact"] = "small",
@@ -421,6 +495,10 @@ def load(
         made of one.
       model_paths: model names of the recipe -> directories.
       keep_identity: executes the recipe's layers that change nothing, too.
+      adapter: PEFT's LoRA adapters, one or a list: a directory, with a strength (`"DIR=0.5"`) or the one slot
+        that it is in (`"DIR@3"`) if wanted. All are loaded, and used with these strengths where a request
+        does not say (`generate(adapters=)`, `Model.with_adapters`): changing that compiles nothing. One that
+        repeats layers (`layer_replication`) makes the model one of so many layers.
       dtype: of the weights, `float32`, `bfloat16` or `float16`; default as stored.
       quant: quantizes the weights while they are read: `int8`, `int4`, `int4:64`, ... (`QuantFormat.parse`);
         default as stored.
@@ -443,17 +521,24 @@ def load(
     >>> model = jaxchat.load("path/to/model", plan="0:8,4:12,8:", quant="int4")  # doctest: +SKIP
     """
     _check_settings(locals())
+    uses = read_uses(adapter, option("adapter"))
     wanted: Quant = QuantFormat.parse(quant) if isinstance(quant, str) else quant or "auto"
     enable_compilation_cache(compilation_cache_dir)
     if (path is None) == (recipe is None):
         raise UsageError("give a model directory or a recipe, one of them")
     if recipe is None:
         assembly, directory = None, ModelDirectory.at(path or "")
-        base_plan = directory.plan
+        adapters = _adapters(uses, directory)
+        repeated = common_replication(adapters)
+        base_plan = directory.plan if repeated is None else LayerPlan.identity(len(repeated))
     else:
+        if uses:
+            raise refuse_recipe(option("adapter"))
+        adapters, repeated = [], None
         assembly = recipe if isinstance(recipe, Assembly) else _read(recipe, model_paths, keep_identity)
         directory, base_plan = assembly.models[assembly.tokenizer], assembly.plan
     chosen = as_plan(plan, base_plan)
+    check_uses(adapters, uses, chosen)
     # Before the weights: what is wrong with a setting or a small file is not told after minutes of loading.
     selected = kernels_for(kernels, backends.devices()[0] if mesh is None else mesh.devices.flat[0], mesh)
     cache_dtype = None if kv_dtype is None else read_kv_dtype(kv_dtype)
@@ -471,7 +556,21 @@ def load(
         config, params = load_params(directory, **weights)
     else:
         config, params = load_assembly(assembly, **weights)
-    engine = Engine(config, params, max_length=max_length, kv_dtype=cache_dtype, kernels=selected, mesh=mesh)
+    if repeated is not None:
+        config = replicated_config(config, repeated)
+    placement = placement_of(params, mesh)
+    engine = Engine(
+        config,
+        params,
+        max_length=max_length,
+        kv_dtype=cache_dtype,
+        kernels=selected,
+        mesh=mesh,
+        adapters=adapter_set(adapters, config, params, dtype=default_dtype(params), placement=placement)
+        if adapters
+        else None,
+        uses=uses,
+    )
     model = Model(
         engine,
         chosen,
@@ -484,6 +583,21 @@ def load(
     if tokenizer is not None and max(tokenizer.special_tokens.values(), default=0) >= config.vocab_size:
         _warn_of_template(model, directory)
     return model
+
+
+def _adapters(uses: Uses, directory: ModelDirectory) -> list[Adapter]:
+    """The adapters for a model, each once.
+
+    Raises:
+      UsageError: the layers of the directory are not those that an adapter counts.
+    """
+    names = list(dict.fromkeys(use.name for use in uses))
+    if names and not directory.is_plain:
+        raise UsageError(
+            f"{directory}: is stored with a layer plan or a recipe's layers, and adapters count the layers "
+            f"of the model itself; convert it with --to_hf, or load that model with {option('plan')}"
+        )
+    return [read_adapter(name, directory.config) for name in names]
 
 
 def _warn_of_template(model: Model, directory: ModelDirectory) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from jaxchat import __main__ as program
+from jaxchat.checkpoints.directory import ModelDirectory
+from tests.support.adapters import lora_tensors, projections, write_adapter
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,6 +69,8 @@ def test_the_commands_run(
     (tmp_path / "recipe.yaml").write_text(recipe.replace("path/to/model", model_path))
     story = (shared_data / "corpora" / "tinystories_2MiB.txt").read_text(encoding="utf-8")[:3000]
     (tmp_path / "story.txt").write_text(re.sub(r"[^a-z ]", "", story.lower()))  # what the model can read
+    modules = projections(ModelDirectory.at(model_path).config)
+    write_adapter(tmp_path / "path/to/adapter", lora_tensors(modules), target_modules="all-linear")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     chatted = False

@@ -85,8 +85,14 @@ class Sweep:
           max_slots: room for longer plans than `base`; the executable is compiled for it.
 
         Raises:
-          UsageError: a window is longer than the context, or holds an id beyond the vocabulary.
+          UsageError: a window is longer than the context, or holds an id beyond the vocabulary; or the model
+            has adapters.
         """
+        if engine.adapters is not None:
+            raise UsageError(
+                "the analysis runs a model without adapters, and this one was loaded with some; merge them "
+                "first (jaxchat convert --adapter)"
+            )
         if windows.tokens.shape[1] > engine.max_length:
             raise UsageError(
                 f"{option('window')} is {windows.tokens.shape[1]}, but the model's context holds "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from jaxchat.adapter_use import AdapterLike, Uses, read_uses
 from jaxchat.arguments import refused
 from jaxchat.chat import session_file
 from jaxchat.chat.conversation import Conversation
@@ -117,9 +118,11 @@ class ChatBatch:
         *,
         base_plan: LayerPlan,
         max_slots: int = 0,
+        uses: Uses = (),
     ):
         self.conversations = list(conversations)
-        self.session = engine.session(plan, batch=len(self.conversations), max_slots=max_slots)
+        batch = len(self.conversations)
+        self.session = engine.session(plan, batch=batch, max_slots=max_slots, uses=uses)
         self._engine = engine
         self._vocabulary = vocabulary
         self._base_plan = base_plan
@@ -137,6 +140,13 @@ class ChatBatch:
         if plan is None:
             raise refused("plan", plan, "a layer plan; 'all' is every layer once")
         self.session.set_plan(as_plan(plan, self._base_plan))
+
+    def set_adapters(self, adapters: AdapterLike | Sequence[AdapterLike] | None, row: int = 0) -> None:
+        """Goes on in a conversation with other adapters, as for `Model.with_adapters`.
+
+        What the cache holds is of those before: the next turn computes it anew.
+        """
+        self.session.set_adapters(read_uses(adapters, "adapters"), row)
 
     def send(self, texts: Sequence[str | None], options: GenerateOptions) -> list[Message | None]:
         """Says something in each conversation, and returns the replies.
@@ -288,7 +298,8 @@ class ChatBatch:
 
     def _fingerprint(self, row: int) -> Fingerprint:
         conversation = self.conversations[row]
-        return fingerprint_of(self._engine, conversation.tokenizer, conversation.template)
+        uses = self.session.uses[row]
+        return fingerprint_of(self._engine, conversation.tokenizer, conversation.template, uses)
 
     def _advice(self, plan: LayerPlan) -> str:
         if self._base_plan != LayerPlan.identity(plan.num_layers):  # whose slots plans in text count

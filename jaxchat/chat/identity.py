@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from jaxchat.adapter_use import Uses
 from jaxchat.checkpoints.fingerprint import weights_fingerprint
 from jaxchat.engine.session import Engine
 from jaxchat.errors import option
@@ -24,6 +25,7 @@ class Fingerprint(msgspec.Struct, frozen=True, rename={"template": "chat templat
       weights: parameter -> its `format`, and what tells its values.
       kernels: which kernels laid the parameters out.
       tokenizer, template: digests of what they do.
+      adapters: digests of those that are used, each with its strength and slot.
     """
 
     config: dict[str, Any]
@@ -31,13 +33,19 @@ class Fingerprint(msgspec.Struct, frozen=True, rename={"template": "chat templat
     kernels: str
     tokenizer: str
     template: str
+    adapters: list[str] = []  # msgspec makes a list for each
 
 
 _PROBE = "The quick brown fox, 3.14 × 10²: naïve café, 東京, привет!\n\t<|im_start|> 🙂"
 
 
-def fingerprint_of(engine: Engine, tokenizer: Tokenizer, template: ChatTemplate) -> Fingerprint:
-    """The fingerprint of a model: its configuration, samples of its weights, what its text files do."""
+def fingerprint_of(
+    engine: Engine, tokenizer: Tokenizer, template: ChatTemplate, uses: Uses = ()
+) -> Fingerprint:
+    """The fingerprint of a model: its configuration, samples of its weights, what its text files do.
+
+    And of what is used of the engine's adapters.
+    """
     return Fingerprint(
         # As JSON has it: lists, and no tuples.
         config=json.loads(json.dumps(dataclasses.asdict(engine.config))),
@@ -45,6 +53,7 @@ def fingerprint_of(engine: Engine, tokenizer: Tokenizer, template: ChatTemplate)
         kernels=engine.kernels.name,
         tokenizer=_tokenizer(tokenizer),
         template=_template(template),
+        adapters=[] if engine.adapters is None else engine.adapters.identity(uses),
     )
 
 
@@ -72,6 +81,11 @@ def difference(saved: Fingerprint, here: Fingerprint) -> str | None:
         if saved.kernels != here.kernels:
             what += f" (or lies differently: it was saved with {option('kernels', saved.kernels)})"
         return f"{names[0]}{more} {what}"
+    if saved.adapters != here.adapters:
+        return (
+            f"it was made with {_adapters(saved.adapters)}, and {_adapters(here.adapters)} is used here: "
+            f"give the {option('adapter')} it was made with"
+        )
     for name, before, now in (
         ("tokenizer", saved.tokenizer, here.tokenizer),
         ("chat template", saved.template, here.template),
@@ -79,6 +93,10 @@ def difference(saved: Fingerprint, here: Fingerprint) -> str | None:
         if before != now:
             return f"the {name} is another one"
     return None
+
+
+def _adapters(identity: list[str]) -> str:
+    return f"adapter {' and '.join(map(shown, identity))}" if identity else "no adapter"
 
 
 def _tokenizer(tokenizer: Tokenizer) -> str:

@@ -3,10 +3,12 @@
 It is a batch of one (`batch.ChatBatch`) whose replies are streamed.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack, get_args
 
 from jaxchat import arguments
+from jaxchat.adapter_use import AdapterLike
 from jaxchat.chat.batch import ChatBatch, Continue, Retry, Send, Turn
 from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.replies import TextStream, numbered
@@ -142,6 +144,10 @@ class ChatSession:
         See `engine.Session.set_plan`: what the new plan has to compute anew, the next turn does.
         """
         self._chats.set_plan(plan)
+
+    def set_adapters(self, adapters: AdapterLike | Sequence[AdapterLike] | None) -> None:
+        """Goes on with other adapters, of those the model was loaded with; see `Model.with_adapters`."""
+        self._chats.set_adapters(adapters)
 
     def set_system(self, text: str | None) -> None:
         """Replaces the system prompt, from the next turn on for the whole history; None takes it away."""

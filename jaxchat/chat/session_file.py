@@ -23,6 +23,8 @@ from jaxchat.files import UnreadableError, parse_json, replaced
 from jaxchat.typed import checked
 
 VERSION = "2"
+_WITH_ADAPTERS = "3"
+"""The same with adapters in its fingerprint: a jaxchat that knows none is not to take it for the model's."""
 _WITH_SLOT_ROWS = "1"
 """The version before, whose slots may have different numbers of rows in use: int64 [P] `slot_rows`."""
 
@@ -73,7 +75,7 @@ def save(path: str | Path, chat: SavedChat) -> None:
     text = json.dumps(msgspec.to_builtins(stored), ensure_ascii=False)
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": _WITH_ADAPTERS if chat.model.adapters else VERSION,
         "session": text,
         "crc32": str(zlib.crc32(text.encode())),
     }
@@ -140,10 +142,10 @@ def _stored(file: SafetensorsFile) -> _Stored:
     found = file.metadata
     if found.get("format") != FORMAT:
         raise JaxchatError(f"{file.path}: not a session that jaxchat saved; a model is given with -m")
-    if found.get("version") not in (_WITH_SLOT_ROWS, VERSION):
+    if found.get("version") not in (_WITH_SLOT_ROWS, VERSION, _WITH_ADAPTERS):
         raise JaxchatError(
             f"{file.path}: a session file of version {found.get('version')}, this jaxchat reads "
-            f"versions up to {VERSION}: load it with the jaxchat that saved it"
+            f"versions up to {_WITH_ADAPTERS}: load it with the jaxchat that saved it"
         )
     text = found.get("session", "")
     if str(zlib.crc32(text.encode(errors="replace"))) != found.get("crc32"):

@@ -19,7 +19,7 @@ from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.quant import QuantizedTensor
 
 if TYPE_CHECKING:
-    from jaxchat.checkpoints.gguf_storage import Keep
+    from jaxchat.checkpoints.manifest import Keep
     from jaxchat.checkpoints.source import Wanted
 
 

@@ -289,7 +289,7 @@ class ModelDirectory:
         if self.config_values == self._stored_values:
             shutil.copyfile(self.path / CONFIG, directory / CONFIG)
         else:
-            _write_json(directory / CONFIG, self.config_values)
+            write_json(directory / CONFIG, self.config_values)
 
     def write_words(self, directory: Path) -> None:
         """Writes the files of the tokenizer, the chat templates and the sampling advice into a directory."""
@@ -453,14 +453,14 @@ class GgufDirectory(ModelDirectory):
 
     def write_config(self, directory: Path) -> None:
         """See `ModelDirectory`."""
-        _write_json(directory / CONFIG, self.config_values)
+        write_json(directory / CONFIG, self.config_values)
 
     def write_words(self, directory: Path) -> None:
         """See `ModelDirectory`."""
         from jaxchat.text.tokenizer_gguf import hugging_face_files
 
         if self._generation_values:
-            _write_json(directory / GENERATION_CONFIG, self._generation_values)
+            write_json(directory / GENERATION_CONFIG, self._generation_values)
         for name, contents in hugging_face_files(self._file.metadata, str(self.path)).items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(contents)
@@ -535,14 +535,15 @@ class LlamaDirectory(ModelDirectory):
 
     def write_config(self, directory: Path) -> None:
         """See `ModelDirectory`."""
-        _write_json(directory / CONFIG, self.config_values)
+        write_json(directory / CONFIG, self.config_values)
 
     def write_words(self, directory: Path) -> None:
         """See `ModelDirectory`."""
         ModelDirectory(self._folder).write_words(directory)
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Writes a small file as Hugging Face's look."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from jaxchat.families.gguf_export import GgufDescription
 from jaxchat.families.gguf_tensors import place_of, rotated_heads
 from jaxchat.files import replaced
 from jaxchat.pallas.gguf_blocks import LAYOUTS, blocks_of
-from jaxchat.quant import QuantizedTensor, dequantize, quantize
+from jaxchat.quant import QuantizedTensor, Reordered, dequantize, quantize
 from jaxchat.visible import shown
 
 # --- which tensor becomes what
@@ -240,10 +240,12 @@ def _type(source: Source, parts: Sequence[Param], called: str, layer: int, mixtu
 def _stored_type(source: Source, param: Param, layer: int) -> str:
     """The type that holds a stored tensor exactly."""
     values = source.layer(param, layer)
-    if not isinstance(values, QuantizedTensor):
+    if isinstance(values, np.ndarray):
         return _OF_DTYPE[values.dtype]
     for name, layout in LAYOUTS.items():
         fmt = layout.format
+        if isinstance(values, Reordered):
+            break
         same = (fmt.bits, fmt.affine, fmt.two_level) == (values.bits, values.affine, values.two_level)
         if same and values.columns % layout.elements == 0 and values.group % layout.format.group == 0:
             half = values.two_level or values.scales.dtype == np.float16
@@ -275,11 +277,11 @@ def _rows(
     if tensor.type in LAYOUTS:
         fmt = LAYOUTS[tensor.type].format
         if not isinstance(values, QuantizedTensor) or not _holds(values, tensor.type):
-            numbers = dequantize(values) if isinstance(values, QuantizedTensor) else values
+            numbers = values if isinstance(values, np.ndarray) else dequantize(values)
             values = quantize(np.asarray(numbers, np.float32), fmt, name=label)
         rows = blocks_of(tensor.type, _in_groups(values, fmt.group))
     else:
-        numbers = dequantize(values) if isinstance(values, QuantizedTensor) else values
+        numbers = values if isinstance(values, np.ndarray) else dequantize(values)
         if param.role == "norm":
             numbers = numbers.astype(np.float32) + np.float32(description.architecture.norm_offset)
         rows = _converted(numbers, _PLAIN[tensor.type], label)

@@ -6,7 +6,6 @@ written beside it and renamed at the end.
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -19,7 +18,7 @@ import numpy as np
 
 from jaxchat.checkpoints.assembled import AssembledSource, BakedSource
 from jaxchat.checkpoints.assembly import Assembly, under, whole
-from jaxchat.checkpoints.directory import CONFIG, GENERATION_CONFIG, ModelDirectory
+from jaxchat.checkpoints.directory import CONFIG, GENERATION_CONFIG, ModelDirectory, write_json
 from jaxchat.checkpoints.load import Meter, Progress, layers_of, storages
 from jaxchat.checkpoints.manifest import (
     MANIFEST,
@@ -221,7 +220,7 @@ def to_hf(
                     t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
                 },
             }
-            _write_json(directory / "model.safetensors.index.json", index)
+            write_json(directory / "model.safetensors.index.json", index)
         _write_files(model, directory, values, model.dtype)
     return source.manifest
 
@@ -412,11 +411,7 @@ def _write_files(model: _Model, dst: Path, values: dict[str, Any] | None, dtype:
         other = model.words.config_values
         config = {**config, **{key: other[key] for key in ("bos_token_id", "eos_token_id") if key in other}}
     if config != before:
-        _write_json(dst / CONFIG, config)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_json(dst / CONFIG, config)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from jaxchat.adapter_use import Uses
 from jaxchat.analysis import show
+from jaxchat.checkpoints.adapter import replicated_config, replication
 from jaxchat.checkpoints.assembly import Assembly, assembled_config
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.config import ModelConfig
@@ -25,8 +27,11 @@ def choose(
     model_paths: Mapping[str, str],
     keep_identity: bool,
     name: str,
+    adapters: Uses = (),
 ) -> "ChosenModel":
     """The model that flags ask for, of which small files are read and no weights.
+
+    Adapters are looked at for the layers that they repeat.
 
     Raises:
       UsageError: neither a model nor a recipe or both, no such directory, a bad plan or recipe.
@@ -44,9 +49,12 @@ def choose(
         config, plan = source.config, source.plan
     else:
         raise UsageError("no model: give its directory with -m, or a --recipe")
+    repeated = replication((use.name for use in adapters), config)
+    if repeated is not None:
+        config, plan = replicated_config(config, repeated), LayerPlan.identity(len(repeated))
     if layer_spec is not None:
         plan = plan.select(layer_spec)
-    return ChosenModel(name=name, source=source, recipe=recipe, config=config, plan=plan)
+    return ChosenModel(name=name, source=source, recipe=recipe, config=config, plan=plan, repeated=repeated)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +67,7 @@ class ChosenModel:
       recipe: the recipe's file, if there is one.
       config: of the stacked layers.
       plan: over the stacked layers.
+      repeated: the layers of the source that these are, where an adapter repeats some.
     """
 
     name: str
@@ -66,6 +75,7 @@ class ChosenModel:
     recipe: str | None
     config: ModelConfig
     plan: LayerPlan
+    repeated: tuple[int, ...] | None = None
 
     @property
     def assembly(self) -> Assembly | None:
@@ -117,4 +127,8 @@ class ChosenModel:
         if self.assembly is not None:
             return show.describe_assembly(self.assembly, name=self.name, max_length=max_length, quant=quant)
         assert isinstance(self.source, ModelDirectory)
-        return show.describe_directory(self.source, self.plan, max_length=max_length, quant=quant)
+        plan = self.plan
+        if self.repeated is not None:
+            slots = [dataclasses.replace(slot, layer=self.repeated[slot.layer]) for slot in plan]
+            plan = LayerPlan(tuple(slots), self.source.config.num_layers)
+        return show.describe_directory(self.source, plan, max_length=max_length, quant=quant)

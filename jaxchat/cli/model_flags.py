@@ -13,6 +13,7 @@ from jaxchat.errors import UsageError
 from jaxchat.options import KV_DTYPES, Flag
 
 if TYPE_CHECKING:
+    from jaxchat.adapter_use import Uses
     from jaxchat.checkpoints.load import Progress
     from jaxchat.cli.chosen_model import ChosenModel
     from jaxchat.runtime import Model
@@ -161,6 +162,9 @@ class ModelFlags:
 
     def chosen(self) -> "ChosenModel":
         """The model that was asked for; see `chosen_model.choose`."""
+        return self._chosen()
+
+    def _chosen(self, adapters: "Uses" = ()) -> "ChosenModel":
         from jaxchat.cli.chosen_model import choose  # numpy and others, which --help need not wait for
 
         return choose(
@@ -170,6 +174,7 @@ class ModelFlags:
             model_paths=self.model_path,
             keep_identity=self.keep_identity,
             name=self.model_name,
+            adapters=adapters,
         )
 
 
@@ -210,6 +215,7 @@ class LoadFlags(ModelFlags):
         max_length: int | None = None,
         max_slots: int = 0,
         chat_template: str | None = None,
+        adapter: "Uses" = (),
     ) -> "Model":
         """Loads the model that `chosen` gave."""
         # Imports JAX, which --help and usage errors need not wait for.
@@ -228,6 +234,7 @@ class LoadFlags(ModelFlags):
             max_length=max_length,
             max_slots=max_slots,
             chat_template=chat_template,
+            adapter=adapter,
             compilation_cache_dir=self.compilation_cache_dir,
             progress=progress,
         )

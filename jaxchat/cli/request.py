@@ -2,12 +2,16 @@
 
 import dataclasses
 import functools
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+from jaxchat.adapter_use import Uses, read_uses
 from jaxchat.cli.model_flags import LAYER_SPEC, MAX_LENGTH, BoxedModel, LoadFlags
 from jaxchat.options import MAX_SLOTS, Flag, Format, GenerateOptions, PrefixIn, unescape
 from jaxchat.text.named_templates import NAMED
 from jaxchat.text.reasoning import ThoughtTags, parse_thought_tags
+
+if TYPE_CHECKING:
+    from jaxchat.cli.chosen_model import ChosenModel
 
 _what = functools.partial(Flag, group="What to do")
 _chat = functools.partial(Flag, group="Chat")
@@ -22,6 +26,19 @@ class Request(LoadFlags):
     layer_spec: Annotated[
         str | None, dataclasses.replace(LAYER_SPEC, help=f"{LAYER_SPEC.help}. Look with `jaxchat show` first")
     ] = None
+    adapter: Annotated[
+        Uses,
+        Flag(
+            help="Run with a LoRA adapter, as PEFT saves it, beside the weights: all of it, =STRENGTH of it, "
+            "or only in @SLOT of the layer plan (the first is 0). May be given more than once",
+            example="--adapter loras/poet, --adapter loras/poet=0.5 --adapter loras/critic@3",
+            group="Model",
+            elsewhere=("lora", "lora_path", "lora_scaled", "lora_modules", "peft"),
+            value="DIR[@SLOT][=STRENGTH]",
+            many=True,
+            read=lambda texts: read_uses(texts, "--adapter"),
+        ),
+    ] = ()
     max_length: Annotated[int | None, MAX_LENGTH] = None
     max_slots: Annotated[
         int | None,
@@ -209,3 +226,7 @@ class Request(LoadFlags):
             example="-i --hide_banner",
         ),
     ] = False
+
+    def chosen(self) -> "ChosenModel":
+        """See `ModelFlags`; an adapter may repeat layers."""
+        return self._chosen(self.adapter)

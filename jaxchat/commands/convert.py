@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from jaxchat.adapter_use import Uses, read_uses, refuse_recipe
 from jaxchat.cli.command_line import Command, Ended, catch_interrupts, complain
 from jaxchat.cli.model_flags import DTYPES, KEEP, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
 from jaxchat.errors import UsageError
@@ -12,6 +13,7 @@ from jaxchat.options import Flag
 
 if TYPE_CHECKING:
     from jaxchat.checkpoints.assembly import Assembly
+    from jaxchat.checkpoints.directory import ModelDirectory
     from jaxchat.checkpoints.manifest import Manifest
 
 _USAGE = """\
@@ -27,6 +29,7 @@ once) or Orbax, and back, or GGUF; as they are, quantized, or under a layer plan
   {program} --src llama-1b --dst llama-1b-Q4_K_M.gguf --to_gguf --quant q4_k_m
   {program} --src llama-3-8b --dst llama-13b --to_hf \\
       --layer_spec 0:8,4:12,8:16,12:
+  {program} --src llama-3-8b --dst poet-hf --to_hf --adapter loras/poet
   {program} --recipe expanded.yaml --dst openchat-9b \\
       --model_path openchat=models/openchat
 """
@@ -120,6 +123,19 @@ class ConvertRequest:
             example="--src llama-1b --dst llama-1b.gguf --to_gguf --quant q4_k_m",
         ),
     ] = False
+    adapter: Annotated[
+        Uses,
+        Flag(
+            help="Merge a LoRA adapter (PEFT's) into the weights, in float32 and rounded once; =STRENGTH "
+            "merges that much of it. May be given more than once. Of quantized weights the originals are "
+            "gone: into those it merges only with --quant (or --to_hf --dequantize), which rounds them anew",
+            example="--adapter loras/poet, --adapter loras/poet=0.5",
+            elsewhere=("lora", "lora_path", "lora_scaled"),
+            value="DIR[=STRENGTH]",
+            many=True,
+            read=lambda texts: read_uses(texts, "--adapter"),
+        ),
+    ] = ()
     max_shard_bytes: Annotated[
         int,
         Flag(
@@ -168,6 +184,8 @@ def _refuse(request: ConvertRequest, given: frozenset[str]) -> None:
     for name, flags in _ONLY.items():
         if name in given and not given & set(flags):
             raise UsageError(f"--{name} needs {' or '.join(f'--{flag}' for flag in flags)}")
+    if request.adapter and request.recipe:
+        raise refuse_recipe("--adapter")
 
 
 def _written(request: ConvertRequest) -> "Manifest":
@@ -218,10 +236,15 @@ def _written(request: ConvertRequest) -> "Manifest":
         )
 
 
-def _source(request: ConvertRequest) -> "str | Assembly":
+def _source(request: ConvertRequest) -> "str | Assembly | ModelDirectory":
     """What to convert: a directory, or what a recipe assembles; its remarks go to standard error."""
     if request.recipe is None:
-        return str(request.src)
+        if not request.adapter:
+            return str(request.src)
+        from jaxchat.checkpoints.merged import merged_directory
+
+        anew = request.quant is not None or request.dequantize
+        return merged_directory(str(request.src), request.adapter, dequantized=anew)
     from jaxchat.recipes.recipe import read_recipe
 
     assembly = read_recipe(request.recipe, request.model_path)

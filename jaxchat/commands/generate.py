@@ -155,6 +155,7 @@ CONFLICTS = (
     Conflict("load_session", "system", "a session has its own; /system changes it"),
     Conflict("load_session", "reversed_role", "a session has its own roles; /role changes them"),
     Conflict("load_session", "thought_tags", "a session has its own"),
+    Conflict("adapter", "recipe", "a recipe's layers are of several models, and an adapter is for one"),
 )
 NEEDS = (
     *RECIPE_NEEDS,
@@ -164,5 +165,13 @@ NEEDS = (
     Need("history_file", ("interactive",), "it keeps what is typed in a chat"),
 )
 COMMAND = Command(
-    usage=_USAGE, request=GenerateRequest, run=_run, stray=STRAY, conflicts=CONFLICTS, needs=NEEDS
+    usage=_USAGE,
+    request=GenerateRequest,
+    run=_run,
+    stray=STRAY,
+    conflicts=(
+        *CONFLICTS,
+        Conflict("adapter", "show", "it tells about the model, and reads no weights of it or an adapter"),
+    ),
+    needs=NEEDS,
 )

@@ -5,6 +5,7 @@ Everything that changes a conversation (next turn, rollback, another plan) only 
 the cache is brought up to date by the next prefill.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxchat import memory, pallas
+from jaxchat.adapter_use import Uses
 from jaxchat.arguments import refused, whole
 from jaxchat.config import EMBED, FINAL_NORM, ModelConfig
 from jaxchat.engine import steps
+from jaxchat.engine.adapters import AdapterSet, check_uses
 from jaxchat.engine.rows import Contexts
 from jaxchat.errors import AdvisedError, UsageError, option
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, PlanArrays
+from jaxchat.layers.adapters import Adapters
 from jaxchat.layers.cache import KVCache, cache_bytes, cache_sharding, empty_cache
 from jaxchat.layers.step import Params, Step
 from jaxchat.lengths import next_power_of_two
@@ -55,6 +59,7 @@ class State(NamedTuple):
 
     cache: KVCache | None
     plan: PlanArrays
+    adapters: Adapters | None
 
 
 class Engine:
@@ -71,6 +76,8 @@ class Engine:
       kernels: `auto`, `reference`, `native` or `pallas`: which implementations of the operations run; or
         these themselves.
       mesh: the mesh the parameters are sharded over; the caches are sharded to match.
+      adapters: what sessions may use beside the weights, see `engine.adapters`.
+      uses: what a new session uses of them.
     """
 
     def __init__(
@@ -83,6 +90,8 @@ class Engine:
         kv_dtype: str | np.dtype | None = None,
         kernels: str | pallas.Kernels = "auto",
         mesh: jax.sharding.Mesh | None = None,
+        adapters: AdapterSet | None = None,
+        uses: Uses = (),
     ):
         if max_length is not None:
             max_length = whole("max_length", max_length, 1)
@@ -102,7 +111,9 @@ class Engine:
         self.kv_dtype = self.dtype if kv_dtype is None else read_kv_dtype(kv_dtype)
         self.stored_kv_dtype = stored_dtype(self.kv_dtype, platform_of(params))
         self.mesh = mesh
-        self.placement = _placement(params, mesh)
+        self.placement = placement_of(params, mesh)
+        self.adapters = adapters
+        self.uses = uses
 
     def __repr__(self) -> str:
         """What it is, in a line."""
@@ -116,11 +127,18 @@ class Engine:
             f"{self.max_length}, computed in {self.dtype} on {platform_of(self.params)}"
         )
 
-    def session(self, plan: LayerPlan | None = None, *, batch: int = 1, max_slots: int = 0) -> "Session":
-        """A new, empty session of `batch` sequences under one plan."""
-        return Session(
-            self, plan or LayerPlan.identity(self.config.num_layers), batch=batch, max_slots=max_slots
-        )
+    def session(
+        self,
+        plan: LayerPlan | None = None,
+        *,
+        batch: int = 1,
+        max_slots: int = 0,
+        uses: Uses | None = None,
+    ) -> "Session":
+        """A new, empty session of `batch` sequences under one plan, with the engine's or other adapters."""
+        plan = plan or LayerPlan.identity(self.config.num_layers)
+        uses = self.uses if uses is None else uses
+        return Session(self, plan, batch=batch, max_slots=max_slots, uses=uses)
 
     @property
     def devices(self) -> set[jax.Device]:
@@ -138,6 +156,16 @@ class Engine:
         if plan.num_layers != self.config.num_layers:
             raise UsageError(
                 f"the plan is over {plan.num_layers} layers, the model has {self.config.num_layers}"
+            )
+
+    def check_uses(self, uses: Uses, plan: LayerPlan) -> None:
+        """Raises UsageError for uses of adapters that are not loaded, or have no such slot."""
+        if self.adapters is not None:
+            check_uses(self.adapters.adapters, uses, plan)
+        elif uses:
+            raise UsageError(
+                f"adapter {shown(str(uses[0]))} is not loaded: the model has no adapters; load it with "
+                f"{option('adapter')}"
             )
 
     def check_ids(self, ids: Sequence[int]) -> None:
@@ -193,7 +221,7 @@ def _in_float32(params: Params) -> bool:
     return isinstance(embedding, jax.Array) and embedding.dtype == jnp.float32
 
 
-def _placement(params: Params, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:
+def placement_of(params: Params, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding | None:
     """Where small state lives: each device of a mesh, or the one that holds the parameters.
 
     An array that was never placed would make the first call of every executable compile apart from the rest,
@@ -212,10 +240,15 @@ class Session:
       engine: the model.
       plan: the layer plan that runs.
       contexts: what the sequences hold, and how much of it is cached.
+      uses: what each sequence uses of the engine's adapters.
     """
 
-    def __init__(self, engine: Engine, plan: LayerPlan, *, batch: int = 1, max_slots: int = 0):
+    def __init__(
+        self, engine: Engine, plan: LayerPlan, *, batch: int = 1, max_slots: int = 0, uses: Uses = ()
+    ):
         self.engine = engine
+        self.uses = [uses] * whole("batch", batch, 1)
+        self._adapters: Adapters | None = None
         self.contexts = Contexts(engine.config, whole("batch", batch, 1))
         self._slots = whole("max_slots", max_slots, 0, MAX_SLOTS)
         self._cache: KVCache | None = None
@@ -265,11 +298,40 @@ class Session:
         when that one comes back; else the next prefill runs the kept ids through it.
         """
         self.engine.check_plan(plan)
+        for uses in dict.fromkeys(self.uses):
+            self.engine.check_uses(uses, plan)
         executed = plan.executed()
         self._slots = max(len(executed), self.engine.config.num_layers, self._slots)
         self.contexts.run_under(executed)
+        for row, uses in enumerate(self.uses):
+            if plan != self.plan and any(use.slot is not None for use in uses):
+                self.contexts.forget(row, 0)  # the slot may be of another layer
         self._plan_arrays = plan.arrays(self._slots)
         self.plan = plan
+        self._set_strengths()
+
+    def set_adapters(self, uses: Uses, row: int = 0) -> None:
+        """Runs a sequence with other adapters from now on; nothing is compiled for it.
+
+        What its cache holds is of those before: the next prefill computes it anew.
+
+        Raises:
+          UsageError: one is not loaded, or bound to a slot that it cannot be in.
+        """
+        self.engine.check_uses(uses, self.plan)
+        if uses == self.uses[row]:
+            return
+        self.uses[row] = uses
+        self.contexts.forget(row, 0)
+        self._set_strengths()
+
+    def _set_strengths(self) -> None:
+        adapters = self.engine.adapters
+        if adapters is None:
+            return
+        both = adapters.strengths(self.uses, self.plan, padded=self.padded_batch, slots=self._slots)
+        strengths, by_slot = (jax.device_put(values, self.engine.placement) for values in both)
+        self._adapters = dataclasses.replace(adapters.stacks, strengths=strengths, by_slot=by_slot)
 
     def rollback(self, length: int, row: int = 0) -> None:
         """Forgets a sequence's tokens from `length` on. Nothing is copied: it sets a length."""
@@ -442,12 +504,13 @@ class Session:
             lengths=lengths,
             new=new,
             context=context,
+            adapters=self._adapters,
         )
 
     @property
     def state(self) -> State:
-        """Other objects after every call that writes to the cache or sets the plan."""
-        return State(self._cache, self._plan_arrays)
+        """Other objects after every call that writes to the cache, or sets the plan or adapters."""
+        return State(self._cache, self._plan_arrays, self._adapters)
 
     def score_rows(self, rows: Sequence[int]) -> list[np.ndarray]:
         """Log-probability of each token of sequences given those before it, float32 [len(ids) - 1] each.

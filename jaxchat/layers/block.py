@@ -28,7 +28,7 @@ def run_slot(
     step: Step, shared: attention.Shared, slot: SlotIndex, x: Float[Array, "B T D"], cache: KVCache
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """The residual stream [B, T, D] after a slot, and the cache with its new keys and values."""
-    before = x
+    before, step = x, step.at(slot)
 
     def project(block: Block) -> Callable[[jax.Array], Fresh]:
         return lambda x: attention.project(

@@ -10,7 +10,7 @@ from jaxchat.config import ModelConfig
 from jaxchat.layers.step import Step, vector
 
 Normed = Float32[Array, "*lead D"]
-Weight = Float32[Array, " D"]
+Weight = Float32[Array, "*#lead D"]  # of every sequence its own, or of all of them
 
 
 def rms_norm(config: ModelConfig, x: Normed, weight: Weight, bias: Weight | None) -> Normed:
@@ -35,6 +35,6 @@ NORMS: dict[str, Callable[[ModelConfig, Normed, Weight, Weight | None], Normed]]
 
 def norm(step: Step, name: str, x: Float[Array, "*lead D"], layer: Int[Array, ""] | None = None) -> Normed:
     """The norm called `name` of x [..., D], float32; `layer` picks from a stacked weight."""
-    weight, bias = (vector(step, f"{name}.{kind}", layer) for kind in ("weight", "bias"))
+    weight, bias = (vector(step, f"{name}.{kind}", layer, x.ndim) for kind in ("weight", "bias"))
     assert weight is not None  # every norm has one
     return NORMS[step.config.norm](step.config, x.astype(jnp.float32), weight, bias)

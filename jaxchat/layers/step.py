@@ -10,6 +10,8 @@ from jax import lax
 
 from jaxchat.config import LAYERS, Block, ModelConfig
 from jaxchat.layer_plan import PlanArrays
+from jaxchat.layers.adapters import Adapters
+from jaxchat.pallas import stacked_matmul
 from jaxchat.pallas.backends import Kernels
 from jaxchat.pallas.storage import widen
 
@@ -35,6 +37,7 @@ class Step:
       new: int32 [B], how many of the T tokens are real; 0 leaves a sequence untouched.
       context: int32 [B], tokens of the whole context this call belongs to, at least lengths + new; only
         models whose RoPE depends on the length use it.
+      adapters: traced; None where the model has none.
     """
 
     config: ModelConfig = dataclasses.field(metadata={"static": True})
@@ -46,6 +49,7 @@ class Step:
     lengths: jax.Array
     new: jax.Array
     context: jax.Array
+    adapters: Adapters | None = None
 
     @property
     def positions(self) -> jax.Array:
@@ -56,6 +60,12 @@ class Step:
         """A slot of the plan."""
         plan = self.plan
         return SlotIndex(position, plan.layer[position], plan.attn_scale[position], plan.mlp_scale[position])
+
+    def at(self, slot: "SlotIndex") -> "Step":
+        """The step within a slot, where an adapter may be that is nowhere else."""
+        if self.adapters is None:
+            return self
+        return dataclasses.replace(self, adapters=self.adapters.at(slot.position))
 
 
 class SlotIndex(NamedTuple):
@@ -81,14 +91,22 @@ def row_of(config: ModelConfig, parameter: str, layer: jax.Array) -> jax.Array:
     return layer if rows is None else jnp.asarray(rows, jnp.int32)[layer]
 
 
-def vector(step: Step, name: str, layer: jax.Array | None) -> jax.Array | None:
-    """A norm's weight or a bias, float32, of a layer (None: of the model); None where there is none."""
+def vector(step: Step, name: str, layer: jax.Array | None, dimensions: int) -> jax.Array | None:
+    """A norm's weight or a bias, float32, of a layer (None: of the model); None where there is none.
+
+    It is [O], or, with adapters that change it, [B, ..., O] of so many dimensions, for each sequence its own.
+    """
     stack = step.params.get(name)
-    if stack is None:
-        return None
-    if layer is not None:
-        stack = stack[row_of(step.config, name, layer)]
-    return widen(stack).astype(jnp.float32)
+    found = None
+    if stack is not None:
+        own = stack if layer is None else stack[row_of(step.config, name, layer)]
+        found = widen(own).astype(jnp.float32)
+    if step.adapters is None:
+        return found
+    added = step.adapters.added(name, jnp.int32(0) if layer is None else layer, dimensions)
+    if added is None:
+        return found
+    return added if found is None else found + added
 
 
 def linear(step: Step, layer: jax.Array, x: jax.Array, names: Sequence[str]) -> list[jax.Array]:
@@ -98,6 +116,47 @@ def linear(step: Step, layer: jax.Array, x: jax.Array, names: Sequence[str]) -> 
     """
     weights = [f"{LAYERS}{name}.weight" for name in names]
     rows = [row_of(step.config, weight, layer) for weight in weights]
-    ys = step.kernels.matmuls(x, [step.params[weight] for weight in weights], rows)
-    biases = [vector(step, f"{LAYERS}{name}.bias", layer) for name in names]
+    ys = products(step, x, weights, [step.params[weight] for weight in weights], rows, layer)
+    biases = [vector(step, f"{LAYERS}{name}.bias", layer, y.ndim) for name, y in zip(names, ys, strict=True)]
     return [y if bias is None else y + bias for y, bias in zip(ys, biases, strict=True)]
+
+
+def products(
+    step: Step,
+    x: jax.Array,
+    names: Sequence[str],
+    stacks: Sequence[Any],
+    rows: Sequence[jax.Array],
+    layer: jax.Array,
+) -> list[jax.Array]:
+    """`x @ stack[row].T` for the weights with these names, each changed by the adapters there are.
+
+    Args:
+      step: of its tokens only their number counts.
+      x: [B, ..., I].
+      names: of the parameters.
+      stacks: these.
+      rows: of the stacks.
+      layer: of the adapters' deltas.
+    """
+    kernels, adapters = step.kernels, step.adapters
+    ys = kernels.matmuls(x, stacks, rows)
+    if adapters is None:
+        return ys
+
+    def product(stack: jax.Array, row: jax.Array) -> jax.Array:
+        return stacked_matmul.reference.stacked_matmul(x, stack, row)
+
+    ys = [adapters.changed(name, layer, y, product) for name, y in zip(names, ys, strict=True)]
+    changed = dict(zip(names, ys, strict=True))
+    factors = {name: adapters.low_rank[name] for name in names if name in adapters.low_rank}
+    added = kernels.add_deltas(
+        x,
+        [changed[name] for name in factors],
+        [each.a for each in factors.values()],
+        [each.b for each in factors.values()],
+        layer,
+        adapters.column_strengths,
+    )
+    changed |= dict(zip(factors, added, strict=True))
+    return [changed[name] for name in names]

@@ -12,8 +12,9 @@ import jax
 from jaxchat.config import Role
 from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.mixed import MixedTensor, by_part
-from jaxchat.pallas import cache_attention, native, stacked_matmul
+from jaxchat.pallas import cache_attention, low_rank, native, stacked_matmul
 from jaxchat.pallas.cache_attention import Attend, WriteRows
+from jaxchat.pallas.low_rank import AddDeltas
 from jaxchat.pallas.stacked_matmul import StackedMatmul, StackedMatmuls
 from jaxchat.quant import Reordered
 
@@ -35,6 +36,7 @@ class Kernels:
         whether the token embedding is the output head, too.
       stacked_matmuls: several products of one x in one call, x, stacks, layers -> list, also with mixed
         stacks; None where that is no faster than one after the other.
+      add_deltas: what adapters add to products.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Kernels:
     write_rows: WriteRows = cache_attention.reference.write_rows
     prepare: Callable[[Any, Role, bool], Any] = lambda value, role, tied: value
     stacked_matmuls: StackedMatmuls | None = None
+    add_deltas: AddDeltas = low_rank.reference.add_deltas
 
     def matmuls(self, x: jax.Array, stacks: Sequence[Any], layers: Sequence[jax.Array]) -> list[jax.Array]:
         """`x @ stack[layer].T` for each stack and layer."""
@@ -105,6 +108,7 @@ def native_cpu() -> Kernels:
         stacked_matmuls=stacked_matmul.cpu.stacked_matmuls,
         decode_attention=cache_attention.cpu.attend,
         prefill_attention=cache_attention.cpu.attend,
+        add_deltas=low_rank.cpu.add_deltas,
     )
 
 

@@ -17,6 +17,7 @@ import jax
 TARGETS = {
     "jaxchat_stacked_matmuls": "JaxchatStackedMatmuls",
     "jaxchat_cache_attention": "JaxchatCacheAttention",
+    "jaxchat_low_rank": "JaxchatLowRank",
 }
 """XLA target name -> the library's symbol."""
 

@@ -20,6 +20,7 @@ import pytest
 
 from benchmarks import common, llama_cpp
 from jaxchat import quant
+from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.quant import QuantFormat
 
@@ -97,6 +98,18 @@ def test_decode_counts_the_bytes_of_quantized_weights(kernels: str):
     assert result["batch_speedup"] == 1
     assert "peer" not in result
     assert result["decode_tok_s"] > 0
+
+
+def test_adapters_are_timed_beside_the_same_weights():
+    flags = ("--shape", "tiny", "--prompt", "20", "--new", "4", "--pairs", "2")
+    done = _here("adapters", *flags, "--quant", "int4", "--rank", "3", "--loaded", "3")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().rpartition("\n")[2])
+    assert (result["rank"], result["loaded"], result["columns"]) == (3, 3, 16)
+    config = common.shape_config("tiny")
+    numbers = sum(sum(p.layer_shape(config)) for p in parameter_table(config) if p.role == "weight")
+    assert result["adapter_mb"] * 1e6 == numbers * config.num_layers * 16 * 2  # float16 beside int4
+    assert min(result["decode_ratio"], result["prefill_ratio"]) > 0
 
 
 def test_decode_runs_beside_llama_cpp():

@@ -67,6 +67,7 @@ def _opened(request: Request, chosen: ChosenModel, clock: CompileClock) -> tuple
             max_length=request.max_length,
             max_slots=request.max_slots or 0,
             chat_template=request.chat_template,
+            adapter=request.adapter,
         )
     if request.interactive and request.max_slots is None:
         model.max_slots = spare_slots(model.engine)

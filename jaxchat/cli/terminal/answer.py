@@ -58,6 +58,7 @@ def _as_json(replies: Replies, request: Request, result: Result, stats: Stats) -
         "model": request.model_name,
         "family": model.config.family,
         "layer_spec": str(model.plan),
+        "adapters": list(map(str, model.uses)),
         "parameters": count_parameters(model.config, len(model.plan)),
         "format": replies.format,
         "seed": request.options.seed,

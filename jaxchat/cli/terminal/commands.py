@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 
+from jaxchat.adapter_use import read_uses
 from jaxchat.analysis import show
 from jaxchat.chat import saved
 from jaxchat.chat.replies import TextStream
@@ -117,6 +118,17 @@ def _plan(chat: ChatState, spec: str) -> None:
     model = chat.replies.model
     count = count_parameters(model.config, len(model.plan))
     say(f"layer plan {model.plan}: {len(model.plan)} slots, {show.counted(count)} parameters")
+
+
+def _adapter(chat: ChatState, text: str) -> None:
+    model, words = chat.replies.model, _split(text)
+    if model.engine.adapters is None:
+        raise UsageError("/adapter: the model was loaded without one; start with --adapter DIR")
+    if words:
+        uses = read_uses([] if words == ["none"] else words, "/adapter")
+        chat.replies.set_adapters(uses)
+    used = " ".join(map(str, chat.replies.model.uses)) or "none"
+    say(f"adapter: {used} (there are {', '.join(model.engine.adapters.names)})")
 
 
 def _show(chat: ChatState, _: str) -> None:
@@ -281,6 +293,10 @@ def _names(text: str) -> Iterable[Candidate]:
     return _words(text, COMMANDS)
 
 
+def _adapters(text: str) -> Iterable[Candidate]:
+    return _words(text, ("none",))
+
+
 def _roles(text: str) -> Iterable[Candidate]:
     return _words(text, ("user", "assistant"))
 
@@ -308,6 +324,9 @@ COMMANDS: dict[str, Command] = {
     "help": Command(_help, "[COMMAND]", "list the commands", _names),
     "system": Command(_system, "[TEXT]", 'show or change the system prompt; "" is none'),
     "plan": Command(_plan, "[LAYERS]", "run these layers from now on, e.g. 0:8,4:12,8: (all: as trained)"),
+    "adapter": Command(
+        _adapter, "[NAME...]", "use these adapters from now on, e.g. poet=0.5 critic@3, or none", _adapters
+    ),
     "show": Command(_show, "", "the model's shapes, layers and memory under the plan"),
     "prefix": Command(
         _prefix, "[TEXT]", "begin the next reply with this text, \\n a new line; alone: do not"

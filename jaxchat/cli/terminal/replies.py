@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from jaxchat.adapter_use import Uses
 from jaxchat.chat import saved
 from jaxchat.chat.replies import TextStream
 from jaxchat.chat.session import ChatSession
@@ -48,6 +49,9 @@ class Replies(Protocol):
     def set_plan(self, spec: str) -> None:
         """Answers under another layer plan from now on."""
 
+    def set_adapters(self, uses: Uses) -> None:
+        """Answers with other adapters from now on."""
+
     def restart(self) -> None:
         """Forgets what was said."""
 
@@ -87,6 +91,11 @@ class ChatReplies:
         model = self.model.with_plan(spec)
         self.session.set_plan(model.plan)
         self.model = model
+
+    def set_adapters(self, uses: Uses) -> None:
+        """See `Replies`."""
+        self.model = self.model.with_adapters(uses)
+        self.session.set_adapters(uses)
 
     def restart(self) -> None:
         """See `Replies`."""
@@ -138,6 +147,10 @@ class CompletionReplies:
     def set_plan(self, spec: str) -> None:
         """See `Replies`."""
         self.model = self.model.with_plan(spec)
+
+    def set_adapters(self, uses: Uses) -> None:
+        """See `Replies`."""
+        self.model = self.model.with_adapters(uses)
 
     def restart(self) -> None:
         """See `Replies`."""

@@ -115,4 +115,6 @@ class ChatState:
         line = f"{self.last_reply}context {self.replies.context_used} of {model.engine.max_length}"
         if str(model.plan) != "all":
             line += f" · plan {model.plan}"
+        if model.uses:
+            line += f" · adapter {' '.join(map(str, model.uses))}"
         return visible(line + (f" · prefix {self.prefix!r}" if self.prefix else ""))
