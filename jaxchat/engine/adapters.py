@@ -25,7 +25,7 @@ from jaxchat.layers.adapters import Adapters, Factors, Replaced
 from jaxchat.layers.step import Params
 from jaxchat.mixed import MixedTensor
 from jaxchat.pallas.storage import as_bits, stored_dtype, widen
-from jaxchat.quant import QuantizedTensor
+from jaxchat.quant import InParts, QuantizedTensor, Reordered
 from jaxchat.visible import shown
 
 COLUMNS = 8
@@ -324,7 +324,7 @@ class _Building:
     def _table(self, name: str) -> np.ndarray:
         """An embedding or a head [V, D], in the type that it has; quantized ones in float32."""
         stack = self.params[EMBED if name == HEAD and HEAD not in self.params else name]
-        if isinstance(stack, QuantizedTensor | MixedTensor):
+        if isinstance(stack, InParts):
             return np.asarray(self._weight(name, 0))
         table = np.asarray(stack)
         return table.view(ml_dtypes.bfloat16) if table.dtype == np.uint16 else table
@@ -348,7 +348,9 @@ def _bits(value: Any) -> int:
     """The fewest bits that a parameter's numbers have."""
     if isinstance(value, MixedTensor):
         return min(map(_bits, value.parts))
-    return 8 * value.nbytes / value.size
+    if isinstance(value, Reordered):
+        return _bits(value.weight)
+    return value.bits if isinstance(value, QuantizedTensor) else 8 * value.dtype.itemsize
 
 
 def _is_finite(values: np.ndarray) -> bool:
