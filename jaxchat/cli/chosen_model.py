@@ -7,7 +7,6 @@ from typing import Any
 
 from jaxchat.adapter_use import Uses
 from jaxchat.analysis import show
-from jaxchat.checkpoints.adapter import replicated_config, replication
 from jaxchat.checkpoints.assembly import Assembly, assembled_config
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.config import ModelConfig
@@ -49,9 +48,13 @@ def choose(
         config, plan = source.config, source.plan
     else:
         raise UsageError("no model: give its directory with -m, or a --recipe")
-    repeated = replication((use.name for use in adapters), config)
-    if repeated is not None:
-        config, plan = replicated_config(config, repeated), LayerPlan.identity(len(repeated))
+    repeated = None
+    if adapters:
+        from jaxchat.checkpoints.adapter import replicated_config, replication  # imports JAX
+
+        repeated = replication((use.name for use in adapters), config)
+        if repeated is not None:
+            config, plan = replicated_config(config, repeated), LayerPlan.identity(len(repeated))
     if layer_spec is not None:
         plan = plan.select(layer_spec)
     return ChosenModel(name=name, source=source, recipe=recipe, config=config, plan=plan, repeated=repeated)

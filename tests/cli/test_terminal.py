@@ -515,8 +515,8 @@ def test_help_names_every_command(talk):
     _, said = talk("/help", "/help plan")
     assert all(f"  /{name} " in said for name in commands.COMMANDS)
     assert said.count("  /plan ") == 2
-    expected = "help system plan show prefix continue retry undo role save load sessions set stats "
-    expected += "restart quit"
+    expected = "help system plan adapter show prefix continue retry undo role save load sessions set "
+    expected += "stats restart quit"
     assert list(commands.COMMANDS) == expected.split()
 
 
