@@ -38,6 +38,7 @@ from tests.support.hf_quantized import (
     float8,
     gptq,
     packed,
+    table4,
     write_quantized,
     write_tensors,
 )
@@ -224,6 +225,17 @@ def test_fused_layers_are_cut_by_rows_and_turned_ones_are_not_turned(
     _, found, params = loaded(tmp_path, keep="exact")
     assert_close(found, weights)
     assert params["layers.q.weight"].shape[-1] == 64
+
+
+@pytest.mark.parametrize("storage", [np.uint8, np.float32])
+def test_blocks_run_on_from_row_to_row(storage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # 96 columns are a block and a half, and rows are read three at a time.
+    sizes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 6}
+    make = table4("nf4", nested=True, storage=storage)
+    weights = write_quantized(tmp_path, CASES["bnb-nf4"].section, make, model_type="phi3", **sizes)
+    monkeypatch.setattr(layers, "_CHUNK", 96 * 3)
+    _, found, _ = loaded(tmp_path, keep="exact")
+    assert_close(found, weights)
 
 
 def test_layers_that_are_left_out_are_plain(tmp_path: Path):
