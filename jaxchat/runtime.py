@@ -19,6 +19,7 @@ from jaxchat.chat.session import ChatSession
 from jaxchat.chat.vocabulary import Vocabulary
 from jaxchat.checkpoints.adapter import Adapter, common_replication, read_adapter, replicated_config
 from jaxchat.checkpoints.assembly import Assembly
+from jaxchat.checkpoints.delta import DeltaDirectory
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import Progress, load_assembly, load_params
 from jaxchat.checkpoints.quantized import Quant
@@ -468,6 +469,7 @@ def load(
     path: str | Path | ModelDirectory | None = None,
     plan: PlanLike | None = None,
     *,
+    base: str | Path | ModelDirectory | None = None,
     recipe: str | Path | Assembly | None = None,
     model_paths: Mapping[str, str | Path] | None = None,
     keep_identity: bool = False,
@@ -491,6 +493,7 @@ def load(
       plan: a layer plan in any notation (`LayerPlan.parse`), a list of layers (`LayerPlan.of`) or a
         `LayerPlan`; default every layer once, in order. Of a recipe, or of a directory that records a plan,
         text and lists count the slots, and the default is that plan.
+      base: the model to which the one at `path` is the difference, where it was published so.
       recipe: instead of `path`, a mergekit recipe; its remarks are logged as warnings. Or what `read_recipe`
         made of one.
       model_paths: model names of the recipe -> directories.
@@ -527,13 +530,18 @@ def load(
     if (path is None) == (recipe is None):
         raise UsageError("give a model directory or a recipe, one of them")
     if recipe is None:
-        assembly, directory = None, ModelDirectory.at(path or "")
+        assembly = None
+        directory = ModelDirectory.at(path or "") if base is None else DeltaDirectory.of(path or "", base)
         adapters = _adapters(uses, directory)
         repeated = common_replication(adapters)
         base_plan = directory.plan if repeated is None else LayerPlan.identity(len(repeated))
     else:
         if uses:
             raise refuse_recipe(option("adapter"))
+        if base is not None:
+            raise UsageError(
+                f"{option('base')} is given with a recipe; it is what a model directory is added to"
+            )
         adapters, repeated = [], None
         assembly = recipe if isinstance(recipe, Assembly) else _read(recipe, model_paths, keep_identity)
         directory, base_plan = assembly.models[assembly.tokenizer], assembly.plan
@@ -622,6 +630,7 @@ def _read(recipe: str | Path, paths: Mapping[str, str | Path] | None, keep_ident
 _PATH = (str, Path)
 _SETTINGS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "path": ((*_PATH, ModelDirectory), "a directory"),
+    "base": ((*_PATH, ModelDirectory), "a directory"),
     "recipe": ((*_PATH, Assembly), "a file, or what read_recipe gave"),
     "dtype": ((str,), "float32, bfloat16 or float16"),
     "quant": ((str, QuantFormat), "a format such as 'int8'"),

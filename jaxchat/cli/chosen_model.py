@@ -8,6 +8,7 @@ from typing import Any
 from jaxchat.adapter_use import Uses
 from jaxchat.analysis import show
 from jaxchat.checkpoints.assembly import Assembly, assembled_config
+from jaxchat.checkpoints.delta import DeltaDirectory
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.config import ModelConfig
 from jaxchat.errors import UsageError
@@ -26,6 +27,7 @@ def choose(
     model_paths: Mapping[str, str],
     keep_identity: bool,
     name: str,
+    base: str | None = None,
     adapters: Uses = (),
 ) -> "ChosenModel":
     """The model that flags ask for, of which small files are read and no weights.
@@ -44,7 +46,7 @@ def choose(
         config = assembled_config(assembly, [found.config for found in assembly.models])
         plan, source = assembly.plan, assembly
     elif model is not None:
-        source = ModelDirectory.at(model)
+        source = ModelDirectory.at(model) if base is None else DeltaDirectory.of(model, base)
         config, plan = source.config, source.plan
     else:
         raise UsageError("no model: give its directory with -m, or a --recipe")

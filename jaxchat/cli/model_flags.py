@@ -43,6 +43,13 @@ LAYER_SPEC = _flag(
     elsewhere=("layers",),
     value="LAYERS",
 )
+BASE = _flag(
+    help="The model to which --model is the difference: some are published only so (Vicuna v0, Koala, "
+    "StableVicuna), and are the sum of the two",
+    example="-m vicuna-7b-delta-v1.1 --base llama-7b",
+    elsewhere=("base_model_path", "base_model"),
+    value="DIR",
+)
 BoxedModel = Annotated[str | None, dataclasses.replace(MODEL, help=f"{MODEL.help}. If not given, box")]
 """For commands that have a model of their own to fall back on, see `ModelFlags.or_boxed`."""
 
@@ -88,7 +95,8 @@ MAX_LENGTH = _flag(
 )
 
 MODEL_PATH_NEEDS = Need("model_path", ("recipe",), "it says how to read one")
-RECIPE_NEEDS = (MODEL_PATH_NEEDS, Need("keep_identity", ("recipe",), "it says how to read one"))
+BASE_NEEDS = Need("base", ("model",), "it is what --model is added to")
+RECIPE_NEEDS = (BASE_NEEDS, MODEL_PATH_NEEDS, Need("keep_identity", ("recipe",), "it says how to read one"))
 """What commands with `ModelFlags` refuse."""
 
 
@@ -132,6 +140,7 @@ class ModelFlags:
     """A model and the layers of it that run."""
 
     model: Annotated[str | None, MODEL] = None
+    base: Annotated[str | None, BASE] = None
     layer_spec: Annotated[str | None, LAYER_SPEC] = None
     recipe: RecipeFile = None
     model_path: ModelPaths = dataclasses.field(default_factory=dict)
@@ -174,6 +183,7 @@ class ModelFlags:
             model_paths=self.model_path,
             keep_identity=self.keep_identity,
             name=self.model_name,
+            base=self.base,
             adapters=adapters,
         )
 

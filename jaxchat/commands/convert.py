@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxchat.adapter_use import Uses, read_uses, refuse_recipe
 from jaxchat.cli.command_line import Command, Ended, catch_interrupts, complain
-from jaxchat.cli.model_flags import DTYPES, KEEP, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
+from jaxchat.cli.model_flags import BASE, DTYPES, KEEP, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
 from jaxchat.errors import UsageError
 from jaxchat.options import Flag
 
@@ -53,6 +53,9 @@ class ConvertRequest:
             example="--src Llama-3.2-1B-Instruct, --src model-Q4_K_M.gguf",
             value="DIR",
         ),
+    ] = None
+    base: Annotated[
+        str | None, dataclasses.replace(BASE, group="", example="--src delta --base llama-7b")
     ] = None
     dst: Annotated[
         str | None, Flag(help="The directory to create", example="--dst llama-1b", value="DIR")
@@ -186,6 +189,8 @@ def _refuse(request: ConvertRequest, given: frozenset[str]) -> None:
             raise UsageError(f"--{name} needs {' or '.join(f'--{flag}' for flag in flags)}")
     if request.adapter and request.recipe:
         raise refuse_recipe("--adapter")
+    if request.base and request.recipe:
+        raise UsageError("--base and --recipe are given; a base is what --src is added to")
 
 
 def _written(request: ConvertRequest) -> "Manifest":
@@ -238,13 +243,18 @@ def _written(request: ConvertRequest) -> "Manifest":
 
 def _source(request: ConvertRequest) -> "str | Assembly | ModelDirectory":
     """What to convert: a directory, or what a recipe assembles; its remarks go to standard error."""
+    from jaxchat.checkpoints.delta import DeltaDirectory
+
     if request.recipe is None:
+        source = (
+            str(request.src) if request.base is None else DeltaDirectory.of(str(request.src), request.base)
+        )
         if not request.adapter:
-            return str(request.src)
+            return source
         from jaxchat.checkpoints.merged import merged_directory
 
         anew = request.quant is not None or request.dequantize
-        return merged_directory(str(request.src), request.adapter, dequantized=anew)
+        return merged_directory(source, request.adapter, dequantized=anew)
     from jaxchat.recipes.recipe import read_recipe
 
     assembly = read_recipe(request.recipe, request.model_path)

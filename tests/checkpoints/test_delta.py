@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import jaxchat
+import tools.convert
+from jaxchat.__main__ import main
 from jaxchat.checkpoints.delta import DeltaDirectory
 from jaxchat.checkpoints.load import load_params
 from jaxchat.checkpoints.write import convert, to_hf
@@ -87,3 +90,29 @@ def test_converted_models_are_no_deltas(models, tmp_path):
     convert(base, tmp_path / "native")
     with pytest.raises(UsageError, match="both models are directories in Hugging Face's layout"):
         DeltaDirectory.of(delta, tmp_path / "native")
+
+
+def test_flags_and_the_library_take_a_base(models, tmp_path, capsys):
+    delta, base, whole = map(str, (*models[:2], write(tmp_path / "whole", LONGER, models[2])))
+    expected = jaxchat.load(whole).score(token_ids=[[1, 2, 3]])
+    assert jaxchat.load(delta, base=base).score(token_ids=[[1, 2, 3]]) == expected
+    assert (
+        tools.convert.main(["convert", "--src", delta, "--base", base, "--dst", str(tmp_path / "sum")]) == 0
+    )
+    assert jaxchat.load(tmp_path / "sum").score(token_ids=[[1, 2, 3]]) == expected
+    outputs = []
+    for flags in (("-m", whole), ("-m", delta, "--base", base)):
+        capsys.readouterr()
+        assert main(["jaxchat", "show", *flags, "--layer_spec", "0:2,1:"]) == 0
+        outputs.append(capsys.readouterr().out.splitlines()[1:])  # all but the name
+    assert outputs[0] == outputs[1]
+
+
+def test_a_base_without_a_model_is_refused(models, tmp_path, capsys):
+    base = str(models[1])
+    assert main(["jaxchat", "show", "--base", str(tmp_path / "none"), "-m", str(models[0])]) == 2
+    assert "no such model directory" in capsys.readouterr().err
+    assert main(["jaxchat", "generate", "--base", base, "--recipe", "r.yaml", "-p", "a"]) == 2
+    assert "--base" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="base is given with a recipe"):
+        jaxchat.load(recipe=tmp_path / "r.yaml", base=base)
