@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from jaxchat.adapter_use import Uses, read_uses, refuse_recipe
 from jaxchat.cli.command_line import Command, Ended, catch_interrupts, complain
-from jaxchat.cli.model_flags import BASE, DTYPES, KEEP, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
+from jaxchat.cli.model_flags import DTYPES, KEEP, MODEL_PATH_NEEDS, ModelPaths, RecipeFile
 from jaxchat.errors import UsageError
 from jaxchat.options import Flag
 
@@ -55,7 +55,14 @@ class ConvertRequest:
         ),
     ] = None
     base: Annotated[
-        str | None, dataclasses.replace(BASE, group="", example="--src delta --base llama-7b")
+        str | None,
+        Flag(
+            help="The model to which --src is the difference: some are published only so (Vicuna v0, Koala, "
+            "StableVicuna); what is written is the sum of the two",
+            example="--src vicuna-7b-delta-v1.1 --base llama-7b",
+            elsewhere=("base_model_path", "base_model"),
+            value="DIR",
+        ),
     ] = None
     dst: Annotated[
         str | None, Flag(help="The directory to create", example="--dst llama-1b", value="DIR")
