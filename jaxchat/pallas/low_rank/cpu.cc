@@ -13,7 +13,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kChunkBytes = 1 << 15;  // read by a task: less is not worth a thread
+constexpr int64_t kChunkBytes = 1 << 16;  // read by a task: less is not worth a thread
 
 const DeltaTable* TableOf(Isa isa) {
   switch (isa) {
