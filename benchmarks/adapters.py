@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import common
 from jaxchat.adapter_use import AdapterUse
-from jaxchat.checkpoints.adapter import Adapter, LowRank
+from jaxchat.checkpoints.low_rank import Adapter, LowRank
 from jaxchat.config import ModelConfig
 from jaxchat.engine.adapters import adapter_set
 from jaxchat.engine.session import Engine

@@ -17,11 +17,12 @@ from jaxchat.chat.conversation import Conversation
 from jaxchat.chat.replies import Batch, Result, Row, Score, TextStream, numbered
 from jaxchat.chat.session import ChatSession
 from jaxchat.chat.vocabulary import Vocabulary
-from jaxchat.checkpoints.adapter import Adapter, common_replication, read_adapter, replicated_config
+from jaxchat.checkpoints.adapter import common_replication, read_adapter, replicated_config
 from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.delta import DeltaDirectory
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import Progress, load_assembly, load_params
+from jaxchat.checkpoints.low_rank import Adapter
 from jaxchat.checkpoints.quantized import Quant
 from jaxchat.config import ModelConfig
 from jaxchat.engine.adapters import adapter_set, check_uses
@@ -498,7 +499,7 @@ def load(
         made of one.
       model_paths: model names of the recipe -> directories.
       keep_identity: executes the recipe's layers that change nothing, too.
-      adapter: PEFT's LoRA adapters, one or a list: a directory, with a strength (`"DIR=0.5"`) or the one slot
+      adapter: LoRA adapters, one or a list: PEFT's directory or a GGUF file, with a strength (`"DIR=0.5"`) or the one slot
         that it is in (`"DIR@3"`) if wanted. All are loaded, and used with these strengths where a request
         does not say (`generate(adapters=)`, `Model.with_adapters`): changing that compiles nothing. One that
         repeats layers (`layer_replication`) makes the model one of so many layers.

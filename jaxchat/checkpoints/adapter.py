@@ -25,8 +25,10 @@ from jaxchat.checkpoints.adapter_config import (
     targeted,
     unmatched,
 )
+from jaxchat.checkpoints.adapter_gguf import read_gguf_adapter
 from jaxchat.checkpoints.assembled import gathered_config
 from jaxchat.checkpoints.fingerprint import bytes_of
+from jaxchat.checkpoints.low_rank import Adapter, LowRank
 from jaxchat.checkpoints.safetensors_file import SafetensorsFile
 from jaxchat.checkpoints.source import fold_layers, listed
 from jaxchat.checkpoints.torch_file import TorchFile
@@ -39,57 +41,6 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """The tensors, in the order of preference."""
 
 logger = logging.getLogger(__name__)
-
-
-class LowRank(NamedTuple):
-    """A delta of one projection: `b @ a`, or, with a magnitude, DoRA's (Liu et al. 2024)."""
-
-    a: np.ndarray  # float32 [R, I]
-    b: np.ndarray  # float32 [O, R], what it is multiplied with included
-    magnitude: np.ndarray | None  # float32 [O], the length that each row of the sum is to have
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Adapter:
-    """An adapter for one model. Parameters have the names of its table; layer 0 stands for no layer.
-
-    Attributes:
-      name: what people call it.
-      path: its directory.
-      replicated: [slots] the model's layer that each of the adapter's layers is, where it repeats some
-        (`layer_replication`); else its layers are the model's.
-      low_rank: weight -> layer -> delta; of the embedding that of its transpose, [D, V].
-      added: bias -> layer -> float32 [O] that is added to the projection (`lora_bias`).
-      replaced: parameter -> layer -> what stands in its place, [...] in the stored dtype.
-      rows: embedding or head -> token ids int [n], and their rows [n, D] (`trainable_token_indices`).
-      digest: of all of it.
-    """
-
-    name: str
-    path: Path
-    replicated: tuple[int, ...] | None
-    low_rank: Mapping[str, Mapping[int, LowRank]]
-    added: Mapping[str, Mapping[int, np.ndarray]]
-    replaced: Mapping[str, Mapping[int, np.ndarray]]
-    rows: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    digest: str
-
-    @property
-    def rank(self) -> int:
-        """The largest rank of its deltas."""
-        return max((len(d.a) for layers in self.low_rank.values() for d in layers.values()), default=0)
-
-    @property
-    def touched(self) -> frozenset[str]:
-        """The parameters that it changes."""
-        return frozenset((*self.low_rank, *self.added, *self.replaced, *self.rows))
-
-    def with_rows(self, name: str, table: np.ndarray) -> np.ndarray:
-        """A table [V, D] with the rows that the adapter has of it, in the table's dtype; a copy."""
-        ids, values = self.rows[name]
-        table = table.copy()
-        table[ids] = values.astype(table.dtype)
-        return table
 
 
 class Module(NamedTuple):
@@ -207,10 +158,11 @@ class AdapterFile:
 
 
 def read_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
-    """Reads a PEFT adapter for a model.
+    """Reads an adapter for a model.
 
     Args:
-      directory: with `adapter_config.json` and `adapter_model.safetensors` or `.bin`.
+      directory: with `adapter_config.json` and `adapter_model.safetensors` or `.bin`, as PEFT writes it; or a
+        GGUF file.
       config: of the model.
 
     Raises:
@@ -219,6 +171,8 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> Adapter:
       JaxchatError: a file is malformed, a tensor is missing, of another shape, or holds NaN.
     """
     path = _directory(directory)
+    if path.is_file():
+        return read_gguf_adapter(path, config)
     lora = read_lora_config(path)
     return _Reading(path, lora, AdapterFile(path), config).adapter()
 
@@ -241,7 +195,7 @@ def replication(directories: Iterable[str | Path], config: ModelConfig) -> tuple
     found: dict[Path, tuple[int, ...]] = {}
     for name in directories:
         path = _directory(name)
-        if (own := read_lora_config(path).replicated) is not None:
+        if path.is_dir() and (own := read_lora_config(path).replicated) is not None:
             _check_replication(path, own, config)
             found[path] = own
     (first, layers), *others = found.items() or [(None, None)]
@@ -271,14 +225,10 @@ def replicated_config(config: ModelConfig, layers: tuple[int, ...]) -> ModelConf
 
 
 def _directory(given: str | Path) -> Path:
-    """The folder of an adapter; raises what is wrong with a path that is none."""
+    """The folder, or the GGUF file, of an adapter; raises what is wrong with a path that is none."""
     path = Path(given)
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == ".gguf" and path.exists()):
         return path
-    if path.suffix == ".gguf":
-        raise UsageError(
-            f"{path}: adapters in GGUF are not read; give the folder of the PEFT adapter it was made from"
-        )
     hint = f"give the folder it is in, {path.parent}" if path.exists() else f"give a folder with {CONFIG}"
     raise UsageError(f"{path}: no such adapter; {hint}")
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxchat.adapter_use import AdapterUse
-from jaxchat.checkpoints.adapter import Adapter, common_replication, read_adapter, replicated_config
+from jaxchat.checkpoints.adapter import common_replication, read_adapter, replicated_config
 from jaxchat.checkpoints.assembled import BakedSource
 from jaxchat.checkpoints.directory import CONFIG, ModelDirectory, write_json
+from jaxchat.checkpoints.low_rank import Adapter
 from jaxchat.checkpoints.manifest import Manifest
 from jaxchat.checkpoints.source import convert_into
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param

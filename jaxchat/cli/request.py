@@ -29,7 +29,7 @@ class Request(LoadFlags):
     adapter: Annotated[
         Uses,
         Flag(
-            help="Run with a LoRA adapter, as PEFT saves it, beside the weights: all of it, =STRENGTH of it, "
+            help="Run with a LoRA adapter, as PEFT saves it or in GGUF, beside the weights: all of it, =STRENGTH of it, "
             "or only in @SLOT of the layer plan (the first is 0). May be given more than once",
             example="--adapter loras/poet, --adapter loras/poet=0.5 --adapter loras/critic@3",
             group="Model",

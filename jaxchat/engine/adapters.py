@@ -16,7 +16,7 @@ import numpy as np
 from jaxchat import memory
 from jaxchat.adapter_use import AdapterUse, Uses
 from jaxchat.arguments import meant
-from jaxchat.checkpoints.adapter import Adapter, LowRank
+from jaxchat.checkpoints.low_rank import Adapter, LowRank
 from jaxchat.config import EMBED, HEAD, LAYERS, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table

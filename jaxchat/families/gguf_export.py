@@ -85,6 +85,18 @@ def described(config: ModelConfig, table: tuple[Param, ...], *, name: str, where
     return GgufDescription(ARCHITECTURES[export.architecture], metadata, factors, export.fused)
 
 
+def names_of(config: ModelConfig, table: tuple[Param, ...]) -> frozenset[str]:
+    """The tensors of a model, as llama.cpp has them for its architecture, which is one of `EXPORTS`."""
+    fused = {part: name for name, parts in EXPORTS[config.model_type].fused.items() for part in parts}
+    names = set()
+    for param in table:
+        stem, _, kind = param.layer_name.rpartition(".")
+        for layer in range(param.rows(config)):
+            own = place_of(param, layer, config, {}).tensor
+            names.add(f"blk.{layer}.{fused[stem]}.{kind}" if param.per_layer and stem in fused else own)
+    return frozenset(names)
+
+
 def _common(config: ModelConfig) -> dict[str, Any]:
     eps = "layer_norm_rms_epsilon" if config.norm == "rmsnorm" else "layer_norm_epsilon"
     return {

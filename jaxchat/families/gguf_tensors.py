@@ -1,7 +1,7 @@
 """Where our parameters are among the tensors of a GGUF file, and how rotated rows are put in order."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Container, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,14 +58,14 @@ class Place(NamedTuple):
     rows: tuple[int, int] | None
 
 
-def place_of(param: Param, index: int, config: ModelConfig, tensors: Mapping[str, Any]) -> Place:
-    """Where a parameter is in a file that has these tensors, whose names only are looked at.
+def place_of(param: Param, index: int, config: ModelConfig, tensors: Container[str]) -> Place:
+    """Where a parameter is in a file that has these tensors.
 
     Args:
       param: of the family's table.
       index: the layer.
       config: of the model.
-      tensors: by name.
+      tensors: their names.
     """
     shape = param.layer_shape(config)
     if not param.per_layer:

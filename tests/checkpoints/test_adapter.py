@@ -336,9 +336,6 @@ def test_files_that_are_missing_are_named(config, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\xff" * 40)
     with pytest.raises(JaxchatError, match=r"adapter_model.safetensors: "):
         read_adapter(tmp_path, config)
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UsageError, match="adapters in GGUF are not read"):
-        read_adapter(tmp_path / "a.gguf", config)
 
 
 def test_a_base_that_training_altered_and_names_that_are_no_module_are_warnings(config, tmp_path, caplog):

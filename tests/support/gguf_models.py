@@ -302,3 +302,47 @@ def llama3_divisors(dim: int, rope: Mapping[str, Any]) -> np.ndarray:
         else:
             found.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return np.asarray(found, np.float32)
+
+
+def write_gguf_adapter(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    alpha: float = 8.0,
+    metadata: Mapping[str, Any] | None = None,
+    edit: Any = None,
+) -> Path:
+    """Writes a LoRA adapter as llama.cpp's convert_lora_to_gguf.py does.
+
+    Args:
+      path: of the file.
+      config: the `config.json` of its model.
+      tensors: the factors, by PEFT's names.
+      alpha: `adapter.lora.alpha`.
+      metadata: more keys, or other values; None leaves a key out.
+      edit: changes the dictionary of tensors that is to be written.
+    """
+    arch = _ARCHITECTURES[config["model_type"]]
+    names = gguf.get_tensor_name_map(arch, config.get("num_hidden_layers") or config["n_layer"])
+    written = {}
+    for name, values in tensors.items():
+        module, _, factor = name.removeprefix("base_model.model.").partition(".lora_")
+        letter = factor.removeprefix("embedding_")[0].lower()
+        base = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        assert base is not None, name
+        if letter == "b" and config["model_type"] != "gpt2":
+            values = _changed(config, f"{module}.weight", values)
+        if factor.startswith("embedding_A"):
+            values = values.T
+        written[f"{base}.lora_{letter}"] = np.ascontiguousarray(values)
+    if edit is not None:
+        edit(written)
+    keys = {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": alpha,
+        **(metadata or {}),
+    }
+    write_gguf_file(path, gguf.MODEL_ARCH_NAMES[arch], keys, written)
+    return path
