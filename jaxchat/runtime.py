@@ -499,10 +499,10 @@ def load(
         made of one.
       model_paths: model names of the recipe -> directories.
       keep_identity: executes the recipe's layers that change nothing, too.
-      adapter: LoRA adapters, one or a list: PEFT's directory or a GGUF file, with a strength (`"DIR=0.5"`) or the one slot
-        that it is in (`"DIR@3"`) if wanted. All are loaded, and used with these strengths where a request
-        does not say (`generate(adapters=)`, `Model.with_adapters`): changing that compiles nothing. One that
-        repeats layers (`layer_replication`) makes the model one of so many layers.
+      adapter: LoRA adapters, one or a list: PEFT's directory or a GGUF file, with a strength (`"DIR=0.5"`) or
+        the one slot that it is in (`"DIR@3"`) if wanted. All are loaded, and used with these strengths where
+        a request does not say (`generate(adapters=)`, `Model.with_adapters`): changing that compiles nothing.
+        One that repeats layers (`layer_replication`) makes the model one of so many layers.
       dtype: of the weights, `float32`, `bfloat16` or `float16`; default as stored.
       quant: quantizes the weights while they are read: `int8`, `int4`, `int4:64`, ... (`QuantFormat.parse`);
         default as stored.

@@ -29,8 +29,9 @@ class Request(LoadFlags):
     adapter: Annotated[
         Uses,
         Flag(
-            help="Run with a LoRA adapter, as PEFT saves it or in GGUF, beside the weights: all of it, =STRENGTH of it, "
-            "or only in @SLOT of the layer plan (the first is 0). May be given more than once",
+            help="Run with a LoRA adapter, as PEFT saves it or in GGUF, beside the weights: all of it, "
+            "=STRENGTH of it, or only in @SLOT of the layer plan (the first is 0). May be given more "
+            "than once",
             example="--adapter loras/poet, --adapter loras/poet=0.5 --adapter loras/critic@3",
             group="Model",
             elsewhere=("lora", "lora_path", "lora_scaled", "lora_modules", "peft"),

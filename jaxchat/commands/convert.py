@@ -136,9 +136,10 @@ class ConvertRequest:
     adapter: Annotated[
         Uses,
         Flag(
-            help="Merge a LoRA adapter (PEFT's, or in GGUF) into the weights, in float32 and rounded once; =STRENGTH "
-            "merges that much of it. May be given more than once. Of quantized weights the originals are "
-            "gone: into those it merges only with --quant (or --to_hf --dequantize), which rounds them anew",
+            help="Merge a LoRA adapter (PEFT's, or in GGUF) into the weights, in float32 and rounded once; "
+            "=STRENGTH merges that much of it. May be given more than once. Of quantized weights the "
+            "originals are gone: into those it merges only with --quant (or --to_hf --dequantize), which "
+            "rounds them anew",
             example="--adapter loras/poet, --adapter loras/poet=0.5",
             elsewhere=("lora", "lora_path", "lora_scaled"),
             value="DIR[=STRENGTH]",
