@@ -491,6 +491,10 @@ class LlamaDirectory(ModelDirectory):
         """See `ModelDirectory`."""
         return self._files.where
 
+    @property
+    def quantization(self) -> None:
+        """See `ModelDirectory`: nobody quantizes these."""
+
     @functools.cached_property
     def config_values(self) -> Mapping[str, Any]:
         """What would be in `config.json`; the ids of special tokens are the tokenizer's."""

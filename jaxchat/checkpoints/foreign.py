@@ -17,8 +17,8 @@ _FORMATS = {
     ".ggml": f"of the format GGML, {_ORIGINAL}, or a GGUF file",
     ".onnx": f"of the format ONNX, {_ORIGINAL}",
     ".bin": f"a file of PyTorch's, {_TORCH}",
-    ".pth": f"a file of PyTorch's, {_TORCH}",
-    ".pt": f"a file of PyTorch's, {_TORCH}",
+    ".pth": f"a file of PyTorch's, without Meta's params.json beside it {_TORCH}",
+    ".pt": f"a file of PyTorch's, if it is llama2.c's give the file itself; any other is {_TORCH}",
     ".h5": f"a file of TensorFlow's, {_ORIGINAL}",
     ".msgpack": f"a file of Flax', {_ORIGINAL}",
 }

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 _USAGE = """\
 usage: {program} (--src DIR | --recipe FILE) --dst DIR [...]
 
-Converts models: Hugging Face's layout or GGUF -> native (mapped, starts at
-once) or Orbax, and back, or GGUF; as they are, quantized, or under a layer plan.
+Converts models: Hugging Face's layout, GGUF and others -> native (mapped,
+starts at once) or Orbax, and back, or to GGUF; as they are, quantized, or under
+a layer plan.
 
   {program} --src llama-3.2-1b --dst llama-1b --dtype bfloat16
   {program} --src llama-3.2-1b --dst llama-1b-int4 --quant int4
   {program} --src llama-3.2-1b --dst llama-1b-orbax --format orbax
   {program} --src llama-1b --dst llama-1b-hf --to_hf
-  {program} --src llama-1b --dst llama-1b-Q4_K_M.gguf --to_gguf --quant q4_k_m
+  {program} --src llama-1b --dst llama-1b.gguf --to_gguf --quant q4_k_m
   {program} --src llama-3-8b --dst llama-13b --to_hf \\
       --layer_spec 0:8,4:12,8:16,12:
   {program} --src llama-3-8b --dst poet-hf --to_hf --adapter loras/poet
