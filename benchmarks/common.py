@@ -19,6 +19,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
+import jaxchat
+from benchmarks.llama_cpp import FILES, random_model
 from jaxchat import pallas
 from jaxchat.analysis import cost
 from jaxchat.checkpoints.load import aligned_storage
@@ -112,12 +114,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--quant", default="none", help="of the weights, as in jaxchat.generate: int8, int4, int4:64, ..."
     )
     parser.add_argument(
+        "--gguf", choices=FILES, help="instead of --quant: a file of this kind, the same for us and a peer"
+    )
+    parser.add_argument(
         "--kernels", choices=pallas.NAMES, default="auto", help="which implementations of the operations run"
     )
 
 
 def make_engine(args: argparse.Namespace) -> Engine:
     """An engine with random weights, as the flags say."""
+    if args.gguf:
+        path = random_model(SHAPES[args.shape], args.gguf)
+        return jaxchat.load(path, kernels=args.kernels).engine
     config = shape_config(args.shape)
     return Engine(
         config, random_params(config, args.dtype, QuantFormat.parse(args.quant)), kernels=args.kernels
@@ -130,7 +138,7 @@ def model_fields(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "shape": args.shape,
         "dtype": args.dtype,
-        "quant": args.quant,
+        "quant": args.gguf or args.quant,
         "activations": engine.dtype.name,
         "layers": engine.config.num_layers,
         "kernels": name,

@@ -3,9 +3,9 @@
     python -m benchmarks.decode --shape tinyllama-1.1b --quant int4:32 --prompt 512 --new 64 --batch 1
 
 Prints a table, and as the last line one JSON object. `--layer_spec` runs another layer plan. `--batch` above
-1 also times one sequence alone. `--peer llama.cpp` runs llama.cpp on a random model of the same shape, in
-turn with ours: one side works while the other waits, and which of them goes first alternates. Ratios are
-ours over the peer's, the median of neighbours in time.
+1 also times one sequence alone. `--peer llama.cpp` runs llama.cpp on a random model of the same shape, with
+`--gguf Q4_K_M` on the same file, in turn with ours: one side works while the other waits, and which of them
+goes first alternates. Ratios are ours over the peer's, the median of neighbours in time.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import common
-from benchmarks.llama_cpp import Peer, Timing
+from benchmarks.llama_cpp import TYPES, Peer, Timing
 from jaxchat.analysis import cost
 from jaxchat.engine.session import Session
 from jaxchat.errors import UsageError
@@ -50,7 +50,7 @@ def start_peer(args: argparse.Namespace, plan: LayerPlan) -> Peer:
     return Peer(
         args.peer_python,
         common.SHAPES[args.shape],
-        f"int{fmt.bits}" if fmt else args.dtype,
+        args.gguf or TYPES[f"int{fmt.bits}" if fmt else args.dtype],
         threads=common.available_cores(),
         batch=args.batch,
         length=args.prompt + args.new,

@@ -26,6 +26,9 @@ from jaxchat.errors import JaxchatError, UsageError
 TYPES = {"int4": "Q4_0", "int8": "Q8_0", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """What llama.cpp stores the linear weights as, beside ours."""
 
+FILES = ("Q4_K_M", "Q4_0", "Q8_0", "BF16")
+"""Kinds of files that both sides can run."""
+
 CHUNK = 512
 """Tokens of a prompt computed at a time: llama.cpp's default."""
 
@@ -49,7 +52,7 @@ class Peer:
     Args:
       python: an interpreter with `llama_cpp` and `gguf`.
       config: the `config.json` of the shape.
-      weights: a key of `TYPES`.
+      kind: of the file, a value of `TYPES` or one of `FILES`.
       threads: of llama.cpp.
       batch: sequences decoded together.
       length: tokens of each sequence, the generated ones included.
@@ -63,7 +66,7 @@ class Peer:
         self,
         python: str,
         config: Mapping[str, Any],
-        weights: str,
+        kind: str,
         *,
         threads: int,
         batch: int,
@@ -76,7 +79,7 @@ class Peer:
         check_python(python)
         if os.sep in python:
             python = os.path.abspath(python)  # the child starts in another folder
-        self.type, self.threads = TYPES[weights], threads
+        self.type, self.threads = kind, threads
         self.path = model_path(config, self.type)
         job = {
             "config": dict(config),
@@ -147,7 +150,15 @@ def model_path(config: Mapping[str, Any], kind: str) -> Path:
     return Path(tempfile.gettempdir()) / "jaxchat-benchmarks" / f"{checksum:08x}-{kind}.gguf"
 
 
-# --- the child: a random model
+# --- a random model
+
+
+def random_model(config: Mapping[str, Any], kind: str) -> Path:
+    """The random GGUF of a shape, written if it is not there yet."""
+    path = model_path(config, kind)
+    if not path.exists():
+        write_model(path, config, kind)
+    return path
 
 
 def write_model(path: Path, config: Mapping[str, Any], kind: str) -> None:
@@ -170,8 +181,8 @@ def write_model(path: Path, config: Mapping[str, Any], kind: str) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     _add_vocabulary(writer, config["vocab_size"])
 
-    rng = np.random.default_rng(0)
-    table = [(name, shape, _storage(name, shape, kind)) for name, shape in _tensors(config)]
+    rng, layers = np.random.default_rng(0), config["num_hidden_layers"]
+    table = [(name, shape, _storage(name, shape, kind, layers)) for name, shape in _tensors(config)]
     for name, shape, storage in table:
         type_ = gguf.GGMLQuantizationType[storage]
         block, nbytes = gguf.GGML_QUANT_SIZES[type_]
@@ -209,20 +220,35 @@ def _tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]
         yield "output.weight", (config["vocab_size"], width)
 
 
-def _storage(name: str, shape: tuple[int, ...], kind: str) -> str:
+def _storage(name: str, shape: tuple[int, ...], kind: str, layers: int) -> str:
     """The type of a tensor in a file of a kind: norms F32, the head of a Q4_0 file Q6_K, the rest the kind.
 
-    Rows that are no whole number of blocks get Q8_0 instead of Q6_K, and F16 if even 32 does not divide them.
+    Rows that are no whole number of blocks get Q8_0 instead of K-quants, and F16 if even 32 does not divide
+    them.
     """
     if len(shape) == 1:
         return "F32"
-    if kind not in ("Q4_0", "Q8_0"):
+    if kind not in FILES[:-1]:
         return kind
     if shape[-1] % 32:
         return "F16"
-    if kind == "Q4_0" and name == "output.weight":
-        return "Q8_0" if shape[-1] % 256 else "Q6_K"
-    return kind
+    if kind == "Q8_0":
+        return kind
+    fallback = "Q8_0" if shape[-1] % 256 else None
+    if name == "output.weight":
+        return fallback or "Q6_K"
+    if kind == "Q4_0":
+        return kind
+    return fallback or ("Q6_K" if _has_more_bits(name, layers) else "Q4_K")
+
+
+def _has_more_bits(name: str, layers: int) -> bool:
+    """Whether Q4_K_M has more bits of a tensor: of values and of what ends an MLP, in half of the layers."""
+    parts = name.split(".")
+    if parts[0] != "blk" or parts[2] not in ("attn_v", "ffn_down"):
+        return False
+    layer, eighth = int(parts[1]), layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 class _Blocks(NamedTuple):
@@ -236,6 +262,10 @@ class _Blocks(NamedTuple):
 _BLOCKS = {
     "Q4_0": _Blocks(32, np.dtype([("scale", "<f2"), ("codes", "u1", 16)]), 4.6),
     "Q8_0": _Blocks(32, np.dtype([("scale", "<f2"), ("codes", "u1", 32)]), 74),
+    # Its parts' scales and minimums have 6 bits; the offset takes the codes' mean, 7.5, off.
+    "Q4_K": _Blocks(
+        256, np.dtype([("scale", "<f2"), ("offset", "<f2"), ("codes", "u1", 12 + 128)]), 32 * 4.6
+    ),
     # The scales of its 16 parts are int8, so that a typical weight is 18 x 74 times the scale.
     "Q6_K": _Blocks(256, np.dtype([("codes", "u1", 208), ("scale", "<f2")]), 18 * 74),
 }
@@ -250,6 +280,8 @@ def _random_tensor(rng: np.random.Generator, shape: tuple[int, ...], storage: st
         tile["codes"] = rng.integers(0, 256, tile["codes"].shape, np.uint8)
         sign = rng.choice([-1, 1], _TILE)  # the codes' mean is not 0
         tile["scale"] = rng.uniform(0.8, 1.2, _TILE) * sign * size / blocks.code
+        if "offset" in (blocks.layout.names or ()):
+            tile["offset"] = 7.5 * tile["scale"]
         return _bytes(tile, math.prod(shape) // blocks.weights)
     values = rng.standard_normal(32 * _TILE, np.float32)
     values = 1 + 0.1 * values if len(shape) == 1 else values * np.float32(size)
@@ -358,10 +390,8 @@ def main(argv: list[str]) -> int:
     import llama_cpp
 
     job = json.loads(argv[0])
-    path = Path(job["path"])
     try:
-        if not path.exists():
-            write_model(path, job["config"], job["type"])
+        path = random_model(job["config"], job["type"])
         server = Server(str(path), threads=job["threads"], batch=job["batch"], length=job["length"])
         server.run(min(job["length"] - 2, 16), 2)  # touches the weights and starts the threads
         build = llama_cpp.llama_print_system_info().decode().strip()

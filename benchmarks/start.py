@@ -5,7 +5,9 @@
 Writes a random native checkpoint of the shape once (it is kept), then starts a process that loads it,
 answers and ends, several times. Reports the seconds from the start of the process to the first token, the
 decode rate after it, and the memory it held beside what it has to hold: weights, KV cache and 600 MB.
-`--peer llama.cpp` does the same with llama.cpp in turn. Prints a table, and as the last line one JSON object.
+`--peer llama.cpp` does the same with llama.cpp in turn. `--gguf Q4_K_M` starts from a file of that kind on
+both sides, `--converted` from what `jaxchat convert` makes of it on ours. Prints a table, and as the last
+line one JSON object.
 """
 
 import argparse
@@ -36,6 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens to generate")
     parser.add_argument("--max_length", type=int, default=1024, help="the longest context")
+    parser.add_argument("--converted", action="store_true", help="with --gguf: start from its conversion")
     parser.add_argument("--peer", choices=("llama.cpp",), help="what to compare with, in the same run")
     parser.add_argument(
         "--peer_python", default=sys.executable, help="interpreter with llama_cpp and gguf; default this one"
@@ -88,6 +91,21 @@ def checkpoint(shape: str, dtype: str, quant: str) -> Path:
         ).write(partial)
         partial.rename(path)
     return path
+
+
+def gguf_model(args: argparse.Namespace) -> Path:
+    """A random GGUF file, or what it is converted to."""
+    from benchmarks import common
+    from benchmarks.llama_cpp import random_model
+    from jaxchat.checkpoints.write import convert
+
+    path = random_model(common.SHAPES[args.shape], args.gguf)
+    if not args.converted:
+        return path
+    native = path.with_suffix("")
+    if not native.exists():
+        convert(path, native)
+    return native
 
 
 # --- the processes
@@ -148,18 +166,17 @@ def run_child(python: str, side: str, job: Mapping[str, Any]) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark; the result is the JSON object."""
     from benchmarks import common
-    from benchmarks.llama_cpp import TYPES, check_python, model_path, write_model
+    from benchmarks.llama_cpp import TYPES, check_python, random_model
     from jaxchat.quant import QuantFormat
 
     fmt = QuantFormat.parse(args.quant)
     job = {"prompt": args.prompt, "new": args.new, "max_length": args.max_length, "kernels": args.kernels}
-    path = checkpoint(args.shape, args.dtype, args.quant)
+    path = gguf_model(args) if args.gguf else checkpoint(args.shape, args.dtype, args.quant)
     sides = {"ours": (sys.executable, {**job, "path": str(path)})}
     if args.peer:
         check_python(args.peer_python)
-        gguf = model_path(common.SHAPES[args.shape], TYPES[f"int{fmt.bits}" if fmt else args.dtype])
-        if not gguf.exists():
-            write_model(gguf, common.SHAPES[args.shape], gguf.stem.partition("-")[2])
+        kind = args.gguf or TYPES[f"int{fmt.bits}" if fmt else args.dtype]
+        gguf = random_model(common.SHAPES[args.shape], kind)
         sides["llama_cpp"] = (
             os.path.abspath(args.peer_python) if os.sep in args.peer_python else args.peer_python,
             {**job, "path": str(gguf), "threads": common.available_cores()},
@@ -183,7 +200,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "shape": args.shape,
         "dtype": args.dtype,
-        "quant": args.quant,
+        "quant": args.gguf or args.quant,
+        "converted": args.converted,
         "kernels": last["kernels"],
         "prompt": args.prompt,
         "new": args.new,

@@ -124,6 +124,18 @@ def test_decode_runs_beside_llama_cpp():
     assert min(result["decode_ratio"], result["prefill_ratio"]) > 0
 
 
+def test_decode_runs_a_file():
+    result = _json_line("decode", "--gguf", "Q8_0")
+    assert (result["quant"], result["decode_tok_s"] > 0) == ("Q8_0", True)
+
+
+@pytest.mark.full
+def test_start_converts_a_file():
+    small = ("--shape", "tiny", "--new", "4", "--max_length", "64")
+    done = _here("start", *small, "--gguf", "Q8_0", "--converted")
+    assert json.loads(done.stdout.splitlines()[-1])["converted"], done.stderr
+
+
 def test_plan_runs_on_quantized_weights():
     result = _json_line("plan", "--plans", "2", "--layer_spec", "0:4,2:4", "--quant", "int8", run=_run)
 
@@ -221,10 +233,17 @@ def test_gathered_params_unroll_quantized_stacks():
 
 
 @pytest.mark.parametrize(
-    ("kind", "head"), [("Q4_0", "Q6_K"), ("Q8_0", "Q8_0"), ("BF16", "BF16"), ("F16", "F16")]
+    ("kind", "types"),
+    [
+        ("Q4_K_M", ("Q6_K", "Q4_K", "Q8_0")),
+        ("Q4_0", ("Q6_K", "Q4_0", "Q4_0")),
+        ("Q8_0", ("Q8_0", "Q8_0", "Q8_0")),
+        ("BF16", ("BF16", "BF16", "BF16")),
+        ("F16", ("F16", "F16", "F16")),
+    ],
 )
 def test_the_model_for_llama_cpp_has_the_shape_and_the_types_its_quantizer_picks(
-    tmp_path: Path, kind: str, head: str
+    tmp_path: Path, kind: str, types: tuple[str, str, str]
 ):
     gguf = pytest.importorskip("gguf")
     config = {**common.SHAPES["tiny"], "hidden_size": 256, "intermediate_size": 288}
@@ -233,9 +252,12 @@ def test_the_model_for_llama_cpp_has_the_shape_and_the_types_its_quantizer_picks
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert len(tensors) == 4 * 9 + 3
-    types = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
-    assert (types["output.weight"], types["token_embd.weight"]) == (head, kind)
-    assert (types["blk.3.ffn_down.weight"], types["blk.3.ffn_norm.weight"]) == (kind, "F32")
+    found = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    ours = tuple(found[f"{name}.weight"] for name in ("output", "token_embd", "blk.3.ffn_down"))
+    assert ours == types  # rows of 288 are no whole number of K-quants' blocks
+    assert found["blk.3.ffn_norm.weight"] == "F32"
+    if kind == "Q4_K_M":
+        assert [found[f"blk.{layer}.attn_v.weight"] for layer in range(4)] == ["Q4_K", "Q4_K", "Q6_K", "Q6_K"]
     for name, columns in (("blk.0.ffn_down.weight", 288), ("output.weight", 256)):
         tensor = tensors[name]
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
