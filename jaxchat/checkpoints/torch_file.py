@@ -9,6 +9,7 @@ storages behind them. Source: torch/serialization.py and torch/_utils.py.
 import collections
 import dataclasses
 import io
+import math
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from jaxchat.visible import shown
 
 MAX_PICKLE_BYTES = 1 << 28
 """Of the names, shapes and places of the tensors; those of the largest checkpoints take some megabytes."""
+_MOST_REPEATED = 1 << 22  # numbers that strides of 0 make of a storage with fewer
 _MAX_DIRECTORY_BYTES = 1 << 26  # of a zip archive
 
 _STORAGES = {
@@ -161,6 +163,8 @@ def _entry(name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]]) ->
             f"tensor {name} ends at byte {first + count * itemsize - start} of a storage of {stop - start}; "
             "download the file again"
         )
+    if (numbers := math.prod(tensor.shape)) > max((stop - start) // itemsize, _MOST_REPEATED):
+        raise _Refused(f"tensor {name} repeats few numbers to {numbers}; save it as it is (contiguous)")
     return Entry(tensor.dtype, tensor.shape, first, first + count * itemsize)
 
 
@@ -175,11 +179,12 @@ def _zipped(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]
         if name is None:
             raise _Refused("a zip archive without data.pkl, not PyTorch's; give the model's own file")
         folder = name.removesuffix("data.pkl")
-        if records[name].file_size > MAX_PICKLE_BYTES or records[name].compress_type != zipfile.ZIP_STORED:
+        if not _is_stored(records[name], min(MAX_PICKLE_BYTES, size)):
             raise _Refused(
                 f"its pickle has {records[name].file_size} bytes or is compressed; no such file is"
             )
-        if f"{folder}byteorder" in records and archive.read(f"{folder}byteorder") != b"little":
+        order = records.get(f"{folder}byteorder")
+        if order is not None and not (_is_stored(order, 16) and archive.read(order) == b"little"):
             raise _Refused("its numbers are big-endian, which is not read; save it on another machine")
         found = _unpickled(io.BytesIO(archive.read(name)))
         places = {
@@ -188,6 +193,11 @@ def _zipped(file: BinaryIO, size: int) -> tuple[Any, dict[str, tuple[int, int]]]
             if key.startswith(f"{folder}data/")
         }
     return found, places
+
+
+def _is_stored(info: zipfile.ZipInfo, most: int) -> bool:
+    """Whether a record is as PyTorch writes it and small: zipfile makes room for whatever one claims."""
+    return info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size <= most
 
 
 def _check_directory(file: BinaryIO, size: int) -> None:
@@ -257,13 +267,15 @@ class _Bounded:
     """A file for a pickle: whatever length it states, no more is asked for than there is."""
 
     def __init__(self, file: BinaryIO):
-        self._file = file
+        self._file, start = file, file.tell()
+        self._end = min(file.seek(0, io.SEEK_END), start + MAX_PICKLE_BYTES)
+        file.seek(start)
 
     def read(self, count: int) -> bytes:
         """So many bytes."""
-        if count > MAX_PICKLE_BYTES or len(data := self._file.read(count)) < count:
+        if count > self._end - self._file.tell():  # before they are made room for
             raise EOFError("it ends too early")
-        return data
+        return self._file.read(count)
 
     def readline(self) -> bytes:
         """A line, of a name."""
