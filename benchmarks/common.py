@@ -110,12 +110,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), default="bfloat16", help="of the weights that are not quantized"
     )
-    parser.add_argument(
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
         "--quant", default="none", help="of the weights, as in jaxchat.generate: int8, int4, int4:64, ..."
     )
-    parser.add_argument(
-        "--gguf", choices=FILES, help="instead of --quant: a file of this kind, the same for us and a peer"
-    )
+    weights.add_argument("--gguf", choices=FILES, help="a file of this kind, the same for us and a peer")
     parser.add_argument(
         "--kernels", choices=pallas.NAMES, default="auto", help="which implementations of the operations run"
     )

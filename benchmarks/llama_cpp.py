@@ -84,7 +84,6 @@ class Peer:
         job = {
             "config": dict(config),
             "type": self.type,
-            "path": str(self.path),
             "threads": threads,
             "batch": batch,
             "length": length,

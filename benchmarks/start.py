@@ -44,6 +44,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--peer_python", default=sys.executable, help="interpreter with llama_cpp and gguf; default this one"
     )
     args = parser.parse_args(argv)
+    if args.converted and not args.gguf:
+        parser.error("--converted is of a --gguf file")
     for name, least in (("prompt", 1), ("new", 2)):
         if getattr(args, name) < least:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least {least}")

@@ -19,7 +19,7 @@ from jaxchat.chat.session import ChatSession
 from jaxchat.chat.vocabulary import Vocabulary
 from jaxchat.checkpoints.adapter import common_replication, read_adapter, replicated_config
 from jaxchat.checkpoints.assembly import Assembly
-from jaxchat.checkpoints.delta import DeltaDirectory
+from jaxchat.checkpoints.delta import model_at
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import Progress, load_assembly, load_params
 from jaxchat.checkpoints.low_rank import Adapter
@@ -530,22 +530,16 @@ def load(
     enable_compilation_cache(compilation_cache_dir)
     if (path is None) == (recipe is None):
         raise UsageError("give a model directory or a recipe, one of them")
+    adapters: list[Adapter] = []
     if recipe is None:
-        assembly = None
-        directory = ModelDirectory.at(path or "") if base is None else DeltaDirectory.of(path or "", base)
-        adapters = _adapters(uses, directory)
-        repeated = common_replication(adapters)
-        base_plan = directory.plan if repeated is None else LayerPlan.identity(len(repeated))
+        assembly, directory = None, model_at(path or "", base)
+        adapters, base_plan = _adapters(uses, directory), directory.plan
     else:
-        if uses:
-            raise refuse_recipe(option("adapter"))
-        if base is not None:
-            raise UsageError(
-                f"{option('base')} is given with a recipe; it is what a model directory is added to"
-            )
-        adapters, repeated = [], None
+        _refuse_with_recipe(uses, base)
         assembly = recipe if isinstance(recipe, Assembly) else _read(recipe, model_paths, keep_identity)
         directory, base_plan = assembly.models[assembly.tokenizer], assembly.plan
+    if (repeated := common_replication(adapters)) is not None:
+        base_plan = LayerPlan.identity(len(repeated))
     chosen = as_plan(plan, base_plan)
     check_uses(adapters, uses, chosen)
     # Before the weights: what is wrong with a setting or a small file is not told after minutes of loading.
@@ -592,6 +586,14 @@ def load(
     if tokenizer is not None and max(tokenizer.special_tokens.values(), default=0) >= config.vocab_size:
         _warn_of_template(model, directory)
     return model
+
+
+def _refuse_with_recipe(uses: Uses, base: object) -> None:
+    """Raises UsageError for what belongs to one model's directory."""
+    if uses:
+        raise refuse_recipe(option("adapter"))
+    if base is not None:
+        raise UsageError(f"{option('base')} is given with a recipe; it is what a model directory is added to")
 
 
 def _adapters(uses: Uses, directory: ModelDirectory) -> list[Adapter]:

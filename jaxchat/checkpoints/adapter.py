@@ -35,6 +35,7 @@ from jaxchat.checkpoints.torch_file import TorchFile
 from jaxchat.config import EMBED, HEAD, ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import family_of, parameter_table
+from jaxchat.families.tables import OUTPUT_HEAD
 from jaxchat.visible import shown, visible
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -235,10 +236,9 @@ def _directory(given: str | Path) -> Path:
 
 def modules_of(config: ModelConfig, rename: tuple[str, str] = ("", "")) -> dict[str, Module]:
     """A model's modules by their Hugging Face names, spelled with one of its family's renames."""
-    family, head = family_of(config), Param(name=HEAD, shape="V D", hf=HEAD, axes="vocab embed", role="head")
-    table = parameter_table(config)
+    family, table = family_of(config), parameter_table(config)
     if config.tied_embeddings:  # which has a module, too
-        table = (*table, head)
+        table = (*table, OUTPUT_HEAD)
     found: dict[str, Module] = {}
     for param in sorted(table, key=lambda param: param.part):
         spelled, _, tensor = family.rename(param.hf, rename).rpartition(".")

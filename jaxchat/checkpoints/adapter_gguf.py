@@ -15,12 +15,13 @@ from jaxchat.checkpoints.fingerprint import bytes_of
 from jaxchat.checkpoints.gguf_file import GgufFile
 from jaxchat.checkpoints.low_rank import Adapter, LowRank
 from jaxchat.checkpoints.source import listed
-from jaxchat.config import HEAD, ModelConfig, Param
+from jaxchat.config import ModelConfig, Param
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table
-from jaxchat.families.gguf import ARCHITECTURES
+from jaxchat.families.gguf import ARCHITECTURES, Architecture
 from jaxchat.families.gguf_export import EXPORTS, names_of
-from jaxchat.families.gguf_tensors import OUTPUT, Place, place_of, rotated_heads, unpermuted
+from jaxchat.families.gguf_tensors import Place, place_of, rotated_heads, unpermuted
+from jaxchat.families.tables import OUTPUT_HEAD
 from jaxchat.visible import shown
 
 _FACTORS = (".lora_a", ".lora_b")
@@ -46,8 +47,8 @@ def read_gguf_adapter(path: Path, config: ModelConfig) -> Adapter:
       JaxchatError: the file is malformed, a tensor is missing, of another shape, or holds NaN.
     """
     file = GgufFile(path)
-    alpha = _checked_alpha(file, config)
-    permuted = ARCHITECTURES[file.metadata["general.architecture"]].permuted
+    _check_kind(file)
+    permuted, alpha = _architecture(file, config).permuted, _alpha(file)
     digest = hashlib.blake2b(str(alpha).encode(), digest_size=8)
     low_rank: dict[str, dict[int, LowRank]] = {}
     targets = _targets(config)
@@ -80,8 +81,8 @@ def read_gguf_adapter(path: Path, config: ModelConfig) -> Adapter:
     )
 
 
-def _checked_alpha(file: GgufFile, config: ModelConfig) -> float:
-    """`adapter.lora.alpha` of an adapter for this kind of model; 0 is no factor at all."""
+def _check_kind(file: GgufFile) -> None:
+    """Raises UsageError if it is no plain LoRA adapter."""
     kinds = [file.metadata.get(key) for key in ("general.type", "adapter.type")]
     if kinds != ["adapter", "lora"]:
         raise UsageError(
@@ -92,6 +93,10 @@ def _checked_alpha(file: GgufFile, config: ModelConfig) -> float:
         raise UsageError(
             f"{file.path}: is an activated LoRA (aLoRA), which is not supported; take a plain one"
         )
+
+
+def _architecture(file: GgufFile, config: ModelConfig) -> Architecture:
+    """The adapter's, which is that of the model."""
     name = file.metadata.get("general.architecture")
     row, export = ARCHITECTURES.get(name) if isinstance(name, str) else None, EXPORTS.get(config.model_type)
     fits = export is not None and (
@@ -102,6 +107,11 @@ def _checked_alpha(file: GgufFile, config: ModelConfig) -> float:
             f"{file.path}: general.architecture is {shown(name)}, and the model is a {config.model_type}; "
             "take the model that the adapter was made for"
         )
+    return row
+
+
+def _alpha(file: GgufFile) -> float:
+    """`adapter.lora.alpha`; 0 is no factor at all."""
     alpha = file.metadata.get("adapter.lora.alpha")
     if not isinstance(alpha, int | float) or not np.isfinite(alpha):
         raise JaxchatError(f"{file.path}: adapter.lora.alpha is {shown(alpha)}; expected a number")
@@ -111,6 +121,8 @@ def _checked_alpha(file: GgufFile, config: ModelConfig) -> float:
 def _targets(config: ModelConfig) -> dict[str, list[_Target]]:
     """The tensors that a GGUF file of the model has -> the parameters that are (in) each."""
     table = parameter_table(config)
+    if config.tied_embeddings:
+        table = (*table, OUTPUT_HEAD)
     names = names_of(config, table)
     found: dict[str, list[_Target]] = {}
     for param in table:
@@ -118,10 +130,6 @@ def _targets(config: ModelConfig) -> dict[str, list[_Target]]:
             for layer in range(config.num_layers if param.per_layer else 1):
                 place = place_of(param, layer, config, names)
                 found.setdefault(place.tensor, []).append(_Target(param, layer, place))
-    if config.tied_embeddings:
-        shape = (config.vocab_size, config.hidden_size)
-        head = Param(name=HEAD, shape="V D", hf=HEAD, axes="vocab embed", role="head")
-        found[OUTPUT] = [_Target(head, 0, Place(OUTPUT, shape, None))]
     return found
 
 

@@ -39,8 +39,18 @@ class DeltaDirectory(ModelDirectory):
                 )
         return cls(delta.path, base)
 
+    @property
+    def read_from(self) -> tuple[Path, ...]:
+        """See `ModelDirectory`."""
+        return (self.path, *self.base.read_from)
+
     def source(self, wanted: "Wanted | None" = None, keep: "Keep" = "small") -> "Source":
         """See `ModelDirectory`."""
         from jaxchat.checkpoints.delta_source import DeltaSource
 
         return DeltaSource(super().source(wanted, keep), self.base.source(wanted, keep), str(self.base))
+
+
+def model_at(path: str | Path | ModelDirectory, base: str | Path | ModelDirectory | None) -> ModelDirectory:
+    """What is at a path (`ModelDirectory.at`), added to its base if it has one."""
+    return ModelDirectory.at(path) if base is None else DeltaDirectory.of(path, base)

@@ -101,6 +101,11 @@ class ModelDirectory:
         return str(self.path)
 
     @property
+    def read_from(self) -> tuple[Path, ...]:
+        """The places of all that it is made of, which nothing may be written over."""
+        return (self.path,)
+
+    @property
     def name(self) -> str:
         """What people call it."""
         return hub.name_in_cache(self.path) or self.path.resolve().name

@@ -72,6 +72,11 @@ class MergedDirectory(ModelDirectory):
     merged: tuple[Merged, ...] = dataclasses.field(compare=False)
     dequantized: bool = dataclasses.field(compare=False)
 
+    @property
+    def read_from(self) -> tuple[Path, ...]:
+        """See `ModelDirectory`."""
+        return (*self.inner.read_from, *(adapter.path for adapter, _ in self.merged))
+
     @functools.cached_property
     def config_values(self) -> Mapping[str, Any]:
         """`config.json` of the result."""

@@ -256,8 +256,8 @@ def to_gguf(
     mixture_of(quant)
     dst = Path(dst)
     model = _open(src, layer_spec, None, "exact" if dequantize else "small")
-    for directory in model.directories:
-        if os.path.realpath(directory.path) == os.path.realpath(dst):
+    for path in _read_from(model.directories):
+        if os.path.realpath(path) == os.path.realpath(dst):
             raise UsageError(f"{dst}: is what is read; give another --dst")
     if os.path.lexists(dst) and not overwrite:
         raise UsageError(f"{dst}: exists already; choose another --dst, or replace it with --overwrite")
@@ -418,8 +418,8 @@ def _write_files(model: _Model, dst: Path, values: dict[str, Any] | None, dtype:
 def _new_directory(sources: tuple[ModelDirectory, ...], dst: Path, overwrite: bool) -> Iterator[Path]:
     """A directory to write into, which becomes `dst` if the block ends well and disappears otherwise."""
     given, dst = dst, _destination(dst)
-    for src in sources:
-        _check_destination(src.path, dst, given, overwrite)
+    for src in _read_from(sources):
+        _check_destination(src, dst, given, overwrite)
     with contextlib.ExitStack() as held:
         try:
             dst.parent.mkdir(parents=True, exist_ok=True)
@@ -445,6 +445,10 @@ def _new_directory(sources: tuple[ModelDirectory, ...], dst: Path, overwrite: bo
             ) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_from(sources: tuple[ModelDirectory, ...]) -> list[Path]:
+    return [path for source in sources for path in source.read_from]
 
 
 def _destination(given: Path) -> Path:

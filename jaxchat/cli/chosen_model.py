@@ -8,7 +8,7 @@ from typing import Any
 from jaxchat.adapter_use import Uses
 from jaxchat.analysis import show
 from jaxchat.checkpoints.assembly import Assembly, assembled_config
-from jaxchat.checkpoints.delta import DeltaDirectory
+from jaxchat.checkpoints.delta import model_at
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.config import ModelConfig
 from jaxchat.errors import UsageError
@@ -46,7 +46,7 @@ def choose(
         config = assembled_config(assembly, [found.config for found in assembly.models])
         plan, source = assembly.plan, assembly
     elif model is not None:
-        source = ModelDirectory.at(model) if base is None else DeltaDirectory.of(model, base)
+        source = model_at(model, base)
         config, plan = source.config, source.plan
     else:
         raise UsageError("no model: give its directory with -m, or a --recipe")

@@ -250,14 +250,12 @@ def _written(request: ConvertRequest) -> "Manifest":
         )
 
 
-def _source(request: ConvertRequest) -> "str | Assembly | ModelDirectory":
+def _source(request: ConvertRequest) -> "Assembly | ModelDirectory":
     """What to convert: a directory, or what a recipe assembles; its remarks go to standard error."""
-    from jaxchat.checkpoints.delta import DeltaDirectory
+    from jaxchat.checkpoints.delta import model_at
 
     if request.recipe is None:
-        source = (
-            str(request.src) if request.base is None else DeltaDirectory.of(str(request.src), request.base)
-        )
+        source = model_at(str(request.src), request.base)
         if not request.adapter:
             return source
         from jaxchat.checkpoints.merged import merged_directory

@@ -81,10 +81,13 @@ def embedding(hf: str) -> Param:
     return Param(name=EMBED, shape="V D", hf=hf, axes="vocab embed", role="embedding")
 
 
+OUTPUT_HEAD = Param(name=HEAD, shape="V D", hf=HEAD, axes="vocab embed", role="head")
+"""The output head [V, D]. Where it is the embedding no table has it, but an adapter may have its delta."""
+
+
 def head(config: ModelConfig) -> tuple[Param, ...]:
-    """The output head [V, D], where it is not the embedding."""
-    row = Param(name=HEAD, shape="V D", hf=HEAD, axes="vocab embed", role="head")
-    return () if config.tied_embeddings else (row,)
+    """The output head, where it is not the embedding."""
+    return () if config.tied_embeddings else (OUTPUT_HEAD,)
 
 
 def norm(

@@ -116,3 +116,13 @@ def test_a_base_without_a_model_is_refused(models, tmp_path, capsys):
     assert "--base" in capsys.readouterr().err
     with pytest.raises(UsageError, match="base is given with a recipe"):
         jaxchat.load(recipe=tmp_path / "r.yaml", base=base)
+
+
+def test_neither_delta_nor_base_is_written_over(models):
+    both = DeltaDirectory.of(*models[:2])
+    for path in models[:2]:
+        before = sorted(path.rglob("*"))
+        for write_it in (convert, to_hf):
+            with pytest.raises(UsageError, match="must be separate directories"):
+                write_it(both, path, overwrite=True)
+        assert sorted(path.rglob("*")) == before

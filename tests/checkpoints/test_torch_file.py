@@ -7,6 +7,8 @@ import os
 import pickle
 import pickletools
 import re
+import struct
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -213,6 +215,24 @@ def test_a_view_beyond_its_storage_is_refused(tmp_path, layout, offset, shape, s
 def test_a_view_that_is_none_is_refused(tmp_path, offset, shape, strides):
     content = torch_zip({"weight": Strided(np.ones(50, np.float32), offset, shape, strides)})
     assert "a tensor of " in error_of(tmp_path / "a.bin", content)
+
+
+def test_a_few_numbers_that_are_repeated_very_often_are_refused(tmp_path):
+    content = torch_zip({"weight": Strided(np.ones(1, np.float32), 0, (1 << 20, 1 << 20), (0, 0))})
+    assert "repeats few numbers to 1099511627776" in error_of(tmp_path / "a.bin", content)
+
+
+@pytest.mark.parametrize("record", ["archive/byteorder", "archive/data.pkl"])
+def test_no_room_is_made_for_the_size_that_a_record_claims(tmp_path, record):
+    content = bytearray(torch_zip({"weight": np.ones(4, np.float32)}))
+    entry = content.rindex(record.encode()) - 46  # in the archive's directory
+    content[entry + 20 : entry + 28] = struct.pack("<II", 1 << 27, 1 << 27)
+    tracemalloc.start()
+    try:
+        error_of(tmp_path / "a.bin", bytes(content))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
 
 
 # --- any bytes
