@@ -33,7 +33,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bandwidth_mib", type=int, default=1024, help="buffer of the bandwidth measurement")
     parser.add_argument("--peer", choices=("llama.cpp",), help="what to compare with, in the same run")
     parser.add_argument(
-        "--peer_python", default=sys.executable, help="interpreter with llama_cpp and gguf; default this one"
+        "--peer_python",
+        default=sys.executable,
+        help="interpreter with llama_cpp, gguf and lazy_loader; default this one",
     )
     args = parser.parse_args(argv)
     for name, least in (("prompt", 1), ("new", 2), ("batch", 1), ("bandwidth_mib", 1)):

@@ -41,7 +41,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--converted", action="store_true", help="with --gguf: start from its conversion")
     parser.add_argument("--peer", choices=("llama.cpp",), help="what to compare with, in the same run")
     parser.add_argument(
-        "--peer_python", default=sys.executable, help="interpreter with llama_cpp and gguf; default this one"
+        "--peer_python",
+        default=sys.executable,
+        help="interpreter with llama_cpp, gguf and lazy_loader; default this one",
     )
     args = parser.parse_args(argv)
     if args.converted and not args.gguf:

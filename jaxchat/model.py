@@ -27,7 +27,6 @@ from jaxchat.layers.cache import KVCache, empty_cache
 from jaxchat.layers.norms import norm
 from jaxchat.layers.step import Params, Step, products
 from jaxchat.pallas.backends import DIFFERENTIABLE
-from jaxchat.pallas.embedding import embedding_rows
 
 
 def forward(step: Step, cache: KVCache) -> tuple[Float32[Array, "B T D"], KVCache]:
@@ -56,7 +55,7 @@ def embed(step: Step) -> Float[Array, "B T D"]:
 
 def _rows(step: Step, name: str, ids: Int[Array, "B T"]) -> Float32[Array, "B T D"]:
     """Rows of a table, float32 [B, T, D]."""
-    x = embedding_rows(step.params[name], ids)
+    x = step.kernels.embedding_rows(step.params[name], ids)
     return x if step.adapters is None else step.adapters.embedded(name, ids, x)
 
 

@@ -39,14 +39,17 @@ def unpack(low: Any, high: Any, bits: int) -> Any:
     xp = np if isinstance(low, np.ndarray) else jnp
     nibbles = xp.stack([low & np.uint8(15), low >> np.uint8(4)], axis=-1)
     nibbles = nibbles.reshape(*low.shape[:-1], 2 * low.shape[-1])
-    if high is None:
-        return nibbles
+    return nibbles if high is None else nibbles | (unpack_high(high, bits) << np.uint8(4))
+
+
+def unpack_high(high: Any, bits: int) -> Any:
+    """What is above the fourth bit of each code: uint8 [..., I]."""
+    xp = np if isinstance(high, np.ndarray) else jnp
     wide = bits - 4
     shifts = (np.arange(8 // wide, dtype=np.uint8) * np.uint8(wide))[:, None]
     runs = high.reshape(*high.shape[:-1], -1, wide, 1, 4)
     fields = (runs >> shifts) & np.uint8((1 << wide) - 1)  # [..., run, word, field, k]
-    above = _from_fields(xp, fields)
-    return nibbles | (above.reshape(nibbles.shape) << np.uint8(4))
+    return _from_fields(xp, fields).reshape(*high.shape[:-1], -1)
 
 
 def _in_fields(above: np.ndarray, bits: int) -> np.ndarray:

@@ -12,8 +12,9 @@ import jax
 from jaxchat.config import Role
 from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.mixed import MixedTensor, by_part
-from jaxchat.pallas import cache_attention, low_rank, native, stacked_matmul
+from jaxchat.pallas import cache_attention, embedding, low_rank, native, stacked_matmul
 from jaxchat.pallas.cache_attention import Attend, WriteRows
+from jaxchat.pallas.embedding import EmbeddingRows
 from jaxchat.pallas.low_rank import AddDeltas
 from jaxchat.pallas.stacked_matmul import StackedMatmul, StackedMatmuls
 from jaxchat.quant import Reordered
@@ -37,6 +38,7 @@ class Kernels:
       stacked_matmuls: several products of one x in one call, x, stacks, layers -> list, also with mixed
         stacks; None where that is no faster than one after the other.
       add_deltas: what adapters add to products.
+      embedding_rows: rows of the token embedding.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Kernels:
     prepare: Callable[[Any, Role, bool], Any] = lambda value, role, tied: value
     stacked_matmuls: StackedMatmuls | None = None
     add_deltas: AddDeltas = low_rank.reference.add_deltas
+    embedding_rows: EmbeddingRows = embedding.embedding_rows
 
     def matmuls(self, x: jax.Array, stacks: Sequence[Any], layers: Sequence[jax.Array]) -> list[jax.Array]:
         """`x @ stack[layer].T` for each stack and layer."""
@@ -116,6 +119,7 @@ def native_cpu() -> Kernels:
 def pallas_tpu() -> Kernels:
     """The Mosaic TPU kernels. Importing Pallas takes a third of a second, which no CPU should wait for."""
     from jaxchat.pallas.cache_attention import tpu as attention
+    from jaxchat.pallas.embedding import tpu as embedding
     from jaxchat.pallas.stacked_matmul import tpu as matmul
 
     return Kernels(
@@ -125,6 +129,7 @@ def pallas_tpu() -> Kernels:
         prefill_attention=attention.attend,
         write_rows=attention.write_rows,
         prepare=matmul.prepare,
+        embedding_rows=embedding.embedding_rows,
     )
 
 

@@ -31,17 +31,17 @@ def laid_out(q: QuantizedTensor, relayout: Callable[[QuantizedTensor], Any], sha
     )
 
 
-def turned_scales(q: QuantizedTensor, part: quant.Array, parts: tuple[int, int]) -> Array:
-    """Scales (or mins) [..., O, Ip/G] as [..., Gp, Op]."""
+def turned_scales(part: quant.Array, group: int, padded: int, parts: tuple[int, int]) -> Array:
+    """Scales (or mins) [..., O, Ip/G] as [..., Gp, Op]; `padded`: Ip rounded up to whole tiles."""
     turned = jnp.swapaxes(_without_float16(part), -1, -2)
     if turned.shape[-2] > 1:
-        turned = pad_parts(pad_end(turned, -2, padded_columns(q) // q.group), -2, parts[1], 8)
+        turned = pad_parts(pad_end(turned, -2, padded // group), -2, parts[1], 8)
     return pad_parts(turned, -1, parts[0], LANES)
 
 
-def padded_columns(q: QuantizedTensor) -> int:
-    """Ip, rounded up to whole tiles."""
-    return -(-q.padded_columns // LANES) * LANES
+def padded_columns(q: QuantizedTensor, unit: int = LANES) -> int:
+    """Ip, rounded up to whole tiles, or to another unit."""
+    return -(-q.padded_columns // unit) * unit
 
 
 def pad_end(array: Array, axis: int, size: int) -> Array:

@@ -52,9 +52,6 @@ class Backend(NamedTuple):
         return self.prepare(jax.tree.map(jnp.asarray, w))
 
 
-OLD = tuple(kind for kind in KINDS if "5" not in kind and "_k" not in kind)
-
-
 def in_bfloat16(case: Case) -> float:
     return NARROW if case.dtype == "bfloat16" else ROUNDING
 
@@ -73,7 +70,7 @@ def backend_of(name: str) -> Backend:
         return Backend(reference.stacked_matmul, in_bfloat16)
     if name == "tpu":
         run = functools.partial(tpu.stacked_matmul, interpret=True)
-        kinds = tuple(kind for kind in OLD if kind != "float16")
+        kinds = tuple(kind for kind in KINDS if kind != "float16")
         return Backend(run, in_bfloat16, lambda w: tpu.prepare(w, "weight", False), kinds, "bfloat16", True)
     if name == "gpu":
         run = functools.partial(gpu.stacked_matmul, interpret=True)

@@ -25,12 +25,15 @@ from jaxchat.engine.session import prepared
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
+from jaxchat.mixed import MixedTensor
 from jaxchat.pallas.backends import REFERENCE, Kernels, pallas_tpu, select
 from jaxchat.pallas.cache_attention import tpu as attention
 from jaxchat.pallas.cache_attention.cases import SCALE, SLOT, Case, expected, inputs
 from jaxchat.pallas.cache_attention.reference import QuantizedRows
+from jaxchat.pallas.embedding.tpu import embedding_rows
 from jaxchat.pallas.stacked_matmul import tpu as matmul
 from jaxchat.pallas.stacked_matmul.cases import error, normal, stack
+from jaxchat.pallas.tpu_weights import widen_scales
 from jaxchat.quant import QuantFormat
 from tests.pallas.test_cache_attention import TOLERANCE
 from tests.pallas.test_stacked_matmul import NARROW, ROUNDING
@@ -43,6 +46,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 FORMATS = (
     "int4", "int4:64:affine", "int4:128:f32", "int4:channel", "int4:channel:affine",
     "int8", "int8:64", "int8:128:affine", "int8:channel",
+    "int5", "int5:64:affine", "int5:channel:affine", "q4_k", "q5_k", "q6_k",
 )  # fmt: skip
 
 
@@ -57,19 +61,20 @@ def laid_out(stack):
 # --- stacked_matmul: beside the battery in test_stacked_matmul.py
 
 
-def test_prepared_weights_stand_for_a_whole_stack_in_as_many_bytes(rng):
-    weights = stack(rng, "int4:64", (256, 512))
+@pytest.mark.parametrize(("fmt", "more"), [("int4:64", 0), ("int5", 0), ("q4_k", 0), ("q6_k", 0.01)])
+def test_prepared_weights_stand_for_a_whole_stack_in_as_many_bytes(rng, fmt, more):
+    weights = stack(rng, fmt, (256, 2048))
     assert laid_out(weights).shape == weights.w.shape
-    assert laid_out(weights).nbytes == weights.w.nbytes
+    assert weights.w.nbytes <= laid_out(weights).nbytes <= weights.w.nbytes * (1 + more)
 
 
-def check_embedding(rng, matmul, fmt, shape, leads):
+def check_embedding(rng, matmul, fmt, shape, leads, rows):
     """Rows are those of the values; so is the product, of the embedding as the output head."""
     matrix = stack(rng, fmt, shape, layers=1)
     w = jax.tree.map(lambda part: jnp.asarray(part[0]), matrix.w)
     embedding = matmul.prepare(w, "embedding", True)
     for ids in (jnp.array([[7]]), jnp.array([[0, shape[0] - 1], [5, 5]]), jnp.int32(shape[0] - 1)):
-        np.testing.assert_array_equal(embedding[ids], np.float32(matrix.values[0])[ids])
+        np.testing.assert_array_equal(rows(embedding, ids), np.float32(matrix.values[0])[ids])
     head = jax.tree.map(lambda part: part[None], embedding)
     for lead, dtype in leads:
         x = normal(rng, (*lead, shape[1]), dtype)
@@ -77,9 +82,12 @@ def check_embedding(rng, matmul, fmt, shape, leads):
         assert error(y, x, matrix, 0) < (NARROW if dtype == "bfloat16" else ROUNDING)
 
 
-@pytest.mark.parametrize("fmt", ["int8", "int8:128:affine", "int8:channel:affine"])
+@pytest.mark.parametrize(
+    "fmt", ["int8", "int8:128:affine", "int8:channel:affine", "int4:128", "int5:channel", "q4_k", "q6_k"]
+)
 def test_an_embedding_is_its_own_output_head(rng, fmt):
-    check_embedding(rng, matmul, fmt, (301, 1100), [((1,), "bfloat16"), ((35,), "float32")])
+    rows = functools.partial(embedding_rows, interpret=True)
+    check_embedding(rng, matmul, fmt, (301, 1100), [((1,), "bfloat16"), ((35,), "float32")], rows)
 
 
 def test_unprepared_4_bit_weights_are_right_too(rng):
@@ -91,7 +99,7 @@ def test_scales_widen_from_float16_bits_exactly():
     bits = np.arange(1 << 16, dtype=np.uint16)
     halves = bits.view(np.float16)
     finite = np.isfinite(halves)
-    widened = np.asarray(matmul._widen_scales(jnp.asarray(bits)))[finite]
+    widened = np.asarray(widen_scales(jnp.asarray(bits)))[finite]
     np.testing.assert_array_equal(widened, halves[finite].astype(np.float32))
 
 
@@ -139,6 +147,7 @@ def interpreted():
         prefill_attention=wrap(kernels.prefill_attention, interpret=True),
         write_rows=wrap(kernels.write_rows, interpret=True),
         prepare=kernels.prepare,
+        embedding_rows=wrap(kernels.embedding_rows, interpret=True),
     )
 
 
@@ -171,9 +180,10 @@ def two_steps(config, params, kernels):
     return np.asarray(out)
 
 
-def test_a_model_computes_the_same_with_either_kernels(tiny_model):
-    config, params = tiny_model("gemma2")  # windows, soft-caps, and a head that is the 8-bit embedding
-    params = quantize_params(config, params, "int4:affine")
+@pytest.mark.parametrize("fmt", ["int4:affine", "q5_k"])
+def test_a_model_computes_the_same_with_either_kernels(tiny_model, fmt):
+    config, params = tiny_model("gemma2")  # windows, soft-caps, and a head that is the embedding
+    params = quantize_params(config, params, fmt)
     expected = two_steps(config, params, REFERENCE)
     assert np.abs(two_steps(config, params, interpreted()) - expected).max() < 1e-4 * np.abs(expected).max()
 
@@ -211,6 +221,9 @@ ROWS, COLUMNS = (None, "model"), (None, None, "model")
         ("int8:channel", (200, 512), ROWS),
         ("int4:affine", (200, 1024), COLUMNS),
         ("int8:channel", (40, 512), COLUMNS),
+        ("q4_k", (200, 1024), COLUMNS),
+        ("q6_k", (300, 256), ROWS),
+        ("int5", (40, 2048), COLUMNS),
         ("int8", (200, 160), COLUMNS),  # five groups: not split
     ],
 )
@@ -221,10 +234,14 @@ def test_products_of_split_weights_are_those_of_whole_ones(rng, place, fmt, shap
     assert error(product(place(x), w), x, weights, 1) < ROUNDING
 
 
-def test_an_embedding_split_over_a_mesh_is_the_output_head(rng, place):
-    matrix, x = stack(rng, "int8", (304, 128), layers=1), normal(rng, (2, 128))
+@pytest.mark.parametrize("fmt", ["int8", "q6_k"])
+def test_an_embedding_split_over_a_mesh_is_the_output_head(rng, place, fmt):
+    matrix, x = stack(rng, fmt, (304, 128), layers=1), normal(rng, (2, 128))
     parts = place(jax.tree.map(lambda part: part[0], matrix.w), "model")
     embedding = matmul.prepare(parts, "embedding", True)
+    ids = np.array([[0, 75, 76], [303, 200, 152]], np.int32)
+    rows = jax.jit(functools.partial(embedding_rows, interpret=True))(embedding, place(ids))
+    np.testing.assert_array_equal(rows, np.float32(matrix.values[0])[ids])
     head = jax.tree.map(lambda part: part[None], embedding)
     assert error(product(place(x), head, 0), x, matrix, 0) < ROUNDING
 
@@ -249,7 +266,9 @@ def test_attention_over_a_split_cache_is_that_over_a_whole_one(rng, place, kv_he
 def run_python(arguments, **environment):
     """The last line of a Python process's output; libtpu may abort a process that asks for too much."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths, **environment}
+    # libtpu locks a file against a second process, as if both had a TPU to share.
+    ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths, "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+    environment = {**os.environ, **ours, **environment}
     done = subprocess.run(
         [sys.executable, *arguments],
         env=environment,
@@ -284,6 +303,8 @@ needs_libtpu = pytest.mark.skipif(
         ("tinyllama-1.1b", "int8", "bfloat16", "v6e", "1x1"),
         ("tinyllama-1.1b", "int8", "int8", "v5e", "2x2"),
         ("qwen2.5-0.5b", "int4:64", "int8", "v5e", "1x1"),
+        ("qwen2.5-0.5b", "q5_k", "bfloat16", "v6e", "1x1"),
+        ("llama-3-8b", "q4_k", "bfloat16", "v5e", "2x2"),
         ("qwen2.5-0.5b", "int8:channel", "bfloat16", "v5e", "2x2"),
     ],
 )
@@ -342,6 +363,26 @@ def compile_kernels(target):
                 parts = jax.tree.map(lambda part: abstract(part.shape, part.dtype), parts)
                 w = matmul.prepare(parts, "weight", False)
             check(matmul.stacked_matmul, abstract((m, w.shape[-1]), jnp.bfloat16), w, scalar)
+    for fmt in ("int4:128", "int5:channel", "q4_k", "q6_k"):
+        w = jax.tree.map(
+            lambda part: abstract(part.shape, part.dtype), quant.empty((32001, 1100), QuantFormat.parse(fmt))
+        )
+        for ids in ((1, 1), (3, 40)):
+            check(embedding_rows, matmul.prepare(w, "embedding", True), abstract(ids, jnp.int32))
+    formats = [QuantFormat.parse(fmt) for fmt in ("q4_k", "q6_k")]
+    parts = [
+        jax.tree.map(lambda part: abstract(part.shape, part.dtype), quant.empty((4, 4864, 896), fmt))
+        for fmt in formats
+    ]
+    mixed = pallas_tpu().prepared(
+        MixedTensor(parts=tuple(parts), part=(0, 1) * 4, row=(0, 0, 1, 1, 2, 2, 3, 3)), "weight", False
+    )
+    check(
+        lambda x, w, layer: pallas_tpu().matmuls(x, [w], [layer]),
+        abstract((1, 896), jnp.bfloat16),
+        mixed,
+        scalar,
+    )
     for b, t, n, kv, s, h, softcap in (
         (1, 1, 32, 8, 2048, 128, 0.0),
         (2, 16, 14, 2, 1024, 64, 0.0),

@@ -7,7 +7,6 @@ layout the kernels read. Checked against the reference in interpret mode, and co
 v6e and tpu7x; it has not been run on hardware, so the block sizes are reasoned, not tuned.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxchat import quant
 from jaxchat.config import Role
@@ -25,16 +24,20 @@ from jaxchat.pallas.embedding import tpu as embedding
 from jaxchat.pallas.embedding.tpu import EmbeddingTensor
 from jaxchat.pallas.mesh import mesh_of, split
 from jaxchat.pallas.stacked_matmul import reference
-from jaxchat.pallas.tpu_layout import (
-    LANES,
-    laid_out,
-    pad_end,
-    pad_parts,
-    padded_columns,
-    turned_scales,
-    turned_spec,
+from jaxchat.pallas.tpu_layout import LANES, pad_end
+from jaxchat.pallas.tpu_weights import (
+    BLOCK,
+    Form,
+    PreparedTensor,
+    Span,
+    dequantized,
+    for_chunks,
+    prepare_tensor,
+    relayout,
+    specs_of,
+    widen_scales,
 )
-from jaxchat.quant import InParts, QuantizedTensor
+from jaxchat.quant import QuantizedTensor
 
 Array = jax.Array
 
@@ -57,54 +60,11 @@ _SPREAD_ROWS = 256
 """Rows of x, times groups a step of the inner loop covers, up to which x is spread; see `_spread_product`."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PreparedTensor(InParts):
-    """A quantized weight [..., O, I] as the TPU kernels read it: the contraction axis first.
-
-    Ip is I rounded up to a multiple of G and of 128, Op is O rounded up to one of 128 (on each device), Gp
-    the number of groups rounded up to one of 8: whole tiles. XLA keeps an array that is not made of whole
-    tiles in another order of its axes, if that is smaller, and copies it whenever a kernel reads it. The
-    padding is 0.
-
-    Attributes:
-      codes: 8 bits: int8 [..., Ip, Op]. 4 bits: uint8 [..., Ip/2, Op], rows 2j and 2j+1 in the low and high
-        nibble of byte j, two's complement: what `pltpu.bitcast` turns into int4 [Ip, Op] in the kernel.
-      scales: float32, or the bits of float16 as uint16 (Mosaic has no float16), [..., Gp, Op]; one row if
-        the whole row of weights shares a scale.
-      mins: None, or like `scales`. Affine 4-bit codes are stored minus 8, so that they are signed; the
-        kernels add 8 scales to the minimum.
-      bits: 8 or 4, static.
-      group: G, static.
-      rows, columns: O and I, static.
-      axes: static, the mesh axes that O and I are split over.
-    """
-
-    codes: Array
-    scales: Array
-    mins: Array | None
-    bits: int = dataclasses.field(metadata={"static": True})
-    group: int = dataclasses.field(metadata={"static": True})
-    rows: int = dataclasses.field(metadata={"static": True})
-    columns: int = dataclasses.field(metadata={"static": True})
-    axes: tuple[str | None, str | None] = dataclasses.field(default=(None, None), metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight this stands for: [..., O, I]."""
-        return (*self.codes.shape[:-2], self.rows, self.columns)
-
-    @property
-    def padded_columns(self) -> int:
-        """Ip."""
-        return self.codes.shape[-2] * 8 // self.bits
-
-
 def prepare(value: Any, role: Role, tied: bool) -> Any:
     """A parameter in the kernels' layout: quantized weights are laid out anew, once.
 
-    The token embedding keeps its order, for its rows are looked up; where the output head is tied to it, the
-    product reads that order. So do those with weights that are not quantized.
+    An 8-bit token embedding keeps its order, for its rows are looked up; where the output head is tied to it,
+    the product reads that order. So do those with weights that are not quantized.
 
     Args:
       value: array or QuantizedTensor, of jax arrays or, to compile ahead of time, ShapeDtypeStructs.
@@ -113,9 +73,9 @@ def prepare(value: Any, role: Role, tied: bool) -> Any:
     """
     if not isinstance(value, QuantizedTensor):
         return value
-    if role != "embedding":
-        return _prepare_tensor(value)
-    return embedding.prepare(value, tied) if value.bits == 8 else value
+    if role == "embedding" and value.bits == 8:
+        return embedding.prepare(value, tied)
+    return prepare_tensor(value)
 
 
 def stacked_matmul(
@@ -138,7 +98,7 @@ def stacked_matmul(
       float32 [..., O].
     """
     if isinstance(w, QuantizedTensor):
-        stack = jax.tree.map(lambda part: part[None], _relayout(quant.layer_slice(w, layer)))
+        stack = jax.tree.map(lambda part: part[None], relayout(quant.layer_slice(w, layer)))
         return stacked_matmul(x, stack, 0, interpret=interpret)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
     x = x.astype(jnp.float32 if x.dtype == jnp.float32 else jnp.bfloat16)
@@ -150,67 +110,6 @@ def stacked_matmul(
         # XLA partitions its own dot, and fuses the read of one layer into it.
         return reference.stacked_matmul(x, w, layer[0])
     return _float_matmul(x, w, layer, interpret=interpret)
-
-
-# --- layout
-
-
-def _specs(w: PreparedTensor | EmbeddingTensor) -> Any:
-    """How each part, or each part of a stack of them, is split."""
-    if isinstance(w, EmbeddingTensor):
-        return embedding.specs_of(w)
-    return jax.tree.map(lambda part: turned_spec(part, w.axes), w)
-
-
-def _prepare_tensor(q: QuantizedTensor) -> PreparedTensor:
-    sharding = getattr(q.codes, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        return laid_out(q, _relayout, jax.tree.map(lambda part: sharding, jax.eval_shape(_relayout, q)))
-    mesh, spec = sharding.mesh, (*sharding.spec, *(None,) * (q.ndim - len(sharding.spec)))
-    parts = [mesh.shape[axis] if axis else 1 for axis in spec[-2:]]
-    # The contraction axis is split between groups and tiles only, else it is whole on every device.
-    if padded_columns(q) % (parts[1] * max(LANES, q.group if q.scales.shape[-1] > 1 else 1)):
-        spec, parts = (*spec[:-1], None), [parts[0], 1]
-    axes = (spec[-2], spec[-1])
-    relayout = functools.partial(_relayout, axes=axes, parts=(parts[0], parts[1]))
-    specs = _specs(jax.eval_shape(relayout, q))
-    shardings = jax.tree.map(lambda part: NamedSharding(mesh, part), specs)
-    return laid_out(q, relayout, shardings)
-
-
-def _relayout(
-    q: QuantizedTensor,
-    *,
-    axes: tuple[str | None, str | None] = (None, None),
-    parts: tuple[int, int] = (1, 1),
-) -> PreparedTensor:
-    """Turns, flips and pads; `axes` and `parts`: the mesh axes O and I are split over, and into how many."""
-    padded = padded_columns(q)
-    codes = jnp.swapaxes(q.codes, -1, -2)
-    if q.bits == 4 and q.affine:
-        codes = codes ^ jnp.uint8(0x88)
-    return PreparedTensor(
-        codes=pad_parts(pad_end(codes, -2, padded * q.bits // 8), -1, parts[0], LANES),
-        scales=turned_scales(q, q.scales, parts),
-        mins=None if q.mins is None else turned_scales(q, q.mins, parts),
-        bits=q.bits,
-        group=q.group if q.scales.shape[-1] > 1 else padded,
-        rows=q.shape[-2],
-        columns=q.columns,
-        axes=axes,
-    )
-
-
-def _widen_scales(bits: Array) -> Array:
-    """float32 values of float16 bits (IEEE 754 binary16, finite ones), by arithmetic; float32 as is."""
-    if bits.dtype == jnp.float32:
-        return bits
-    wide = bits.astype(jnp.int32)
-    magnitude = wide & 0x7FFF
-    normal = lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
-    subnormal = magnitude.astype(jnp.float32) * jnp.float32(2**-24)
-    value = jnp.where(magnitude < 0x400, subnormal, normal)
-    return jnp.where(wide > 0x7FFF, -value, value)
 
 
 # --- shards
@@ -227,6 +126,7 @@ def _on_shards(
     outputs, inner = w.axes
     columns //= mesh.shape[outputs] if outputs else 1
     lead = (split(mesh, "data", x.shape[0]), *(None,) * (x.ndim - 2)) if x.ndim > 1 else ()
+    specs = specs_of(w) if isinstance(w, PreparedTensor) else embedding.specs_of(w)
 
     def local(x: Array, w: Any, layer: Array) -> Array:
         y = matmul(x, w, layer)[..., :columns]
@@ -235,7 +135,7 @@ def _on_shards(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(PartitionSpec(*lead, inner), _specs(w), PartitionSpec()),
+        in_specs=(PartitionSpec(*lead, inner), specs, PartitionSpec()),
         out_specs=PartitionSpec(*lead, outputs),
         check_vma=False,
     )(x, w, layer)
@@ -250,11 +150,11 @@ def _packed_matmul(x: Array, w: PreparedTensor, layer: Array, *, interpret: Any)
     out = w.codes.shape[-1]
     column_bytes = w.nbytes // (w.codes.shape[0] * out)
     bm, bo = _row_block(flat), _column_block(column_bytes, out)
-    operands = [w.codes, w.scales] + ([] if w.mins is None else [w.mins])
-    group = inner if w.scales.shape[-2] == 1 else w.group
-    kernel = functools.partial(_packed_kernel, bits=w.bits, group=group, chunk=_chunk(bm, inner, group))
+    form, operands = w.form, w.parts.values()
+    # Of two levels a block at a time: its outer scale is one row, which Mosaic reads from anywhere.
+    chunk = BLOCK if form.two_level else _chunk(bm, inner, form.group)
     y = _call(
-        kernel,
+        functools.partial(_packed_kernel, form=form, chunk=chunk),
         grid=(pl.cdiv(rows, bm), pl.cdiv(out, bo)),
         in_specs=[
             pl.BlockSpec((bm, inner), lambda i, j, layer: (i, 0)),
@@ -271,39 +171,25 @@ def _packed_matmul(x: Array, w: PreparedTensor, layer: Array, *, interpret: Any)
     return y.reshape(*x.shape[:-1], out)
 
 
-def _packed_kernel(
-    layer_ref: Any,
-    x_ref: Any,
-    codes_ref: Any,
-    scales_ref: Any,
-    *refs: Any,
-    bits: int,
-    group: int,
-    chunk: int,
-) -> None:
-    """x [bm, Ip], codes [Ip*bits/8, bo], scales [Ip/G, bo] (and mins) -> out [bm, bo]."""
-    *mins_ref, out_ref = refs
+def _packed_kernel(layer_ref: Any, x_ref: Any, *refs: Any, form: Form, chunk: int) -> None:
+    """x [bm, Ip], parts of a `PreparedTensor` [..., bo] -> out [bm, bo]."""
+    *part_refs, out_ref = refs
+    parts = dict(zip(form.parts, part_refs, strict=True))
     inner = x_ref.shape[1]
-    per_channel = group == inner
+    per_channel = form.group == inner
 
     def add(span: Span, size: int) -> None:
-        x, codes = x_ref[:, span(1)], codes_ref[span(8 // bits), :]
-        if bits == 4:
-            codes = pltpu.bitcast(codes, jnp.int4)
+        x, codes = x_ref[:, span(1)], form.codes(parts, span)
         if per_channel:
             out_ref[...] += _dot(x, codes)
             return
-        scales = _widen_scales(scales_ref[span(group), :])
-        mins = _minimum(mins_ref[0][span(group), :], scales, bits) if mins_ref else None
-        product = _spread_product if _is_spread(x.shape[0], size // group) else _scaled_product
-        out_ref[...] += product(x, codes, scales, mins, group)
+        product = _spread_product if _is_spread(x.shape[0], size // form.group) else _scaled_product
+        out_ref[...] += product(x, codes, *form.scales(parts, span), form.group)
 
     out_ref[...] = jnp.zeros_like(out_ref)
-    _for_chunks(inner, chunk, add)
+    for_chunks(inner, chunk, add)
     if per_channel:
-        scales = _widen_scales(scales_ref[...])
-        mins = _minimum(mins_ref[0][...], scales, bits) if mins_ref else None
-        _apply_channel(out_ref, x_ref, scales, mins)
+        _apply_channel(out_ref, x_ref, *form.scales(parts, lambda per: slice(None)))
 
 
 def _apply_channel(out_ref: Any, x_ref: Any, scales: Array, mins: Array | None = None) -> None:
@@ -312,11 +198,6 @@ def _apply_channel(out_ref: Any, x_ref: Any, scales: Array, mins: Array | None =
     if mins is not None:
         y += x_ref[...].astype(jnp.float32).sum(1, keepdims=True) * mins
     out_ref[...] = y
-
-
-def _minimum(bits_of_mins: Array, scales: Array, bits: int) -> Array:
-    mins = _widen_scales(bits_of_mins)
-    return mins + 8 * scales if bits == 4 else mins  # 4-bit codes are stored minus 8
 
 
 def _spread_product(
@@ -351,11 +232,7 @@ def _spread_product(
 
 def _scaled_product(x: Array, codes: Array, scales: Array, mins: Array | None, group: int) -> Array:
     """Many rows of x: the weights are dequantized, to the dtype of x, and multiplied. Shapes as above."""
-    cols, out = codes.shape
-    w = codes.astype(jnp.float32).reshape(cols // group, group, out) * scales[:, None, :]
-    if mins is not None:
-        w += mins[:, None, :]
-    return _dot(x, w.reshape(cols, out))
+    return _dot(x, dequantized(codes, scales, mins, group))
 
 
 def _is_spread(rows: int, groups: int) -> bool:
@@ -416,13 +293,13 @@ def _rows_kernel(
         if per_channel:
             out_ref[...] += _dot(x, codes, transposed=True)
             return
-        scales = _widen_scales(scales_ref[span(group), :])
-        mins = _widen_scales(mins_ref[0][span(group), :]) if mins_ref else None
+        scales = widen_scales(scales_ref[span(group), :])
+        mins = widen_scales(mins_ref[0][span(group), :]) if mins_ref else None
         out_ref[...] += _spread_product(x, codes, scales, mins, group, transposed=True)
 
-    _for_chunks(x_ref.shape[1], chunk, add)
+    for_chunks(x_ref.shape[1], chunk, add)
     if per_channel:
-        _apply_channel(out_ref, x_ref, *(_widen_scales(ref[...]) for ref in (scales_ref, *mins_ref)))
+        _apply_channel(out_ref, x_ref, *(widen_scales(ref[...]) for ref in (scales_ref, *mins_ref)))
 
 
 def _float_matmul(x: Array, w: Array, layer: Array, *, interpret: Any) -> Array:
@@ -453,7 +330,7 @@ def _float_kernel(layer_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any) -> None:
     def add(span: Span, size: int) -> None:
         out_ref[...] += _dot(x_ref[:, span(1)], w_ref[:, span(1)], transposed=True)
 
-    _for_chunks(x_ref.shape[1], 1024, add)
+    for_chunks(x_ref.shape[1], 1024, add)
 
 
 # --- shared
@@ -494,28 +371,6 @@ def _dot(x: Array, w: Array, *, transposed: bool = False) -> Array:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((1,), (1 if transposed else 0,)), ((), ()))
     return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-Span = Callable[[int], Any]
-"""Of a part of the contraction axis: its slice along an axis where so many weights share an entry."""
-
-
-def _for_chunks(length: int, chunk: int, add: Callable[[Span, int], None]) -> None:
-    """Calls `add(span, size)` over [0, length): a loop over whole chunks, then what is left."""
-    whole = length // chunk
-
-    def static(start: int, size: int) -> None:
-        add(lambda per: pl.ds(start // per, size // per), size)
-
-    def body(i: Array, _: None) -> None:
-        add(lambda per: pl.ds(pl.multiple_of(i * (chunk // per), chunk // per), chunk // per), chunk)
-
-    if whole == 1:
-        static(0, chunk)
-    elif whole:
-        lax.fori_loop(0, whole, body, None)
-    if length % chunk:
-        static(whole * chunk, length % chunk)
 
 
 def _row_block(x: Array) -> int:
