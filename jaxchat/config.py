@@ -234,8 +234,12 @@ class Param:
         """The sizes of the Hugging Face tensor this parameter is (a part of)."""
         shape = self.layer_shape(config)
         if self.fused:
-            shape = (sum(size_of(term, config) for term in self.fused), *shape[1:])
+            shape = (self.fused_outputs(config), *shape[1:])
         return shape[::-1] if self.transposed else shape
+
+    def fused_outputs(self, config: ModelConfig) -> int:
+        """The outputs of the fused tensor, all parts together."""
+        return sum(size_of(term, config) for term in self.fused)
 
     def fused_range(self, config: ModelConfig) -> tuple[int, int]:
         """Start and stop of this part along the fused tensor's output axis."""

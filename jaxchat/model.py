@@ -11,22 +11,18 @@ rows of the KV cache. One compiled executable serves every plan that fits the ca
 is made of is in `layers/`, one file a kind of half.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from jaxchat.config import EMBED, HEAD, LAYERS, ModelConfig
-from jaxchat.layer_plan import PlanArrays
+from jaxchat.config import EMBED, HEAD
 from jaxchat.layers import attention
 from jaxchat.layers.block import run_slot
-from jaxchat.layers.cache import KVCache, empty_cache
+from jaxchat.layers.cache import KVCache
 from jaxchat.layers.norms import norm
-from jaxchat.layers.step import Params, Step, products
-from jaxchat.pallas.backends import DIFFERENTIABLE
+from jaxchat.layers.step import Step, products
 
 
 def forward(step: Step, cache: KVCache) -> tuple[Float32[Array, "B T D"], KVCache]:
@@ -97,83 +93,3 @@ def logits(step: Step, hidden: Float[Array, "*lead D"]) -> Float32[Array, "*lead
     if config.final_softcap:
         out = config.final_softcap * jnp.tanh(out / config.final_softcap)
     return out
-
-
-def whole_sequences(
-    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], *, dtype: jnp.dtype
-) -> Step:
-    """A step over whole sequences, int32 [B, T] from position 0, that can be differentiated.
-
-    Args:
-      config: static.
-      params: plain floating-point arrays where gradients are wanted.
-      tokens: what follows one does not change what comes of it.
-      dtype: of the activations.
-    """
-    b, t = tokens.shape
-    whole = jnp.full(b, t, jnp.int32)
-    count = config.num_layers
-    plan = PlanArrays(jnp.arange(count), jnp.ones(count), jnp.ones(count), jnp.int32(count))
-    return Step(
-        config=config,
-        dtype=dtype,
-        kernels=DIFFERENTIABLE,
-        params=params,
-        plan=plan,
-        tokens=tokens,
-        lengths=jnp.zeros(b, jnp.int32),
-        new=whole,
-        context=whole,
-    )
-
-
-def hidden_states(
-    step: Step, *, dropout: float = 0.0, key: jax.Array | None = None
-) -> Float32[Array, "B T D"]:
-    """All layers once, in order, over whole sequences: `forward` in a form that can be differentiated.
-
-    The layers are a scan's inputs, so that each layer's gradient is one layer and no stack is carried.
-
-    Args:
-      step: as `whole_sequences` makes it.
-      dropout: static; the rate at which elements of what the embedding and each layer add to the residual
-        stream are zeroed (Srivastava et al. 2014).
-      key: of the random numbers for dropout; without one nothing is dropped.
-
-    Returns:
-      The normed hidden state, float32 [B, T, D].
-    """
-    config, (b, t) = step.config, step.tokens.shape
-
-    def add(x: jax.Array, y: jax.Array, index: jax.Array) -> jax.Array:
-        """The residual stream y with what was added to x dropped in places."""
-        if key is None:
-            return y
-        bits = jax.random.bits(jax.random.fold_in(key, index), x.shape, jnp.uint8)
-        zeroed = round(dropout * 256)
-        return (x + jnp.where(bits >= zeroed, (y - x) * (256 / (256 - zeroed)), 0)).astype(step.dtype)
-
-    shared = attention.shared(step)
-    stacks = {name: stack for name, stack in step.params.items() if name.startswith(LAYERS)}
-    # The scan hands each layer its own tensors: stacks of one, whose row 0 is every layer's.
-    first_rows = tuple((name, (0,) * config.num_layers) for name in stacks)
-    alone = dataclasses.replace(config, layer_rows=first_rows)
-
-    def by_layer(name: str, stack: jax.Array) -> jax.Array:
-        shares = name in dict(config.layer_rows)
-        return stack[np.array(config.rows_of(name))] if shares else stack
-
-    def body(x: jax.Array, layer: tuple[jax.Array, Params]) -> tuple[jax.Array, None]:
-        index, own = layer
-        own = jax.tree.map(lambda array: array[None], own)
-        slot = step.slot(index)._replace(position=jnp.int32(0))
-        cache = empty_cache(config, slots=1, batch=b, capacity=t, dtype=step.dtype)
-        y, _ = run_slot(dataclasses.replace(step, config=alone, params=own), shared, slot, x, cache)
-        return add(x, y, index), None
-
-    x = embed(step)
-    x = add(jnp.zeros_like(x), x, jnp.int32(config.num_layers))
-    # Of a layer only its input is kept; on CPU computing the rest anew takes less time than storing it, too.
-    layers = jnp.arange(config.num_layers), {name: by_layer(name, stack) for name, stack in stacks.items()}
-    x, _ = lax.scan(jax.checkpoint(body, prevent_cse=False), x, layers)
-    return final_norm(step, x)

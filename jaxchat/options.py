@@ -44,6 +44,7 @@ class Flag:
       shown: how the default is written, where that is not as Python prints it.
       positional: it has no name on the command line, only its place.
       elsewhere: what other programs call it, for those who type that.
+      aliases: other names that it answers to.
     """
 
     help: str
@@ -62,6 +63,7 @@ class Flag:
     shown: str | None = None
     positional: bool = False
     elsewhere: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
 
 _MAX, _TINY = float.fromhex("0x1.fffffep127"), 2.0**-126  # of float32

@@ -30,6 +30,7 @@ class Adapter:
       replaced: parameter -> layer -> what stands in its place, [...] in the stored dtype.
       rows: embedding or head -> token ids int [n], and their rows [n, D] (`trainable_token_indices`).
       digest: of all of it.
+      keeps_tie: a replaced embedding is the output head, too, of a model that ties them; PEFT's is not.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Adapter:
     replaced: Mapping[str, Mapping[int, np.ndarray]]
     rows: Mapping[str, tuple[np.ndarray, np.ndarray]]
     digest: str
+    keeps_tie: bool = False
 
     @property
     def rank(self) -> int:

@@ -256,4 +256,5 @@ def _parts_head(merged: Sequence[Merged]) -> bool:
         any(name in part for part in (adapter.low_rank, adapter.replaced) for name in both)
         or adapter.rows.get(EMBED) is not adapter.rows.get(HEAD)
         for adapter, _ in merged
+        if not adapter.keeps_tie
     )

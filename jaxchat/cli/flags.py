@@ -110,7 +110,7 @@ def parse(fields: Sequence[FlagField], argv: Sequence[str], stray: str) -> Given
     """
     values = define(fields)
     try:
-        rest = values([argv[0], *_with_underscores(values, argv[1:])])[1:]
+        rest = values([argv[0], *_as_defined(fields, values, argv[1:])])[1:]
     except flags.UnrecognizedFlagError as error:
         dashes = "-" if f"-{error.flagname}" in (word.partition("=")[0] for word in argv) else "--"
         advice = _advice(error.flagname.replace("-", "_").lower(), fields)
@@ -324,20 +324,31 @@ class _Switch(flags.BooleanParser):
         return read_switch(self._name, str(argument))
 
 
-def _with_underscores(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
-    """`--layer-spec` -> `--layer_spec`; values are left alone."""
+def _as_defined(
+    fields: Sequence[FlagField], values: flags.FlagValues, arguments: Sequence[str]
+) -> list[str]:
+    """`--layer-spec` -> `--layer_spec`, other names -> the flag's, `--json True` -> `--json=True`.
+
+    Values are left alone.
+    """
+    names = {alias: field.name for field in fields for alias in field.flag.aliases}
     result: list[str] = []
-    is_value = False
+    is_value = is_switch = False
     for number, argument in enumerate(arguments):
         if argument == "--" and not is_value:
             return result + list(arguments[number:])
         name, equals, value = argument.lstrip("-").partition("=")
         name = name.replace("-", "_")
+        name = names.get(name, name)
         known = name in values or name.removeprefix("no") in values
-        if is_value or not argument.startswith("-") or not known:
+        if is_switch and argument in ("True", "False"):  # as transformers' scripts are called
+            result[-1] += f"={argument}"
+            is_value = is_switch = False
+        elif is_value or not argument.startswith("-") or not known:
             result.append(argument)
-            is_value = False
+            is_value = is_switch = False
         else:
             result.append(f"--{name}{equals}{value}")
             is_value = name in values and not equals and not values[name].boolean
+            is_switch = name in values and not equals and bool(values[name].boolean)
     return result

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -98,6 +99,57 @@ def counting_bar(label: str, unit: str) -> Iterator[Report]:
 
     with bar:
         yield report
+
+
+@contextlib.contextmanager
+def training_bar(*, every: int) -> Iterator[Callable[["StepReport"], None]]:
+    """Steps done of all, with loss, tokens a second and the time that remains; a line where no terminal is.
+
+    Args:
+      every: steps between such lines.
+    """
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+        TextColumn("ETA"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    started: tuple[int, float] | None = None
+
+    def report(now: "StepReport") -> None:
+        nonlocal started
+        if started is None:
+            started = now.step - 1, time.monotonic()
+            bar.add_task("", total=now.total, completed=now.step - 1)
+        text = f"loss {now.loss:.4f}  {now.tokens_per_second:,.0f} tokens/s"
+        bar.update(bar.tasks[0].id, completed=now.step, description=text)
+        if bar.disable and (now.step % every == 0 or now.step == now.total):
+            first, begun = started
+            pace = (time.monotonic() - begun) / max(now.step - first - 1, 1)
+            left = f"{pace * (now.total - now.step) / 60:.1f} min left"
+            console.print(f"step {now.step} of {now.total}: {text}  {left}", highlight=False)
+
+    with bar:
+        yield report
+
+
+class StepReport(Protocol):
+    """How far a training is: see `training.trainer.Report`."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+
+    @property
+    def total(self) -> int:
+        """Of so many."""
+
+    @property
+    def loss(self) -> float:
+        """Of the last one."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Learnt."""
 
 
 class _Rate(ProgressColumn):

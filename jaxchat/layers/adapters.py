@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxchat.pallas.backends import Kernels
 from jaxchat.pallas.embedding import embedding_rows
 
 
@@ -82,6 +83,21 @@ class Adapters:
         if name in self.gains:
             out = out + _along(self.strengths @ self.gains[name][layer], y.ndim) * y
         return out
+
+    def with_deltas(
+        self, kernels: Kernels, x: jax.Array, ys: Mapping[str, jax.Array], layer: jax.Array
+    ) -> dict[str, jax.Array]:
+        """What low-rank deltas make of weights' products with x [B, ..., I], of those that have some."""
+        found = {name: self.low_rank[name] for name in ys if name in self.low_rank}
+        added = kernels.add_deltas(
+            x,
+            [ys[name] for name in found],
+            [each.a for each in found.values()],
+            [each.b for each in found.values()],
+            layer,
+            self.column_strengths,
+        )
+        return dict(zip(found, added, strict=True))
 
     def added(self, name: str, layer: jax.Array, dimensions: int) -> jax.Array | None:
         """What is added to a bias or norm of values [B, ..., O] of so many dimensions; None if nothing is."""

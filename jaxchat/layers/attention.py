@@ -62,7 +62,7 @@ def mix(
 ) -> Float32[Array, "B T D"]:
     """What attention adds, float32 [B, T, D]; the cache holds the new keys and values already."""
     mixed = cache.attend(
-        step.kernels, fresh.q, slot.position, step.lengths,
+        step.kernels, fresh.q, slot.position, step.lengths if step.starts is None else step.starts,
         scale=shared.scales[slot.layer], window=shared.windows[slot.layer], softcap=block.softcap,
     )  # fmt: skip
     (y,) = linear(step, slot.layer, mixed.reshape(*mixed.shape[:2], -1).astype(step.dtype), ("o",))

@@ -10,7 +10,6 @@ from jax import lax
 
 from jaxchat.config import LAYERS, Block, ModelConfig
 from jaxchat.layer_plan import PlanArrays
-from jaxchat.layers.adapters import Adapters
 from jaxchat.pallas import stacked_matmul
 from jaxchat.pallas.backends import Kernels
 from jaxchat.pallas.storage import widen
@@ -38,6 +37,8 @@ class Step:
       context: int32 [B], tokens of the whole context this call belongs to, at least lengths + new; only
         models whose RoPE depends on the length use it.
       adapters: traced; None where the model has none.
+      starts: None, or, in training, int32 [B, T]: the place in its row where the text of each token begins,
+        of rows that hold several texts. A text sees only itself, and its positions count from 0.
     """
 
     config: ModelConfig = dataclasses.field(metadata={"static": True})
@@ -49,12 +50,14 @@ class Step:
     lengths: jax.Array
     new: jax.Array
     context: jax.Array
-    adapters: Adapters | None = None
+    adapters: Any = None
+    starts: jax.Array | None = None
 
     @property
     def positions(self) -> jax.Array:
         """int32 [B, T], the position of each new token."""
-        return self.lengths[:, None] + jnp.arange(self.tokens.shape[1])
+        places = self.lengths[:, None] + jnp.arange(self.tokens.shape[1])
+        return places if self.starts is None else places - self.starts
 
     def slot(self, position: jax.Array) -> "SlotIndex":
         """A slot of the plan."""
@@ -147,16 +150,6 @@ def products(
     def product(stack: jax.Array, row: jax.Array) -> jax.Array:
         return stacked_matmul.reference.stacked_matmul(x, stack, row)
 
-    ys = [adapters.changed(name, layer, y, product) for name, y in zip(names, ys, strict=True)]
-    changed = dict(zip(names, ys, strict=True))
-    factors = {name: adapters.low_rank[name] for name in names if name in adapters.low_rank}
-    added = kernels.add_deltas(
-        x,
-        [changed[name] for name in factors],
-        [each.a for each in factors.values()],
-        [each.b for each in factors.values()],
-        layer,
-        adapters.column_strengths,
-    )
-    changed |= dict(zip(factors, added, strict=True))
+    changed = {name: adapters.changed(name, layer, y, product) for name, y in zip(names, ys, strict=True)}
+    changed |= adapters.with_deltas(kernels, x, changed, layer)
     return [changed[name] for name in names]

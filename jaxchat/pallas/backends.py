@@ -87,6 +87,7 @@ REFERENCE = Kernels("reference")
 
 DIFFERENTIABLE = Kernels(
     "differentiable",
+    stacked_matmul=stacked_matmul.reference.dot_whole,
     decode_attention=cache_attention.dense.attend,
     prefill_attention=cache_attention.dense.attend,
     write_rows=cache_attention.dense.write_rows,

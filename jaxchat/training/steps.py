@@ -12,6 +12,7 @@ from jaxchat import model
 from jaxchat.config import ModelConfig
 from jaxchat.families import parameter_table
 from jaxchat.layers.step import Params
+from jaxchat.training import forward
 
 
 class Batch(NamedTuple):
@@ -56,8 +57,8 @@ def token_losses(
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Minus the log-probability, in nats, of each token after those before it: float32 [B, T - 1]."""
-    step = model.whole_sequences(config, params, tokens[:, :-1], dtype=dtype)
-    logits = model.logits(step, model.hidden_states(step, dropout=dropout, key=key))
+    step = forward.whole_sequences(config, params, tokens[:, :-1], dtype=dtype)
+    logits = model.logits(step, forward.hidden_states(step, dropout=dropout, key=key))
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
@@ -97,7 +98,7 @@ def train_step(
       batch: see `Batch`.
       learning_rate: traced, so that a schedule compiles nothing.
       dtype: of the activations; parameters, moments and sums are float32.
-      dropout: see `model.hidden_states`; its random numbers follow from the step's number.
+      dropout: see `forward.hidden_states`; its random numbers follow from the step's number.
 
     Returns:
       The next state, and the loss in nats per weighted token.

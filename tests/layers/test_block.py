@@ -12,6 +12,7 @@ from jaxchat.config import POST_NORMS, PRE_NORMS, Block
 from jaxchat.families import read_config
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
+from jaxchat.training import forward
 from jaxchat.training.steps import initial_params
 from tests.support.steps import step_of
 from tests.support.tiny import TINY_CONFIGS
@@ -91,5 +92,5 @@ def test_training_computes_what_serving_does_for_a_mixed_stack(mixed, quick_comp
     none, all_new = jnp.zeros(2, jnp.int32), jnp.full(2, 6, jnp.int32)
     plan = jax.tree.map(jnp.asarray, LayerPlan.identity(5).arrays(5))
     served, _ = model.forward(step_of(config, params, plan, tokens, none, all_new, all_new), cache)
-    whole = model.whole_sequences(config, params, tokens, dtype=jnp.dtype(jnp.float32))
-    np.testing.assert_allclose(model.hidden_states(whole), served, rtol=2e-5, atol=2e-5)
+    whole = forward.whole_sequences(config, params, tokens, dtype=jnp.dtype(jnp.float32))
+    np.testing.assert_allclose(forward.hidden_states(whole), served, rtol=2e-5, atol=2e-5)

@@ -8,13 +8,16 @@ import pytest
 from jaxchat import model
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
+from jaxchat.training import forward
 from tests.support.steps import step_of
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 67, (2, 13)))
 
 
 def trained(config, params):
-    return model.hidden_states(model.whole_sequences(config, params, TOKENS, dtype=jnp.dtype(jnp.float32)))
+    return forward.hidden_states(
+        forward.whole_sequences(config, params, TOKENS, dtype=jnp.dtype(jnp.float32))
+    )
 
 
 def served(config, params, tokens):

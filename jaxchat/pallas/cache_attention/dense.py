@@ -38,7 +38,8 @@ def attend(
     Args:
       q: [B, T, N, H].
       k_cache, v_cache: float [1, B, K, T, H].
-      slot, lengths: 0.
+      slot: 0.
+      lengths: int32 [B], all 0; or [B, T], the first key that each query sees, of rows with several texts.
       scale, window, softcap: as in `reference.attend`.
 
     Returns:
@@ -55,6 +56,8 @@ def attend(
         scores = softcap * jnp.tanh(scores / softcap)
     query, key = jnp.arange(t)[:, None], jnp.arange(t)
     visible = (key <= query) & ((window == 0) | (key > query - window))
+    if lengths.ndim == 2:
+        visible = visible & (key >= lengths[:, None, None, :, None])
     scores = jnp.where(visible, scores.reshape(b, kv, n // kv, t, t), -1e30)
     weights = jax.nn.softmax(scores, axis=-1).reshape(b, kv, n // kv * t, t).astype(q.dtype)
     mixed = jnp.einsum("bkts,bksh->bkth", weights, v_cache[0], preferred_element_type=jnp.float32)

@@ -30,10 +30,11 @@ def stacked_matmul(x: jax.Array, w: Weight, layer: jax.Array | int) -> jax.Array
     Returns:
       float32 [..., O].
     """
-    return lax.platform_dependent(x, w, layer, cpu=_dot_in_blocks, default=_dot_whole)
+    return lax.platform_dependent(x, w, layer, cpu=_dot_in_blocks, default=dot_whole)
 
 
-def _dot_whole(x: jax.Array, w: Weight, layer: jax.Array | int) -> jax.Array:
+def dot_whole(x: jax.Array, w: Weight, layer: jax.Array | int) -> jax.Array:
+    """The same in one piece: what reverse-mode differentiation goes through without keeping the weights."""
     return _dot(x, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), w))
 
 
@@ -41,7 +42,7 @@ def _dot_in_blocks(x: jax.Array, w: Weight, layer: jax.Array | int) -> jax.Array
     _, rows, inner = w.shape
     count = -(-rows * inner // _BLOCK_ELEMENTS)
     if count <= 1:
-        return _dot_whole(x, w, layer)
+        return dot_whole(x, w, layer)
     block = -(-rows // count)
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
