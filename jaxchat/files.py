@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -103,14 +103,19 @@ def text_of(data: bytes) -> str:
         ) from None
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """A JSON value whose lists and objects are nested at most `MAX_JSON_DEPTH` deep.
+
+    Args:
+      text: all of it.
+      pairs: makes an object of its keys and values; may raise ValueError. Default: of a key that is there
+        twice the last counts.
 
     Raises:
       UnreadableError: it is malformed, or nested deeper.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise UnreadableError(f"nested more than {MAX_JSON_DEPTH} deep") from None
     except ValueError as error:  # also of a number of thousands of digits

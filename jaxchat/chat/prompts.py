@@ -144,6 +144,16 @@ class Prompts:
             )
         return self._before_user(broken, breaker)
 
+    def whole(self, messages: Sequence[Message]) -> Prompt:
+        """The rendering of messages that are all there, with nothing opened after them.
+
+        Raises:
+            UsageError: the template refuses the messages.
+        """
+        broken, breaker = self._broken(messages)
+        marked = self._render(broken)
+        return Prompt(marked, marked.replace(breaker, ""), breaker)
+
     def opened_by(self, text: str) -> str:
         """The end of a prompt that opens the reasoning, "" if there is none."""
         if self._tags is None or not opens_reasoning(text, self._tags):
