@@ -324,9 +324,7 @@ class _Switch(flags.BooleanParser):
         return read_switch(self._name, str(argument))
 
 
-def _as_defined(
-    fields: Sequence[FlagField], values: flags.FlagValues, arguments: Sequence[str]
-) -> list[str]:
+def _as_defined(fields: Sequence[FlagField], values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
     """`--layer-spec` -> `--layer_spec`, other names -> the flag's, `--json True` -> `--json=True`.
 
     Values are left alone.

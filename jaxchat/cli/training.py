@@ -1,14 +1,11 @@
 """One run of `jaxchat train`, from the request to what is written: joins data, setup and trainer."""
 
-import contextlib
 import dataclasses
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -17,12 +14,14 @@ from jaxchat.checkpoints.adapter_write import Strength
 from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.load import Progress, load_params
+from jaxchat.checkpoints.quantized import Quant
 from jaxchat.cli.chosen_model import ChosenModel
 from jaxchat.cli.command_line import Ended, complain
 from jaxchat.cli.progress_bar import counting_bar, training_bar
+from jaxchat.cli.train_request import TrainRequest
 from jaxchat.engine.compile_cache import enable_compilation_cache
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.layer_plan import LayerPlan, Slot
+from jaxchat.layer_plan import LayerPlan
 from jaxchat.pallas import backends
 from jaxchat.quant import QuantFormat
 from jaxchat.text.named_templates import chosen_template
@@ -30,13 +29,10 @@ from jaxchat.training.batches import Batches
 from jaxchat.training.data import Dataset, Encoder
 from jaxchat.training.journal import SINKS, sink
 from jaxchat.training.setups import SETUPS, Base, Choices, Setup
-from jaxchat.training.trainer import Report, Settings, Trainer
-
-if TYPE_CHECKING:
-    from jaxchat.commands.train import TrainRequest
+from jaxchat.training.trainer import Settings, Trainer
 
 
-def trained(request: "TrainRequest", chosen: ChosenModel, progress: Progress | None) -> int:
+def trained(request: TrainRequest, chosen: ChosenModel, progress: Progress | None) -> int:
     """Trains, writes what came of it, and returns the exit code."""
     backends.use_32_bits()
     enable_compilation_cache(None)
@@ -69,7 +65,7 @@ def trained(request: "TrainRequest", chosen: ChosenModel, progress: Progress | N
         trainer.close()
 
 
-def _run(request: "TrainRequest", trainer: Trainer, setup: Setup, data: Batches) -> int:
+def _run(request: TrainRequest, trainer: Trainer, setup: Setup, data: Batches) -> int:
     if trainer.step:
         complain(f"goes on after step {trainer.step} of {trainer.total}")
     before = trainer.begin()
@@ -88,7 +84,9 @@ def _run(request: "TrainRequest", trainer: Trainer, setup: Setup, data: Batches)
     place = setup.export(outcome.state.trained, Path(request.output_dir))
     loss = f"loss {outcome.loss:.4f}"
     if outcome.best_loss is not None:
-        loss = f"held-out loss {outcome.best_loss:.4f}" + ("" if before is None else f" (before: {before:.4f})")
+        loss = f"held-out loss {outcome.best_loss:.4f}" + (
+            "" if before is None else f" (before: {before:.4f})"
+        )
     early = ", ended early" if outcome.stopped_early else ""
     print(f"{place}: {loss} after {outcome.step} steps{early}; use it with\n  {setup.use(place)}")
     return 0
@@ -108,15 +106,15 @@ def _location(chosen: ChosenModel) -> tuple[ModelDirectory, LayerPlan]:
         return source, chosen.plan
     if len(source.models) != 1 or any(layer.scales for layer in source.layers):
         raise UsageError(
-            f"{chosen.recipe}: takes layers of {len(source.models)} models, or scales single tensors; training "
-            "takes one model's layers: convert the recipe with --to_hf first, and train on that"
+            f"{chosen.recipe}: takes layers of {len(source.models)} models, or scales single tensors; what "
+            "is trained has one model's layers: convert the recipe with --to_hf first, and train on that"
         )
     (model,) = source.models
     slots = tuple(dataclasses.replace(slot, layer=source.layers[slot.layer].layer) for slot in chosen.plan)
     return model, LayerPlan(slots, model.config.num_layers)
 
 
-def _encoder(request: "TrainRequest", directory: ModelDirectory) -> Encoder:
+def _encoder(request: TrainRequest, directory: ModelDirectory) -> Encoder:
     tokenizer = directory.tokenizer
     if tokenizer is None:
         raise UsageError(f"{directory}: has no tokenizer, so texts cannot be made tokens; add its files")
@@ -135,9 +133,7 @@ def _mesh() -> Mesh | None:
     return None if len(devices) == 1 else Mesh(np.array(devices).reshape(-1, 1), ("data", "model"))
 
 
-def _batches(
-    request: "TrainRequest", encoder: Encoder, mesh: Mesh | None
-) -> tuple[Batches, Batches | None]:
+def _batches(request: TrainRequest, encoder: Encoder, mesh: Mesh | None) -> tuple[Batches, Batches | None]:
     devices = 1 if mesh is None else mesh.shape["data"]
     size = request.per_device_train_batch_size * devices
     held = (request.per_device_eval_batch_size or request.per_device_train_batch_size) * devices
@@ -160,7 +156,7 @@ def _batches(
 
 
 def _base(
-    request: "TrainRequest",
+    request: TrainRequest,
     chosen: ChosenModel,
     directory: ModelDirectory,
     plan: LayerPlan,
@@ -169,7 +165,7 @@ def _base(
 ) -> Base:
     on_cpu = backends.devices()[0].platform == "cpu"
     dtype = request.dtype or ("float32" if on_cpu else "bfloat16")
-    quant = "auto" if request.frozen_quant is None else QuantFormat.parse(request.frozen_quant)
+    quant: Quant = "auto" if request.frozen_quant is None else QuantFormat.parse(request.frozen_quant)
     plain = "float32" if request.task == "full" else None
     config, params = load_params(directory, dtype=plain, quant=quant, mesh=mesh, progress=progress)
     name = request.model or chosen.name
@@ -178,7 +174,7 @@ def _base(
     )
 
 
-def _choices(request: "TrainRequest") -> Choices:
+def _choices(request: TrainRequest) -> Choices:
     checkpointing = request.gradient_checkpointing or request.task == "full"
     return Choices(
         strength=Strength(request.lora_rank, request.lora_alpha, request.use_rslora),
@@ -196,7 +192,7 @@ _NEVER = sys.maxsize
 _RATES = {"full": 2e-5}
 
 
-def _settings(request: "TrainRequest") -> Settings:
+def _settings(request: TrainRequest) -> Settings:
     def every(strategy: str | None, steps: int | None) -> int:
         """Steps between two, 0 for an epoch."""
         if strategy == "no":
@@ -233,7 +229,7 @@ _IDENTITY = (
 """What must not change while a run is gone on with."""
 
 
-def _identity(request: "TrainRequest", base: Base, data: Batches) -> dict[str, Any]:
+def _identity(request: TrainRequest, base: Base, data: Batches) -> dict[str, Any]:
     found = {name: getattr(request, name) for name in _IDENTITY}
     found |= {"model": base.name, "plan": str(base.plan), "quant": request.frozen_quant}
     return found | {"dtype": base.dtype.name, "data": data.dataset.digest}
@@ -243,7 +239,9 @@ def _made(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise JaxchatError(f"{directory}: cannot be made ({error.strerror}); give another --output_dir") from None
+        raise JaxchatError(
+            f"{directory}: cannot be made ({error.strerror}); give another --output_dir"
+        ) from None
     return directory
 
 

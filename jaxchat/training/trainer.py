@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxchat.errors import JaxchatError
+from jaxchat.training.batches import Batch, Epoch
 from jaxchat.training.journal import Journal, Sink
 from jaxchat.training.losses import Loss
 from jaxchat.training.saved import Saved
-
-if TYPE_CHECKING:
-    from jaxchat.training.batches import Batch
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -47,7 +45,7 @@ class Task(Hashable, Protocol):
 class Data(Protocol):
     """Batches by number, as `training.batches` makes them."""
 
-    def epoch(self, number: int, /) -> "Sequence[Batch]":
+    def epoch(self, number: int) -> Epoch:
         """The batches of one time through the data, in order."""
 
 
@@ -275,7 +273,7 @@ class Trainer:
         if found is not None:
             self.state, self.position = State(**found[0]), Position(**found[1])
         self._journal = Journal(directory, self.step, sinks)
-        self._epochs: dict[int, Sequence[Batch]] = {}
+        self._epochs: dict[int, Epoch] = {}
         self._per_epoch = len(self._epoch(0))
         if self._per_epoch == 0:
             raise JaxchatError("the training data has nothing to learn from; give more of it")
@@ -340,7 +338,8 @@ class Trainer:
     # --- a step
 
     def _train_step(self) -> float:
-        totals, places = None, []
+        totals: Totals | None = None
+        places: list[str] = []
         for number in range(self._settings.accumulation):
             batch = self._batch(self.position.batch + number)
             places += batch.places
@@ -414,19 +413,19 @@ class Trainer:
 
     # --- data
 
-    def _batch(self, number: int) -> "Batch":
+    def _batch(self, number: int) -> Batch:
         epoch, place = divmod(number, self._per_epoch)
         return self._epoch(epoch)[place]
 
-    def _epoch(self, number: int) -> "Sequence[Batch]":
+    def _epoch(self, number: int) -> Epoch:
         if number not in self._epochs:
             self._epochs = {number: self._data.epoch(number)}
         return self._epochs[number]
 
-    def _placed(self, batch: "Batch") -> Arrays:
-        arrays = Arrays(batch.tokens, batch.weights, batch.starts)
+    def _placed(self, batch: Batch) -> Arrays:
+        arrays = Arrays(*(jnp.asarray(part) for part in (batch.tokens, batch.weights, batch.starts)))
         if self._mesh is None:
-            return jax.tree.map(jnp.asarray, arrays)
+            return arrays
         split = len(batch.tokens) % self._mesh.shape["data"] == 0
         spec = PartitionSpec("data") if split else PartitionSpec()
         return jax.device_put(arrays, NamedSharding(self._mesh, spec))
