@@ -1,6 +1,7 @@
 """Progress bars on standard error, for people: none where it is not a terminal."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -103,30 +104,31 @@ def counting_bar(label: str, unit: str) -> Iterator[Report]:
 
 @contextlib.contextmanager
 def training_bar(*, every: int) -> Iterator[Callable[["StepReport"], None]]:
-    """Steps done of all, with loss, tokens a second and the time that remains; a line where no terminal is.
+    """How much is done, with loss, tokens a second and the time that remains; a line where no terminal is.
 
     Args:
       every: steps between such lines.
     """
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-        TextColumn("ETA"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        TextColumn("training"), BarColumn(), TextColumn("{task.percentage:.1f} %"),
+        TextColumn("{task.description}"), TextColumn("ETA"), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal,
     )  # fmt: skip
-    started: tuple[int, float] | None = None
+    started: tuple[float, float] | None = None
 
     def report(now: "StepReport") -> None:
         nonlocal started
-        if started is None:
-            started = now.step - 1, time.monotonic()
-            bar.add_task("", total=now.total, completed=now.step - 1)
-        text = f"loss {now.loss:.4f}  {now.tokens_per_second:,.0f} tokens/s"
-        bar.update(bar.tasks[0].id, completed=now.step, description=text)
-        if bar.disable and (now.step % every == 0 or now.step == now.total):
+        if started is None:  # the first step compiles, too
+            started = now.done, time.monotonic()
+            bar.add_task("", total=1.0)
+        text = f"step {now.step}: loss {now.loss:.4f}, {now.tokens_per_second:,.0f} tokens/s"
+        bar.update(bar.tasks[0].id, completed=now.done, description=text)
+        if bar.disable and (now.step % every == 0 or now.done >= 1):
             first, begun = started
-            pace = (time.monotonic() - begun) / max(now.step - first - 1, 1)
-            left = f"{pace * (now.total - now.step) / 60:.1f} min left"
-            console.print(f"step {now.step} of {now.total}: {text}  {left}", highlight=False)
+            pace = (time.monotonic() - begun) / max(now.done - first, 1e-9)
+            left = f", {pace * max(1 - now.done, 0) / 60:.1f} min left" if now.done > first else ""
+            print(f"{text}, {now.done:.1%}{left}", file=sys.stderr, flush=True)
 
     with bar:
         yield report
@@ -140,8 +142,8 @@ class StepReport(Protocol):
         """Steps done."""
 
     @property
-    def total(self) -> int:
-        """Of so many."""
+    def done(self) -> float:
+        """Of the whole run, 0 to 1."""
 
     @property
     def loss(self) -> float:

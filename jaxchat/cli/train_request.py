@@ -152,6 +152,14 @@ class TrainRequest(ModelFlags):
     max_steps: Annotated[
         int | None, _steps(help="Train for so many steps", example="--max_steps 500", low=1)
     ] = None
+    max_minutes: Annotated[
+        float | None,
+        _steps(
+            help="Train for so many minutes in all, instead of steps or epochs",
+            example="--max_minutes 30",
+            limits=_ABOVE_0,
+        ),
+    ] = None
     per_device_train_batch_size: Annotated[
         int,
         _steps(
@@ -175,9 +183,10 @@ class TrainRequest(ModelFlags):
         ),
     ] = None
     lr_scheduler_type: Annotated[
-        Literal["cosine", "linear", "constant"],
+        Literal["cosine", "linear", "constant", "warmup_stable_decay"],
         _steps(
-            help="How it falls after the warm-up: to 0 along a cosine or a line, or not at all",
+            help="How it falls after the warm-up: to 0 along a cosine or a line, not at all, or to 0 in the "
+            "last 30 %",
             example="--lr_scheduler_type linear",
             value="HOW",
         ),

@@ -67,7 +67,7 @@ def trained(request: TrainRequest, chosen: ChosenModel, progress: Progress | Non
 
 def _run(request: TrainRequest, trainer: Trainer, setup: Setup, data: Batches) -> int:
     if trainer.step:
-        complain(f"goes on after step {trainer.step} of {trainer.total}")
+        complain(f"goes on after step {trainer.step}, {trainer.done:.1%} of the run")
     before = trainer.begin()
     try:
         with training_bar(every=request.logging_steps) as report:
@@ -166,8 +166,7 @@ def _base(
     on_cpu = backends.devices()[0].platform == "cpu"
     dtype = request.dtype or ("float32" if on_cpu else "bfloat16")
     quant: Quant = "auto" if request.frozen_quant is None else QuantFormat.parse(request.frozen_quant)
-    plain = "float32" if request.task == "full" else None
-    config, params = load_params(directory, dtype=plain, quant=quant, mesh=mesh, progress=progress)
+    config, params = load_params(directory, quant=quant, mesh=mesh, progress=progress)
     name = request.model or chosen.name
     return Base(
         directory=directory, name=name, config=config, params=params, plan=plan, dtype=jnp.dtype(dtype)
@@ -204,6 +203,7 @@ def _settings(request: TrainRequest) -> Settings:
     return Settings(
         epochs=request.num_train_epochs,
         max_steps=request.max_steps,
+        max_minutes=request.max_minutes,
         learning_rate=request.learning_rate or _RATES.get(request.task, 2e-4),
         schedule=request.lr_scheduler_type,
         warmup_ratio=request.warmup_ratio,
@@ -221,8 +221,9 @@ def _settings(request: TrainRequest) -> Settings:
 
 
 _IDENTITY = (
-    "task", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "seed",
+    "task", "num_train_epochs", "max_steps", "max_minutes", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay",
+    "max_grad_norm", "seed",
     "model_max_length", "train_on", "packing", "chat_template", "lora_rank", "lora_alpha", "use_rslora",
     "lora_targets", "lora_dropout", "heal_with", "temperature", "label_weight",
 )  # fmt: skip

@@ -65,6 +65,7 @@ COMMAND = Command(
     run=_run,
     stray="give data as --data_path FILE, the model as -m DIR",
     conflicts=(
+        Conflict("max_steps", "max_minutes", "give one"),
         Conflict("load_in_8bit", "load_in_4bit", "give one"),
         Conflict("load_in_8bit", "quant", "they say the same, give one"),
         Conflict("load_in_4bit", "quant", "they say the same, give one"),

@@ -88,6 +88,17 @@ def copies(config: ModelConfig, params: Params, layers: Sequence[int], *, silent
     return found
 
 
+def plain(params: Params) -> Params:
+    """Parameters as float32 arrays, quantized ones as the numbers they stand for; copies."""
+
+    def widened(value: Any) -> jax.Array:
+        if isinstance(value, MixedTensor):
+            return jnp.stack([_row(value, row) for row in range(value.shape[0])])
+        return jnp.array(widen(value), jnp.float32)
+
+    return {name: widened(value) for name, value in params.items()}
+
+
 def _row(stack: Any, row: int) -> jax.Array:
     if isinstance(stack, MixedTensor):
         stack, row = stack.parts[stack.part[row]], stack.row[row]

@@ -25,7 +25,7 @@ from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.step import Params
 from jaxchat.training import lora
 from jaxchat.training.forward import Kept
-from jaxchat.training.parts import LowRank, Part, WholeLayers, copies
+from jaxchat.training.parts import LowRank, Part, WholeLayers, copies, plain
 from jaxchat.training.tasks import Everything, Healing, Text
 from jaxchat.training.trainer import Task
 
@@ -164,16 +164,7 @@ def everything(base: Base, choices: Choices) -> Setup:
             f"{option('task', 'full')} trains the model's own layers, each once; write the plan as a model "
             "of its own first: jaxchat convert --layer_spec ... --to_hf"
         )
-    initial = {
-        param.name: jnp.array(value, jnp.float32)
-        for param in parameter_table(base.config)
-        if isinstance(value := base.params[param.name], jax.Array) and value.dtype != jnp.uint16
-    }
-    if len(initial) < len(base.params):
-        raise UsageError(
-            f"{option('task', 'full')} trains all weights, which takes plain numbers: give --dtype float32 "
-            "and no --quant"
-        )
+    initial = plain(base.params)
     roles = {param.name: param.role not in ("norm", "bias") for param in parameter_table(base.config)}
 
     def export(trained: Params, directory: Path) -> Path:

@@ -24,7 +24,13 @@ from jaxchat.training.journal import Journal, Sink
 from jaxchat.training.losses import Loss
 from jaxchat.training.saved import Saved
 
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
+
+_DECAY = 0.3
+"""The part of all steps in which `warmup_stable_decay` falls."""
+
+_FINE = 1 << 20
+"""Steps that a run is taken for whose end is a time."""
 
 
 class Arrays(NamedTuple):
@@ -56,8 +62,10 @@ class Settings:
     Attributes:
       epochs: times through the data, if `max_steps` does not say when to end.
       max_steps: steps in all, or None.
+      max_minutes: instead of either, minutes in all, interruptions not counted.
       learning_rate: the highest.
-      schedule: how it falls after the warm-up: by a cosine to 0, linearly to 0, or not.
+      schedule: how it falls after the warm-up: by a cosine to 0, linearly to 0, not, or linearly to 0 in the
+        last 30 % (Hu et al. 2024).
       warmup_ratio: part of all steps in which it rises from 0.
       weight_decay, max_grad_norm: of AdamW (Loshchilov & Hutter 2019), and what gradients are clipped to.
       beta1, beta2, epsilon: Adam's.
@@ -71,6 +79,7 @@ class Settings:
 
     epochs: float = 1.0
     max_steps: int | None = None
+    max_minutes: float | None = None
     learning_rate: float = 2e-4
     schedule: Schedule = "cosine"
     warmup_ratio: float = 0.0
@@ -96,6 +105,9 @@ class Settings:
             "cosine": optax.cosine_decay_schedule(peak, rest),
             "linear": optax.linear_schedule(peak, 0.0, rest),
             "constant": optax.constant_schedule(peak),
+            "warmup_stable_decay": optax.linear_schedule(
+                peak, 0.0, math.ceil(total * _DECAY), max(rest - math.ceil(total * _DECAY), 0)
+            ),
         }[self.schedule]
         return optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
 
@@ -142,10 +154,9 @@ class Report(NamedTuple):
     """How far a run is, for a progress bar."""
 
     step: int
-    total: int
+    done: float  # of the whole run, 0 to 1
     loss: float
     tokens_per_second: float
-    learning_rate: float
 
 
 class Outcome(NamedTuple):
@@ -280,7 +291,7 @@ class Trainer:
         self.total = settings.max_steps or math.ceil(
             settings.epochs * self._per_epoch / settings.accumulation
         )
-        self._rate = settings.rate(self.total)
+        self._schedule = settings.rate(_FINE if settings.max_minutes else self.total)
         self._key = jax.random.key(settings.seed, impl="rbg")
 
     @property
@@ -306,12 +317,13 @@ class Trainer:
         started, before = time.monotonic() - self.position.seconds, self.position.tokens
         begun = time.monotonic()
         try:
-            while self.step < self.total and not self._is_out_of_patience:
-                loss = self._train_step()
+            while self.done < 1 and not self._is_out_of_patience:
+                learning_rate = self._rate()
+                loss = self._train_step(learning_rate)
                 self.position.seconds = time.monotonic() - started
                 rate = (self.position.tokens - before) / max(time.monotonic() - begun, 1e-9)
-                report(Report(self.step, self.total, loss, rate, float(self._rate(self.step))))
-                self._after_step(loss, rate)
+                report(Report(self.step, self.done, loss, rate))
+                self._after_step(rate, learning_rate)
         except BaseException:
             if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
                 self._save()
@@ -335,9 +347,20 @@ class Trainer:
         weight = sum(float(loss.weight) for loss in losses)
         return sum(float(loss.total) for loss in losses) / weight if weight else float("nan")
 
+    @property
+    def done(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        minutes = self._settings.max_minutes
+        return self.position.seconds / 60 / minutes if minutes else self.step / self.total
+
+    def _rate(self) -> float:
+        """The learning rate of the next step."""
+        at = min(self.done, 1) * _FINE if self._settings.max_minutes else self.step
+        return float(self._schedule(at))
+
     # --- a step
 
-    def _train_step(self) -> float:
+    def _train_step(self, rate: float) -> float:
         totals: Totals | None = None
         places: list[str] = []
         for number in range(self._settings.accumulation):
@@ -349,9 +372,7 @@ class Trainer:
         assert totals is not None
         weight = float(totals.loss.weight)
         before = self.step
-        self.state, loss, norm = _apply(
-            self._optimizer, self.state, totals, jnp.float32(self._rate(self.step))
-        )
+        self.state, loss, norm = _apply(self._optimizer, self.state, totals, jnp.float32(rate))
         value, self._norm = float(loss), float(norm)
         if not (math.isfinite(value) and math.isfinite(self._norm)):
             raise JaxchatError(
@@ -363,7 +384,7 @@ class Trainer:
         self.position.recent_weight += weight
         return value
 
-    def _after_step(self, loss: float, rate: float) -> None:
+    def _after_step(self, rate: float, learning_rate: float) -> None:
         settings, position = self._settings, self.position
         if self._is_due(settings.logging_steps):
             mean = position.recent_loss / max(position.recent_weight, 1e-6)
@@ -371,7 +392,7 @@ class Trainer:
                 step=self.step,
                 epoch=round(position.batch / self._per_epoch, 4),
                 loss=mean,
-                learning_rate=float(self._rate(self.step - 1)),
+                learning_rate=learning_rate,
                 grad_norm=self._norm,
                 tokens=position.tokens,
                 tokens_per_second=round(rate, 1),
@@ -395,7 +416,7 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         """Whether something happens after this step; in any case after the last."""
         per_epoch = max(self._per_epoch // self._settings.accumulation, 1)
-        return self.step % (every or per_epoch) == 0 or self.step == self.total
+        return self.step % (every or per_epoch) == 0 or self.done >= 1
 
     @property
     def _is_out_of_patience(self) -> bool:
