@@ -62,13 +62,16 @@ class KVCache(NamedTuple):
         kernels: Kernels,
         q: Float[Array, "B T N H"],
         slot: Int[Array, ""],
-        lengths: Int[Array, " B"],
+        lengths: Int[Array, " B"] | Int[Array, "B T"],
         *,
         scale: Float[Array, ""],
         window: Int[Array, ""],
         softcap: float,
     ) -> Float[Array, "B T N H"]:
-        """Attention of queries [B, T, N, H] behind `lengths` [B] over one slot, float32 [B, T, N, H]."""
+        """Attention of queries [B, T, N, H] behind `lengths` [B] over one slot, float32 [B, T, N, H].
+
+        In training, of rows with several texts, `lengths` is `Step.starts`.
+        """
         attend = kernels.decode_attention if q.shape[1] == 1 else kernels.prefill_attention
         return attend(q, self.k, self.v, slot, lengths, scale=scale, window=window, softcap=softcap)
 

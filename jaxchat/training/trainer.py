@@ -209,7 +209,7 @@ def _apply(
     weight = jnp.maximum(totals.loss.weight, 1e-6)
     loss = totals.loss.total / weight
     gradients = jax.tree.map(lambda g: g / weight, totals.gradients)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     updates, moments = optimize.transformation.update(gradients, state.moments, state.trained)
     trained = optax.apply_updates(state.trained, jax.tree.map(lambda u: -rate * u, updates))
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
