@@ -28,6 +28,13 @@ from tests.training.support import batch_of, random_texts, run_of
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FLOAT32 = jnp.dtype(jnp.float32)
+in_full = pytest.mark.full
+
+
+def some(mark, *values):
+    return [pytest.param(value, marks=mark) for value in values]
+
+
 CHOICES = Choices(strength=Strength(4, 8.0))
 
 
@@ -76,7 +83,7 @@ def trained_run(directory, setup, data, **settings):
 # --- each task
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", *some(in_full, "gpt2", "gemma2", "phi3")])
 def test_lora_lowers_the_loss_and_the_adapter_says_the_same(base_of, tmp_path, model_type):
     base, data = base_of(model_type), random_texts(67)
     before, outcome, place = trained_run(tmp_path, SETUPS["lora"](base, CHOICES), data)
@@ -88,7 +95,7 @@ def test_lora_lowers_the_loss_and_the_adapter_says_the_same(base_of, tmp_path, m
     assert (values["r"], values["lora_alpha"], values["peft_type"]) == (4, 8.0, "LORA")
 
 
-@pytest.mark.parametrize("plan", ["0,1,2,2", "0,0,1,1,2"])
+@pytest.mark.parametrize("plan", [*some(in_full, "0,1,2,2"), "0,0,1,1,2"])
 def test_new_blocks_change_nothing_at_first_and_only_they_are_trained(base_of, tmp_path, plan):
     base, data = base_of(plan=plan), random_texts(67)
     before, outcome, place = trained_run(tmp_path, SETUPS["blocks"](base, CHOICES), data)
@@ -195,7 +202,7 @@ def halves(values, name):
     )
 
 
-@pytest.mark.parametrize("form", ["int8", "int4:64:affine", "q5_k", "bfloat16", "mixed"])
+@pytest.mark.parametrize("form", [*some(in_full, "int8", "int4:64:affine", "q5_k"), "bfloat16", "mixed"])
 def test_gradients_pass_through_frozen_weights_in_any_form(base_of, form, rng):
     """They are those of the numbers that these stand for."""
     options = {} if form == "mixed" else {"dtype": form} if form == "bfloat16" else {"quant": form}
