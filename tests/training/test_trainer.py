@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
         return save(step, **more)
 
     monkeypatch.setattr(first._saved._last, "save", full)
-    with pytest.raises(JaxchatError, match="step 4 cannot be written .*No space left"):
+    with pytest.raises(JaxchatError, match=r"step 4 cannot be written .*No space left"):
         first.run()
     first.close()
     assert run(tmp_path, resume=True).step == 2

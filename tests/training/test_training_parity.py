@@ -1,17 +1,19 @@
-"""Training beside torch, live: gradients of every family, LoRA beside PEFT, and what is written, read back."""
+"""Training beside torch, live: gradients of every family, LoRA beside PEFT, and what is written."""
 
-import dataclasses
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+import jaxchat  # noqa: E402
 from jaxchat.checkpoints.adapter_write import Strength  # noqa: E402
 from jaxchat.checkpoints.directory import ModelDirectory  # noqa: E402
 from jaxchat.checkpoints.load import load_params  # noqa: E402
@@ -31,10 +33,6 @@ FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def directory_of(case: str, path) -> ModelDirectory:
-    import json
-
-    from safetensors.numpy import save_file
-
     (path / "config.json").write_text(json.dumps(CASES[case]))
     save_file(hf_tensors(case), path / "model.safetensors")
     return ModelDirectory.at(path)
@@ -109,8 +107,6 @@ def test_lora_trains_as_in_peft_and_peft_loads_what_comes_of_it(case, tmp_path):
     ids = tokens(case)
     with torch.no_grad():
         logits = loaded(torch.tensor(ids), use_cache=False).logits.numpy()
-    import jaxchat
-
     model = jaxchat.load(tmp_path / "model", adapter=place)
     scores = model.score(token_ids=[row.tolist() for row in ids])
     wanted = torch.log_softmax(torch.tensor(logits), -1).numpy()
@@ -120,13 +116,12 @@ def test_lora_trains_as_in_peft_and_peft_loads_what_comes_of_it(case, tmp_path):
 
     if any(param.fused for param in parameter_table(base.config)):
         return
-    targets = [name for name in setup.initial]
     table = {param.name: param for param in parameter_table(base.config)}
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     trained = peft.get_peft_model(reference_model(case), config)
     with torch.no_grad():
         own = dict(trained.named_parameters())
-        for name in targets:
+        for name in setup.initial:
             for layer in range(base.config.num_layers):
                 module = table[name].hf.format(layer).removesuffix(".weight")
                 key = f"base_model.model.{module}.lora_A.default.weight"
@@ -160,9 +155,7 @@ def test_transformers_loads_an_expanded_model_with_equal_logits(case, plan, tmp_
     loaded = transformers.AutoModelForCausalLM.from_pretrained(place, attn_implementation="eager").eval()
     assert loaded.config.num_hidden_layers == len(base.plan)
     run._held_out = Listed(batches(case, 2))
-    run.state = (
-        dataclasses.replace(outcome.state) if dataclasses.is_dataclass(outcome.state) else outcome.state
-    )
+    run.state = outcome.state
     with torch.no_grad():
         expected = np.mean([float(torch_loss(loaded, batch)) for batch in batches(case, 2)])
     assert run.evaluate() == pytest.approx(expected, rel=1e-4)
