@@ -294,6 +294,26 @@ def test_reasoning_that_a_template_takes_out_later_is_learnt_of_the_last_reply_o
     assert "first" not in tokenizer.decode(example.ids.tolist())
 
 
+@real_chats.needs_data
+def test_of_a_conversation_that_is_too_long_the_last_reply_that_fits_is_learnt():
+    tokenizer, template, _ = real_chats.load("qwen3")
+    turns = [m for k in range(8) for m in ({**USER, "content": f"{k}?"}, {**REPLY, "content": f"reply {k}"})]
+    whole = Encoder(tokenizer, template, max_length=1000).encode(Chat(turns[:10]), "here").example
+    cut = Encoder(tokenizer, template, max_length=len(whole.ids)).encode(Chat(turns), "here").example
+    assert cut.ids.tolist() == whole.ids.tolist()
+    assert cut.weights.tolist() == whole.weights.tolist()
+    assert tokenizer.decode(cut.ids[-6:].tolist()).endswith("reply 4<|im_end|>")
+
+
+def test_a_record_of_very_many_messages_is_cut_like_any_other(encoder_of):
+    for train_on in ("assistant", "all"):
+        encoder = encoder_of(max_length=45, train_on=train_on)
+        few, many = (encoder.encode(Chat([USER, REPLY] * count), "here").example for count in (10, 20_000))
+        assert few.ids.tolist() == many.ids.tolist()
+        assert few.weights.tolist() == many.weights.tolist()
+        assert len(few.ids) == {"assistant": 41, "all": 45}[train_on]
+
+
 def test_reasoning_of_its_own_key_is_spelled_out_for_templates_that_do_not_read_it(encoder_of, tokenizer):
     source = TEMPLATE + "{# '</think>' #}{{ '' if '</think>' else '' }}"
     reply = {"role": "assistant", "content": "Yo", "reasoning_content": "hm"}
@@ -503,6 +523,10 @@ BAD = {
     "an image": (
         b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n',
         r"messages\[0\]\.content\[0\]\.type is 'image_url'; expected 'text'",
+    ),
+    "a part without text": (
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "value": "a"}]}]}\n',
+        r"messages\[0\]\.content\[0\]: 'text' is missing",
     ),
     "a key twice": (b'{"text": "a", "text": "b"}\n', "the key 'text' is there twice"),
     "half a character": (b'{"text": "\\ud83d"}\n', r"'\\ud83d' is half a character"),
