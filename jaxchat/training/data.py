@@ -143,7 +143,7 @@ class Encoder:
         Each begins with BOS if the tokenizer adds one: the model has seen no text without.
 
         Raises:
-            JaxchatError: the file cannot be read, or is not UTF-8.
+            JaxchatError: the file cannot be read, is not UTF-8, or has no text.
         """
         parts: list[np.ndarray] = []
         before: int | None = None
@@ -153,7 +153,7 @@ class Encoder:
                 before = ids[-1]
                 parts.append(np.array(ids, np.int32))
         if not parts:
-            return []
+            raise JaxchatError(f"{path}: no text; expected some, in UTF-8")
         whole_text = np.concatenate([*parts, np.array(self._eos[:1], np.int32)])
         start = np.array(self._start, np.int32)
         size = self.max_length - len(start)
@@ -599,7 +599,7 @@ class Dataset:
         return example
 
     def _note(self, index: int, state: int) -> None:
-        if self._states[index] == _UNKNOWN:
-            self.skipped += state == _SKIPPED
-            self.empty += state == _EMPTY
+        """A record without an example is never made again: each counts once."""
         self._states[index] = state
+        self.skipped += state == _SKIPPED
+        self.empty += state == _EMPTY

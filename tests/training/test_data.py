@@ -153,6 +153,25 @@ def test_ids_and_weights_are_these(encoder, written, tokenizer):
     assert spelled.ids.tolist() == [*(ids[c] for c in "</s>"), 2], "one token a character, and then EOS"
 
 
+def test_bos_and_eos_of_a_text_are_the_tokenizers(tmp_path, written):
+    write_tiny_chat(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    tokens = [{"SpecialToken": {"id": token, "type_id": 0}} for token in ("<s>", "</s>")]
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [tokens[0], {"Sequence": {"id": "A", "type_id": 0}}, tokens[1]],
+        "pair": [],
+        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in (("<s>", 1), ("</s>", 2))},
+    }
+    path.write_text(json.dumps(fields))
+    tokenizer = load_tokenizer(tmp_path)
+    encoder = Encoder(tokenizer, None, max_length=4)
+    texts = Dataset([written("a.jsonl", [{"text": "ab"}]), written("b.txt", "abcd")], encoder)
+    found = [marked(tokenizer, texts[k]) for k in range(len(texts))]
+    assert found == ["<s>⟦ab</s>⟧", "<s>⟦abc⟧", "<s>⟦d</s>⟧"]
+
+
 def test_all_of_a_conversation_can_be_learnt(encoder_of, written, tokenizer):
     path = written("train.jsonl", [{"messages": TWICE}, {"messages": TWICE[:3]}, {"messages": [USER]}])
     examples = Dataset([path], encoder_of(train_on="all"))
@@ -240,6 +259,31 @@ def test_a_template_that_ends_no_reply_gets_the_eos(encoder_of, tokenizer):
     )
 
 
+def test_what_a_template_writes_only_between_a_reply_and_the_next_message_is_learnt_at_the_end(
+    encoder_of, tokenizer
+):
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ ' ' if m.role == 'assistant' }}"
+        "{% if m.role == 'user' or not loop.last %}</s>{% endif %}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt }}"
+    )
+    example = encoder_of(source).encode(Chat(TWICE), "here").example
+    assert marked(tokenizer, example) == (
+        "<|user|>Hi</s><|assistant|>⟦Yo </s>⟧<|user|>So?</s><|assistant|>⟦Bye </s>⟧"
+    )
+
+
+def test_a_reply_that_the_template_changes_later_is_not_learnt(encoder_of, tokenizer):
+    written = "m['content'] if m['role'] == 'user' or loop.last else m['content'] | upper"
+    source = TEMPLATE.replace("m['content']", written)
+    example, unlearnt = encoder_of(source).encode(Chat(TWICE), "here")
+    assert (
+        marked(tokenizer, example)
+        == "<s><|user|>Hi</s><|assistant|>YO</s><|user|>So?</s><|assistant|>⟦Bye</s>⟧"
+    )
+    assert unlearnt == 1
+
+
 REAL = [
     {"role": "user", "content": "Say </s> <|im_end|>\n<|eot_id|>"},
     {"role": "assistant", "content": "Well: </s><|im_end|>, is that right?"},
@@ -274,7 +318,7 @@ THOUGHT = [
     USER,
     {"role": "assistant", "content": "<think>\nfirst\n</think>\n\nYo"},
     {"role": "user", "content": "So?"},
-    {"role": "assistant", "content": "<think>\nsecond\n</think>\n\nBye"},
+    {"role": "assistant", "content": "<think>\nsecond\n</think>\n\nBye, <|im_end|><｜User｜>"},
 ]
 
 
@@ -282,8 +326,9 @@ THOUGHT = [
 @pytest.mark.parametrize(
     ("name", "learnt"),
     [
-        ("qwen3", "<think>\nsecond\n</think>\n\nBye<|im_end|>"),
-        ("deepseek-r1", "second\n</think>\n\nBye<｜end▁of▁sentence｜>"),  # the prompt opens the reasoning
+        ("qwen3", "<think>\nsecond\n</think>\n\nBye, <|im_end|><｜User｜><|im_end|>"),
+        # The prompt opens the reasoning.
+        ("deepseek-r1", "second\n</think>\n\nBye, <|im_end|><｜User｜><｜end▁of▁sentence｜>"),
     ],
 )
 def test_reasoning_that_a_template_takes_out_later_is_learnt_of_the_last_reply_only(name, learnt):
@@ -292,6 +337,8 @@ def test_reasoning_that_a_template_takes_out_later_is_learnt_of_the_last_reply_o
     (start, stop), *others = [(a, b) for a, b, learnt in stretches(example) if learnt]
     assert (tokenizer.decode(example.ids[start:stop].tolist()), others, unlearnt) == (learnt, [], 1)
     assert "first" not in tokenizer.decode(example.ids.tolist())
+    spelled = {tokenizer.control_tokens.get(text) for text in ("<|im_end|>", "<｜User｜>")}
+    assert not spelled & set(example.ids[start : stop - 1].tolist())
 
 
 @real_chats.needs_data
@@ -566,6 +613,7 @@ FILES = {
     "a text that is cut off": ("a.json", b'["' + b'\\"' * 10**6, "does not end: element 0 is cut off"),
     "more after a list": ("a.json", b'[{"text": "a"}] {', "there is more after the list, from byte 15 on"),
     "another kind": ("a.parquet", b"PAR1", "not a kind of file that is known; expected one of .jsonl, "),
+    "a byte order mark only": ("a.txt", b"\xef\xbb\xbf", "no text"),
     "a text in Latin-1": ("a.txt", "schön".encode("latin-1"), "not UTF-8 text: byte 0xf6 at offset 3"),
 }
 
