@@ -166,10 +166,10 @@ def test_bos_and_eos_of_a_text_are_the_tokenizers(tmp_path, written):
     }
     path.write_text(json.dumps(fields))
     tokenizer = load_tokenizer(tmp_path)
-    encoder = Encoder(tokenizer, None, max_length=4)
-    texts = Dataset([written("a.jsonl", [{"text": "ab"}]), written("b.txt", "abcd")], encoder)
+    encoder = Encoder(tokenizer, None, max_length=5)
+    texts = Dataset([written("a.jsonl", [{"text": "ab"}]), written("b.txt", "abcde")], encoder)
     found = [marked(tokenizer, texts[k]) for k in range(len(texts))]
-    assert found == ["<s>⟦ab</s>⟧", "<s>⟦abc⟧", "<s>⟦d</s>⟧"]
+    assert found == ["<s>⟦ab</s>⟧", "<s>⟦abcd⟧", "<s>⟦e</s>⟧"]
 
 
 def test_all_of_a_conversation_can_be_learnt(encoder_of, written, tokenizer):
