@@ -361,6 +361,13 @@ def test_a_record_of_very_many_messages_is_cut_like_any_other(encoder_of):
         assert len(few.ids) == {"assistant": 41, "all": 45}[train_on]
 
 
+def test_reasoning_that_a_template_never_writes_is_learnt_as_it_stands(encoder_of, tokenizer):
+    source = TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]")
+    reply = {"role": "assistant", "content": "<think>hm</think>Yo"}
+    example = encoder_of(source).encode(Chat([USER, reply]), "here").example
+    assert marked(tokenizer, example).endswith("<|assistant|>⟦<think>hm</think>Yo</s>⟧")
+
+
 def test_reasoning_of_its_own_key_is_spelled_out_for_templates_that_do_not_read_it(encoder_of, tokenizer):
     source = TEMPLATE + "{# '</think>' #}{{ '' if '</think>' else '' }}"
     reply = {"role": "assistant", "content": "Yo", "reasoning_content": "hm"}
@@ -425,7 +432,8 @@ def test_what_is_too_long_is_cut_at_the_end_and_left_out_without_anything_to_lea
 
 def test_a_text_file_is_cut_in_pieces_that_begin_with_bos(shared_data, written):
     """Each token is learnt once, and read in blocks they are those of the whole text."""
-    text = (shared_data / "corpora" / "botchan.txt").read_text("utf-8-sig")[:3000] + "</s>\n\n  the end "
+    text = (shared_data / "corpora" / "botchan.txt").read_text("utf-8-sig")[:3000]
+    text += "\ndef f():\n" + "    x = 1\n\n\n" * 60 + "</s>\n\n  the end "
     path = written("book.txt", text)
     for name in ("mistral-nemo", "llama-3.1", "minueza", "qwen2.5"):
         tokenizer, template, _ = real_chats.load(name)
@@ -477,7 +485,17 @@ def test_a_json_list_has_the_elements_that_a_parser_finds(tmp_path_factory, elem
     assert records.place(0) == f"{path}[0]"
 
 
-def test_json_lines_may_be_called_json(encoder, written):
+def test_a_file_that_is_cut_while_it_is_read_is_named(encoder, written):
+    path = written("train.jsonl", [{"text": "ab"}] * 3)
+    examples = Dataset([path], encoder, skip_bad_lines=True)
+    assert len(examples) == 3
+    path.write_bytes(b"")
+    with pytest.raises(JaxchatError, match=r"train\.jsonl: the file has become shorter"):
+        examples[2]
+
+
+def test_json_lines_may_be_called_json_and_a_list_may_begin_with_a_byte_order_mark(encoder, written):
+    assert len(Dataset([written("list.json", b'\xef\xbb\xbf[{"text": "ab"}]')], encoder)) == 1
     assert len(Dataset([written("train.json", [{"text": "ab"}] * 3)], encoder)) == 3
 
 
