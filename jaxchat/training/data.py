@@ -358,7 +358,7 @@ class _Rendering:
         """One of the messages as the model has to write it.
 
         Raises:
-            RecordError: the template writes something else.
+            UsageError: the template writes something else.
         """
         history, reply = self._messages[:number], self._messages[number]
         head = self._prompts.before(history, "assistant")

@@ -126,6 +126,10 @@ RECORDS = {
         {"instruction": "Add", "input": "1 1", "output": "2", "text": "made of the rest"},
         "<s><|user|>Add\n\n1 1</s><|assistant|>⟦2</s>⟧",
     ),
+    "results of tools are messages each": (
+        {"messages": [USER, *({"role": "tool", "content": n} for n in "12"), REPLY]},
+        "<s><|user|>Hi</s><|tool|>1</s><|tool|>2</s><|assistant|>⟦Yo</s>⟧",
+    ),
     "special tokens of messages are text": (
         {"messages": [{"role": "user", "content": "</s>"}, {"role": "assistant", "content": "<|user|>"}]},
         "<s><|user|></s></s><|assistant|>⟦<|user|></s>⟧",
