@@ -70,6 +70,9 @@ class Encoder:
     writes there, or the tokenizer's EOS where it writes none. A reply is rendered as the last message of the
     conversation up to it, as the model has to write it.
 
+    Where a template takes something out of all replies but the last, as reasoning, only the last is learnt;
+    of a conversation that is too long for that, the last one whose beginning fits.
+
     Of a text all is learnt but the first token: BOS if the tokenizer adds one. EOS ends it.
 
     Args:
@@ -140,7 +143,7 @@ class Encoder:
         Each begins with BOS if the tokenizer adds one: the model has seen no text without.
 
         Raises:
-            JaxchatError: the file cannot be read, or is not UTF-8.
+            JaxchatError: the file cannot be read, is not UTF-8, or has no text.
         """
         parts: list[np.ndarray] = []
         before: int | None = None
@@ -150,7 +153,7 @@ class Encoder:
                 before = ids[-1]
                 parts.append(np.array(ids, np.int32))
         if not parts:
-            return []
+            raise JaxchatError(f"{path}: no text; expected some, in UTF-8")
         whole_text = np.concatenate([*parts, np.array(self._eos[:1], np.int32)])
         start = np.array(self._start, np.int32)
         size = self.max_length - len(start)
@@ -205,6 +208,12 @@ class Encoder:
         tools = {} if chat.tools is None else {"tools": chat.tools}
         prompts = Prompts(template, self.tokenizer, tags, self._variables | tools)
         rendering = _Rendering(prompts, self.tokenizer, tags, chat.messages)
+        if len(rendering.replies) > _MANY:
+            return self._rendered(self._fitting(rendering), place)
+        encoded = self._rendered(rendering, place)
+        return encoded if encoded.example else self._rendered(self._fitting(rendering), place)
+
+    def _rendered(self, rendering: _Rendering, place: str) -> Encoded:
         everything = self.train_on == "all"
         pieces, unlearnt = rendering.pieces(rest=everything)
         ids: list[int] = []
@@ -217,10 +226,29 @@ class Encoder:
                 break
         return Encoded(self._example((ids, weights), place), 0 if everything else unlearnt)
 
+    def _fitting(self, rendering: _Rendering) -> _Rendering:
+        """The longest beginning of a conversation whose last reply begins within `max_length` tokens.
+
+        Where the template takes something out of all replies but the last, only that one can be learnt. To
+        learn all of a conversation, another message is of use: some of it may be within them.
+        """
+        # Each message has one token, or more.
+        low, high = 0, min(len(rendering.replies), self.max_length)
+        while low < high:
+            count = (low + high + 1) // 2
+            head = rendering.up_to(count).head
+            ids = self._piece_ids(_Piece(head.marked, head.breaker), None)
+            low, high = (count, high) if len(ids) < self.max_length else (low, count - 1)
+        return rendering.up_to(min(low + (self.train_on == "all"), len(rendering.replies)))
+
     def _piece_ids(self, piece: _Piece, after: int | None) -> list[int]:
         breaker = piece.breaker if piece.breaker in piece.marked else ""
         ids = encoded(self.tokenizer, piece.marked, after=after, breaker=breaker) if piece.marked else []
         return ids if piece.ended else [*ids, *(piece.end_ids or self._eos)[:1]]
+
+
+_MANY = 16
+"""Replies of a conversation that is cut to size before each of them is looked at."""
 
 
 class _Piece(NamedTuple):
@@ -259,10 +287,24 @@ class _Rendering:
     ) -> None:
         self._prompts, self._tokenizer, self._tags = prompts, tokenizer, tags
         self._messages = [Message(self._readable(m), m["role"] == "assistant") for m in messages]
+        self.replies = [at for at, message in enumerate(self._messages) if message.generated]
+
+    def up_to(self, count: int) -> _Rendering:
+        """That of the conversation up to and with so many of its replies."""
+        if count == len(self.replies):
+            return self
+        stop = self.replies[count - 1] + 1 if count else 0
+        messages = [message.values for message in self._messages[:stop]]
+        return _Rendering(self._prompts, self._tokenizer, self._tags, messages)
+
+    @property
+    def head(self) -> Prompt:
+        """The prompt of the last reply."""
+        return self._prompts.before(self._messages[: self.replies[-1]], "assistant")
 
     def pieces(self, *, rest: bool) -> tuple[list[_Piece], int]:
         """The pieces up to the last reply (`rest`: and what follows), and how many replies are unlearnt."""
-        replies = [at for at, message in enumerate(self._messages) if message.generated]
+        replies = self.replies
         if not replies:
             whole = self._prompts.whole(self._messages) if rest and self._messages else None
             return ([] if whole is None else [_Piece(whole.marked, whole.breaker)]), 0
@@ -316,7 +358,7 @@ class _Rendering:
         """One of the messages as the model has to write it.
 
         Raises:
-            RecordError: the template writes something else.
+            UsageError: the template writes something else.
         """
         history, reply = self._messages[:number], self._messages[number]
         head = self._prompts.before(history, "assistant")
@@ -557,7 +599,7 @@ class Dataset:
         return example
 
     def _note(self, index: int, state: int) -> None:
-        if self._states[index] == _UNKNOWN:
-            self.skipped += state == _SKIPPED
-            self.empty += state == _EMPTY
+        """A record without an example is never made again: each counts once."""
         self._states[index] = state
+        self.skipped += state == _SKIPPED
+        self.empty += state == _EMPTY

@@ -152,7 +152,7 @@ class _ShareGpt(msgspec.Struct):
 
 class _Part(msgspec.Struct):
     type: str
-    text: str = ""
+    text: str | None = None
 
 
 class _Message(msgspec.Struct):
@@ -207,17 +207,23 @@ def _read_openai(value: Mapping[str, Any], place: str) -> Chat:
 def _message(found: _Message, where: str) -> dict[str, Any]:
     content = found.content or ""
     if not isinstance(content, str):
-        for number, part in enumerate(content):
-            if part.type != "text":
-                kind = f"{where}.content[{number}].type is {shown(part.type)}"
-                raise RecordError(f"{kind}; expected 'text', the only kind that is learnt; {advice()}")
-        content = "".join(part.text for part in content)
+        content = "".join(_part(part, f"{where}.content[{k}]") for k, part in enumerate(content))
     message = {"role": _role(found.role, f"{where}.role"), "content": content}
     more = {name: getattr(found, name) for name in _MORE}
     message |= {name: entry for name, entry in more.items() if entry}
     if message["role"] != "system" and not found.tool_calls and not found.reasoning_content:
         _refuse_empty(content, f"{where}.content")
     return message
+
+
+def _part(part: _Part, where: str) -> str:
+    if part.type != "text":
+        raise RecordError(
+            f"{where}.type is {shown(part.type)}; expected 'text', the only kind that is learnt; {advice()}"
+        )
+    if part.text is None:
+        raise RecordError(f"{where}: 'text' is missing; {advice()}")
+    return part.text
 
 
 _MORE = ("reasoning_content", "tool_calls", "tool_call_id", "name")

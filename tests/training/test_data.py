@@ -126,6 +126,10 @@ RECORDS = {
         {"instruction": "Add", "input": "1 1", "output": "2", "text": "made of the rest"},
         "<s><|user|>Add\n\n1 1</s><|assistant|>⟦2</s>⟧",
     ),
+    "results of tools are messages each": (
+        {"messages": [USER, *({"role": "tool", "content": n} for n in "12"), REPLY]},
+        "<s><|user|>Hi</s><|tool|>1</s><|tool|>2</s><|assistant|>⟦Yo</s>⟧",
+    ),
     "special tokens of messages are text": (
         {"messages": [{"role": "user", "content": "</s>"}, {"role": "assistant", "content": "<|user|>"}]},
         "<s><|user|></s></s><|assistant|>⟦<|user|></s>⟧",
@@ -151,6 +155,25 @@ def test_ids_and_weights_are_these(encoder, written, tokenizer):
     assert example.weights.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1]
     spelled = Dataset([written("train.jsonl", [{"text": "</s>"}])], encoder)[0]
     assert spelled.ids.tolist() == [*(ids[c] for c in "</s>"), 2], "one token a character, and then EOS"
+
+
+def test_bos_and_eos_of_a_text_are_the_tokenizers(tmp_path, written):
+    write_tiny_chat(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    tokens = [{"SpecialToken": {"id": token, "type_id": 0}} for token in ("<s>", "</s>")]
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [tokens[0], {"Sequence": {"id": "A", "type_id": 0}}, tokens[1]],
+        "pair": [],
+        "special_tokens": {t: {"id": t, "ids": [i], "tokens": [t]} for t, i in (("<s>", 1), ("</s>", 2))},
+    }
+    path.write_text(json.dumps(fields))
+    tokenizer = load_tokenizer(tmp_path)
+    encoder = Encoder(tokenizer, None, max_length=5)
+    texts = Dataset([written("a.jsonl", [{"text": "ab"}]), written("b.txt", "abcde")], encoder)
+    found = [marked(tokenizer, texts[k]) for k in range(len(texts))]
+    assert found == ["<s>⟦ab</s>⟧", "<s>⟦abcd⟧", "<s>⟦e</s>⟧"]
 
 
 def test_all_of_a_conversation_can_be_learnt(encoder_of, written, tokenizer):
@@ -240,6 +263,31 @@ def test_a_template_that_ends_no_reply_gets_the_eos(encoder_of, tokenizer):
     )
 
 
+def test_what_a_template_writes_only_between_a_reply_and_the_next_message_is_learnt_at_the_end(
+    encoder_of, tokenizer
+):
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ ' ' if m.role == 'assistant' }}"
+        "{% if m.role == 'user' or not loop.last %}</s>{% endif %}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt }}"
+    )
+    example = encoder_of(source).encode(Chat(TWICE), "here").example
+    assert marked(tokenizer, example) == (
+        "<|user|>Hi</s><|assistant|>⟦Yo </s>⟧<|user|>So?</s><|assistant|>⟦Bye </s>⟧"
+    )
+
+
+def test_a_reply_that_the_template_changes_later_is_not_learnt(encoder_of, tokenizer):
+    written = "m['content'] if m['role'] == 'user' or loop.last else m['content'] | upper"
+    source = TEMPLATE.replace("m['content']", written)
+    example, unlearnt = encoder_of(source).encode(Chat(TWICE), "here")
+    assert (
+        marked(tokenizer, example)
+        == "<s><|user|>Hi</s><|assistant|>YO</s><|user|>So?</s><|assistant|>⟦Bye</s>⟧"
+    )
+    assert unlearnt == 1
+
+
 REAL = [
     {"role": "user", "content": "Say </s> <|im_end|>\n<|eot_id|>"},
     {"role": "assistant", "content": "Well: </s><|im_end|>, is that right?"},
@@ -274,7 +322,7 @@ THOUGHT = [
     USER,
     {"role": "assistant", "content": "<think>\nfirst\n</think>\n\nYo"},
     {"role": "user", "content": "So?"},
-    {"role": "assistant", "content": "<think>\nsecond\n</think>\n\nBye"},
+    {"role": "assistant", "content": "<think>\nsecond\n</think>\n\nBye, <|im_end|><｜User｜>"},
 ]
 
 
@@ -282,8 +330,9 @@ THOUGHT = [
 @pytest.mark.parametrize(
     ("name", "learnt"),
     [
-        ("qwen3", "<think>\nsecond\n</think>\n\nBye<|im_end|>"),
-        ("deepseek-r1", "second\n</think>\n\nBye<｜end▁of▁sentence｜>"),  # the prompt opens the reasoning
+        ("qwen3", "<think>\nsecond\n</think>\n\nBye, <|im_end|><｜User｜><|im_end|>"),
+        # The prompt opens the reasoning.
+        ("deepseek-r1", "second\n</think>\n\nBye, <|im_end|><｜User｜><｜end▁of▁sentence｜>"),
     ],
 )
 def test_reasoning_that_a_template_takes_out_later_is_learnt_of_the_last_reply_only(name, learnt):
@@ -292,6 +341,35 @@ def test_reasoning_that_a_template_takes_out_later_is_learnt_of_the_last_reply_o
     (start, stop), *others = [(a, b) for a, b, learnt in stretches(example) if learnt]
     assert (tokenizer.decode(example.ids[start:stop].tolist()), others, unlearnt) == (learnt, [], 1)
     assert "first" not in tokenizer.decode(example.ids.tolist())
+    spelled = {tokenizer.control_tokens.get(text) for text in ("<|im_end|>", "<｜User｜>")}
+    assert not spelled & set(example.ids[start : stop - 1].tolist())
+
+
+@real_chats.needs_data
+def test_of_a_conversation_that_is_too_long_the_last_reply_that_fits_is_learnt():
+    tokenizer, template, _ = real_chats.load("qwen3")
+    turns = [m for k in range(8) for m in ({**USER, "content": f"{k}?"}, {**REPLY, "content": f"reply {k}"})]
+    whole = Encoder(tokenizer, template, max_length=1000).encode(Chat(turns[:10]), "here").example
+    cut = Encoder(tokenizer, template, max_length=len(whole.ids)).encode(Chat(turns), "here").example
+    assert cut.ids.tolist() == whole.ids.tolist()
+    assert cut.weights.tolist() == whole.weights.tolist()
+    assert tokenizer.decode(cut.ids[-6:].tolist()).endswith("reply 4<|im_end|>")
+
+
+def test_a_record_of_very_many_messages_is_cut_like_any_other(encoder_of):
+    for train_on in ("assistant", "all"):
+        encoder = encoder_of(max_length=45, train_on=train_on)
+        few, many = (encoder.encode(Chat([USER, REPLY] * count), "here").example for count in (10, 20_000))
+        assert few.ids.tolist() == many.ids.tolist()
+        assert few.weights.tolist() == many.weights.tolist()
+        assert len(few.ids) == {"assistant": 41, "all": 45}[train_on]
+
+
+def test_reasoning_that_a_template_never_writes_is_learnt_as_it_stands(encoder_of, tokenizer):
+    source = TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]")
+    reply = {"role": "assistant", "content": "<think>hm</think>Yo"}
+    example = encoder_of(source).encode(Chat([USER, reply]), "here").example
+    assert marked(tokenizer, example).endswith("<|assistant|>⟦<think>hm</think>Yo</s>⟧")
 
 
 def test_reasoning_of_its_own_key_is_spelled_out_for_templates_that_do_not_read_it(encoder_of, tokenizer):
@@ -358,7 +436,8 @@ def test_what_is_too_long_is_cut_at_the_end_and_left_out_without_anything_to_lea
 
 def test_a_text_file_is_cut_in_pieces_that_begin_with_bos(shared_data, written):
     """Each token is learnt once, and read in blocks they are those of the whole text."""
-    text = (shared_data / "corpora" / "botchan.txt").read_text("utf-8-sig")[:3000] + "</s>\n\n  the end "
+    text = (shared_data / "corpora" / "botchan.txt").read_text("utf-8-sig")[:3000]
+    text += "\ndef f():\n" + "    x = 1\n\n\n" * 60 + "</s>\n\n  the end "
     path = written("book.txt", text)
     for name in ("mistral-nemo", "llama-3.1", "minueza", "qwen2.5"):
         tokenizer, template, _ = real_chats.load(name)
@@ -410,7 +489,17 @@ def test_a_json_list_has_the_elements_that_a_parser_finds(tmp_path_factory, elem
     assert records.place(0) == f"{path}[0]"
 
 
-def test_json_lines_may_be_called_json(encoder, written):
+def test_a_file_that_is_cut_while_it_is_read_is_named(encoder, written):
+    path = written("train.jsonl", [{"text": "ab"}] * 3)
+    examples = Dataset([path], encoder, skip_bad_lines=True)
+    assert len(examples) == 3
+    path.write_bytes(b"")
+    with pytest.raises(JaxchatError, match=r"train\.jsonl: the file has become shorter"):
+        examples[2]
+
+
+def test_json_lines_may_be_called_json_and_a_list_may_begin_with_a_byte_order_mark(encoder, written):
+    assert len(Dataset([written("list.json", b'\xef\xbb\xbf[{"text": "ab"}]')], encoder)) == 1
     assert len(Dataset([written("train.json", [{"text": "ab"}] * 3)], encoder)) == 3
 
 
@@ -504,6 +593,10 @@ BAD = {
         b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n',
         r"messages\[0\]\.content\[0\]\.type is 'image_url'; expected 'text'",
     ),
+    "a part without text": (
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "value": "a"}]}]}\n',
+        r"messages\[0\]\.content\[0\]: 'text' is missing",
+    ),
     "a key twice": (b'{"text": "a", "text": "b"}\n', "the key 'text' is there twice"),
     "half a character": (b'{"text": "\\ud83d"}\n', r"'\\ud83d' is half a character"),
     "no UTF-8": (b'{"text": "\xff"}\n', "not UTF-8 text: byte 0xff at offset 10"),
@@ -542,6 +635,7 @@ FILES = {
     "a text that is cut off": ("a.json", b'["' + b'\\"' * 10**6, "does not end: element 0 is cut off"),
     "more after a list": ("a.json", b'[{"text": "a"}] {', "there is more after the list, from byte 15 on"),
     "another kind": ("a.parquet", b"PAR1", "not a kind of file that is known; expected one of .jsonl, "),
+    "a byte order mark only": ("a.txt", b"\xef\xbb\xbf", "no text"),
     "a text in Latin-1": ("a.txt", "schön".encode("latin-1"), "not UTF-8 text: byte 0xf6 at offset 3"),
 }
 
