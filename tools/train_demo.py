@@ -7,8 +7,6 @@ Examples:
 The same command again goes on where it was stopped. `demo-run/hf` is an ordinary Hugging Face directory.
 """
 
-import contextlib
-import csv
 import dataclasses
 import functools
 import io
@@ -19,10 +17,9 @@ import re
 import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     # Started as a file: the packages are beside this folder, and Ctrl-C while they load just ends it.
@@ -40,20 +37,20 @@ except ModuleNotFoundError as error:
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import sentencepiece
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 
 from jaxchat.cli.command_line import Command, catch_interrupts, exit_process, run
+from jaxchat.cli.progress_bar import training_bar
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.families import parameter_table, read_config
 from jaxchat.options import Flag
 from jaxchat.text.chat_template import ChatTemplate
 from jaxchat.text.tokenizer_files import load_tokenizer
-from jaxchat.training import steps
-from jaxchat.training.steps import Batch, State
+from jaxchat.training.batches import Batch
+from jaxchat.training.initial import initial_params
+from jaxchat.training.tasks import Everything
+from jaxchat.training.trainer import LOSS, Settings, State, Trainer
 from tools.dialogues import Document, Message, make_documents
 from tools.stories import Corpus, read_corpus
 
@@ -73,8 +70,7 @@ USER_WEIGHT = 0.2
 TOPIC_WEIGHT = 5.0
 """What was asked for counts more where the story first speaks of it: else it is one word among hundreds."""
 
-WARMUP_STEPS = 100
-DECAY = 0.3
+WARMUP = 0.01
 DROPOUT = 0.1
 
 _budget = functools.partial(Flag, group="Budget")
@@ -106,9 +102,9 @@ class Request:
     steps: Annotated[int | None, _budget(help="Train for so many steps instead", example="--steps 2000")] = (
         None
     )
-    checkpoint_minutes: Annotated[float, _budget(help="Save so often", example="--checkpoint_minutes 5")] = (
-        5.0
-    )
+    checkpoint_steps: Annotated[
+        int, _budget(help="Save every so many steps", example="--checkpoint_steps 500", low=1)
+    ] = 500
     width: Annotated[int, _model(help="Width, in heads of 32", example="--width 256")] = 192
     layers: Annotated[int, _model(help="Decoder layers", example="--layers 6")] = 8
     vocab: Annotated[int, _model(help="Vocabulary size", example="--vocab 4096")] = 2048
@@ -138,15 +134,19 @@ def _run(request: Request, given: frozenset[str]) -> int:
     out = Path(request.out)
     corpus = read_corpus(Path(request.data))
     make_tokenizer(out / "tokenizer", corpus, request.vocab)
-    config = hf_config(request.width, request.layers, request.vocab)
-    run_ = Run(out, corpus, config, request.seed, request.batch_tokens)
-    if not request.export_only:
-        budget = Budget(request.minutes and request.minutes * 60, request.steps)
-        run_.train(budget, peak=request.learning_rate, checkpoint_seconds=request.checkpoint_minutes * 60)
-    run_.export()
-    plot(out / "loss.csv", out / "loss.png")
-    print(f"{out / 'hf'}: after {run_.step} steps, held-out loss {run_.held_out_loss():.3f} nats a token")
-    run_.close()
+    hf = hf_config(request.width, request.layers, request.vocab)
+    trainer = trainer_of(request, corpus, hf)
+    try:
+        if request.export_only:
+            state = trainer.state
+        else:
+            with training_bar(every=100) as report:
+                state = trainer.run(report).state
+        export(state, hf, out)
+        loss = trainer.evaluate()[LOSS]
+        print(f"{out / 'hf'}: after {trainer.step} steps, held-out loss {loss:.3f} nats a token")
+    finally:
+        trainer.close()
     return 0
 
 
@@ -307,240 +307,94 @@ def _batch(rows: Sequence[tuple[list[int], list[float]]], size: int, length: int
     for row, (ids, own) in enumerate(rows):
         count = min(len(ids), length)
         tokens[row, :count], weights[row, :count] = ids[:count], own[:count]
-    return Batch(tokens, weights)
+    return Batch(tokens, weights, np.zeros_like(tokens), ())
 
 
 # --- the run
 
 
-class Budget(NamedTuple):
-    """When training is over: after so many seconds, or steps; one of them is None."""
+class Epochs:
+    """The batches of every epoch: its dialogues are made anew."""
 
-    seconds: float | None
-    steps: int | None
+    def __init__(self, corpus: Corpus, encode: Encoder, tokens: int, seed: int):
+        self._corpus, self._encode, self._tokens, self._seed = corpus, encode, tokens, seed
 
-    def done(self, seconds: float, step: int) -> float:
-        """From 0 to 1."""
-        return step / self.steps if self.steps is not None else seconds / (self.seconds or 1.0)
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a run is, beside its arrays: what a checkpoint's JSON holds."""
-
-    epoch: int = 0
-    batch: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-
-
-class Run:
-    """A training run in a directory, resumed where its last checkpoint is."""
-
-    def __init__(self, out: Path, corpus: Corpus, hf: dict[str, Any], seed: int, batch_tokens: int):
-        """Reads the last checkpoint, if there is one.
-
-        Raises:
-          JaxchatError: the run in `out` is one of another model.
-        """
-        self._out, self._corpus, self._hf, self._seed, self._tokens = out, corpus, hf, seed, batch_tokens
-        self.config = read_config(hf)
-        self._encode = Encoder(out / "tokenizer")
-        if self._encode.tokenizer.vocab_size != self.config.vocab_size:
-            raise JaxchatError(f"{out}: its vocabulary is not {self.config.vocab_size}; give another --out")
-        self._manager = ocp.CheckpointManager(
-            (out / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-        )
-        self._state = steps.initial_state(self.config, seed)
-        self._position = Position()
-        self._held_out = self._held_out_batches()
-        self._restore()
-
-    @property
-    def step(self) -> int:
-        """Steps done."""
-        return int(self._state.step)
-
-    def train(self, budget: Budget, *, peak: float, checkpoint_seconds: float) -> None:
-        """Trains until the budget is spent; a checkpoint is written now and then, and at the end."""
-        started = time.monotonic() - self._position.seconds
-        saved = time.monotonic()
-        with _progress() as show, self._curve() as record:
-            epoch = -1
-            while (done := budget.done(self._position.seconds, self.step)) < 1:
-                if epoch != self._position.epoch:
-                    epoch = self._position.epoch
-                    order = self._epoch(epoch)
-                batch = order[self._position.batch]
-                rate = steps.warmup_stable_decay(self.step, done, peak=peak, warmup=WARMUP_STEPS, decay=DECAY)
-                self._state, loss = steps.train_step(
-                    self.config, self._state, batch, jnp.float32(rate), dropout=DROPOUT
-                )
-                value = float(loss)
-                if not np.isfinite(value):
-                    raise JaxchatError(f"the loss is {value} at step {self.step}; lower --learning_rate")
-                self._advance(len(order), int(np.count_nonzero(batch.weights)))
-                self._position.seconds = time.monotonic() - started
-                show(self._position, self.step, value, budget.done(self._position.seconds, self.step))
-                record(self, value, rate)
-                if time.monotonic() - saved > checkpoint_seconds:
-                    self._save()
-                    saved = time.monotonic()
-        self._save()
-
-    def close(self) -> None:
-        """Ends what Orbax keeps running."""
-        self._manager.close()
-
-    def held_out_loss(self) -> float:
-        """Mean loss over the held-out stories as plain text, nats a token."""
-        sums = [steps.total_loss(self.config, self._state.params, batch) for batch in self._held_out]
-        return float(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
-
-    def export(self) -> None:
-        """Writes the model in Hugging Face's layout."""
-        target = self._out / "hf"
-        target.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer.model", "tokenizer_config.json"):
-            shutil.copyfile(self._out / "tokenizer" / name, target / name)
-        _write_json(target / "config.json", self._hf)
-        _write_json(
-            target / "generation_config.json",
-            {
-                "bos_token_id": 1, "eos_token_id": 2, "do_sample": True,
-                "temperature": 0.5, "top_k": 40, "top_p": 0.95, "max_new_tokens": 400,
-            },
-        )  # fmt: skip
-        tensors = {}
-        for param in parameter_table(self.config):
-            array = np.asarray(self._state.params[param.name])
-            for layer in range(self.config.num_layers if param.per_layer else 1):
-                values = array[layer] if param.per_layer else array
-                tensors[_hf_name(param.hf, layer)] = np.ascontiguousarray(values)
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-
-    def _epoch(self, epoch: int) -> list[Batch]:
-        rng = random.Random(f"{self._seed}/{epoch}")
+    def epoch(self, number: int) -> list[Batch]:
+        """See `training.trainer.Data`."""
+        rng = random.Random(f"{self._seed}/{number}")
         return batches(make_documents(self._corpus, rng), self._encode, self._tokens, rng)
 
-    def _held_out_batches(self) -> list[Batch]:
-        documents = [Document((), story.text) for story in self._corpus.held_out]
-        return batches(documents, self._encode, self._tokens, random.Random(0))
 
-    def _advance(self, batches_in_epoch: int, tokens: int) -> None:
-        self._position.tokens += tokens
-        self._position.batch += 1
-        if self._position.batch == batches_in_epoch:
-            self._position.epoch, self._position.batch = self._position.epoch + 1, 0
+class HeldOut:
+    """The stories that are not trained on, as plain text."""
 
-    def _save(self) -> None:
-        arrays, position = ocp.args.StandardSave(self._state._asdict()), dataclasses.asdict(self._position)
-        self._manager.save(
-            self.step, args=ocp.args.Composite(state=arrays, position=ocp.args.JsonSave(position)), force=True
-        )
-        self._manager.wait_until_finished()
+    def __init__(self, corpus: Corpus, encode: Encoder, tokens: int):
+        documents = [Document((), story.text) for story in corpus.held_out]
+        self._batches = batches(documents, encode, tokens, random.Random(0))
 
-    def _restore(self) -> None:
-        if self._manager.latest_step() is None:
-            return
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._state._asdict())
-        try:
-            found = self._manager.restore(
-                self._manager.latest_step(),
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore()
-                ),
-            )
-        except ValueError as error:
-            self.close()
-            reason = " ".join(str(error).split())[:200]
-            raise JaxchatError(f"{self._out}: not a checkpoint of this model ({reason})") from None
-        self._state = State(**found.state)
-        self._position = Position(**found.position)
-
-    @contextlib.contextmanager
-    def _curve(self) -> Iterator[Callable[["Run", float, float], None]]:
-        """Appends to OUT/loss.csv every 10 steps; the held-out loss is measured every 200."""
-        path = self._out / "loss.csv"
-        rows = []
-        if path.is_file():  # rows after the checkpoint are trained anew
-            with path.open(newline="") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= self.step]
-        recent: list[float] = []
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("step", "minutes", "tokens", "learning_rate", "loss", "held_out_loss"))
-            writer.writerows(rows)
-
-            def record(self: "Run", loss: float, rate: float) -> None:
-                recent.append(loss)
-                if self.step % 10 == 0:
-                    held_out = f"{self.held_out_loss():.4f}" if self.step % 200 == 0 else ""
-                    if held_out:
-                        print(f"step {self.step}: held-out loss {held_out}", flush=True)
-                    minutes = f"{self._position.seconds / 60:.2f}"
-                    mean = f"{sum(recent) / len(recent):.4f}"
-                    writer.writerow(
-                        (self.step, minutes, self._position.tokens, f"{rate:.2e}", mean, held_out)
-                    )
-                    file.flush()
-                    recent.clear()
-
-            yield record
+    def epoch(self, number: int) -> list[Batch]:
+        """See `training.trainer.Data`."""
+        return self._batches
 
 
-def plot(curve: Path, image: Path) -> None:
-    """Draws `loss.csv`: training loss and held-out loss over tokens; nothing where there is no curve yet."""
-    from matplotlib.figure import Figure
+def trainer_of(request: Request, corpus: Corpus, hf: dict[str, Any]) -> Trainer:
+    """The run in a directory, gone on with where its last checkpoint is."""
+    out, config = Path(request.out), read_config(hf)
+    encode = Encoder(out / "tokenizer")
+    if encode.tokenizer.vocab_size != config.vocab_size:
+        raise JaxchatError(f"{out}: its vocabulary is not {config.vocab_size}; give another --out")
+    initial = initial_params(config, jax.random.key(request.seed))
+    return Trainer(
+        Everything(config, jnp.dtype(jnp.float32), DROPOUT),
+        frozen=(),
+        initial=initial,
+        decayed={param.name: param.role not in ("norm", "bias") for param in parameter_table(config)},
+        data=Epochs(corpus, encode, request.batch_tokens, request.seed),
+        held_out=HeldOut(corpus, encode, request.batch_tokens),
+        settings=Settings(
+            max_steps=request.steps,
+            max_minutes=request.minutes,
+            learning_rate=request.learning_rate,
+            schedule="warmup_stable_decay",
+            warmup_ratio=WARMUP,
+            weight_decay=0.1,
+            beta2=0.98,
+            eval_steps=200,
+            save_steps=request.checkpoint_steps,
+            evaluates=True,
+        ),
+        directory=out,
+        identity={"model": hf, "seed": request.seed, "batch_tokens": request.batch_tokens},
+        resume=True,
+    )
 
-    if not curve.is_file():
-        return
-    with curve.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="million tokens", ylabel="nats per token")
-    for column, style, label in (
-        ("loss", "-", "training (dialogues, with dropout)"),
-        ("held_out_loss", "o-", "held-out stories"),
-    ):
-        points = [(int(row["tokens"]) / 1e6, float(row[column])) for row in rows if row[column]]
-        tokens, losses = zip(*points, strict=True) if points else ((), ())
-        axes.plot(tokens, losses, style, label=label, markersize=3, linewidth=1)
-    axes.legend()
-    figure.savefig(image, dpi=90)
+
+def export(state: State, config: dict[str, Any], out: Path) -> None:
+    """Writes the model in Hugging Face's layout."""
+    target, model = out / "hf", read_config(config)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(out / "tokenizer" / name, target / name)
+    _write_json(target / "config.json", config)
+    _write_json(
+        target / "generation_config.json",
+        {
+            "bos_token_id": 1, "eos_token_id": 2, "do_sample": True,
+            "temperature": 0.5, "top_k": 40, "top_p": 0.95, "max_new_tokens": 400,
+        },
+    )  # fmt: skip
+    tensors = {}
+    for param in parameter_table(model):
+        array = np.asarray(state.trained[param.name])
+        for layer in range(model.num_layers if param.per_layer else 1):
+            values = array[layer] if param.per_layer else array
+            tensors[_hf_name(param.hf, layer)] = np.ascontiguousarray(values)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
 def _hf_name(pattern: str, layer: int) -> str:
     name = pattern.format(layer)
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[Position, int, float, float], None]]:
-    """A bar with loss, rate and remaining time; a line every 100 steps where that is not a terminal."""
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.1f}%"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
-    smooth, begun = 0.0, (time.monotonic(), 0)
-
-    def show(position: Position, step: int, loss: float, done: float) -> None:
-        nonlocal smooth, begun
-        if not smooth:
-            begun = time.monotonic(), position.tokens
-        smooth = 0.98 * smooth + 0.02 * loss if smooth else loss
-        elapsed = time.monotonic() - begun[0]
-        rate = (position.tokens - begun[1]) / max(elapsed, 1e-9)
-        text = f"epoch {position.epoch} step {step} loss {smooth:.3f} {rate:,.0f} tokens/s"
-        bar.update(task, completed=done, description=text)
-        if bar.disable and step % 100 == 0:
-            left = position.seconds * (1 - done) / max(done, 1e-9) / 60
-            print(f"{text} {done:.1%} {left:.0f} min left", file=sys.stderr, flush=True)
-
-    with bar:
-        task = bar.add_task("training", total=1.0)
-        yield show
 
 
 if __name__ == "__main__":

@@ -21,10 +21,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxchat.errors import JaxchatError
 from jaxchat.training.batches import Batch, Epoch
 from jaxchat.training.journal import Journal, Sink
-from jaxchat.training.losses import Loss
+from jaxchat.training.losses import Loss, mean_of
 from jaxchat.training.saved import Saved
 
 Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
+
+LOSS = "eval_loss"
+"""What the held-out loss is called in the journal."""
 
 _DECAY = 0.3
 """The part of all steps in which `warmup_stable_decay` falls."""
@@ -45,7 +48,10 @@ class Task(Hashable, Protocol):
     """What is trained, and at what; hashable, for it is a static argument of the compiled step."""
 
     def loss(self, trained: Any, frozen: Any, batch: Arrays, key: jax.Array | None) -> Loss:
-        """The loss of a batch, to be differentiated by `trained`; without a key nothing is dropped."""
+        """The loss of a batch, to be differentiated by `trained`; without a key nothing is dropped.
+
+        A task may have `figures(trained, frozen, batch)`, too: more to be measured on held-out data, by name.
+        """
 
 
 class Data(Protocol):
@@ -218,8 +224,10 @@ def _apply(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _loss(task: Task, trained: Any, frozen: Any, batch: Arrays) -> Loss:
-    return task.loss(trained, frozen, batch, None)
+def _figures(task: Task, trained: Any, frozen: Any, batch: Arrays) -> dict[str, Loss]:
+    own = getattr(task, "figures", None)
+    found = {} if own is None else own(trained, frozen, batch)
+    return {LOSS: task.loss(trained, frozen, batch, None), **found}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,13 +307,13 @@ class Trainer:
         """Steps done."""
         return int(self.state.step)
 
-    def begin(self) -> float | None:
-        """The held-out loss before the first step, for the journal; None without such data, or later."""
+    def begin(self) -> dict[str, float]:
+        """The figures of held-out data before the first step; {} without such data, or later."""
         if self._held_out is None or not self._settings.evaluates or self.step:
-            return None
-        loss = self.evaluate()
-        self._journal.write(step=0, eval_loss=loss)
-        return loss
+            return {}
+        figures = self.evaluate()
+        self._journal.write(step=0, **figures)
+        return figures
 
     def run(self, report: Callable[[Report], None] = lambda report: None) -> Outcome:
         """Trains to the end; where it is interrupted, a checkpoint is written first.
@@ -337,15 +345,14 @@ class Trainer:
         self._saved.close()
         self._journal.close()
 
-    def evaluate(self) -> float:
-        """The mean loss over the held-out data, nats a token."""
+    def evaluate(self) -> dict[str, float]:
+        """Means over the held-out data, by name: `LOSS`, in nats a token, and what else the task measures."""
         assert self._held_out is not None
-        losses = [
-            _loss(self._task, self.state.trained, self._frozen, self._placed(batch))
+        found = [
+            _figures(self._task, self.state.trained, self._frozen, self._placed(batch))
             for batch in self._held_out.epoch(0)
         ]
-        weight = sum(float(loss.weight) for loss in losses)
-        return sum(float(loss.total) for loss in losses) / weight if weight else float("nan")
+        return {name: mean_of([figures[name] for figures in found]) for name in found[0]}
 
     @property
     def done(self) -> float:
@@ -404,9 +411,9 @@ class Trainer:
         if self._is_due(settings.save_steps):
             self._save()
 
-    def _judge(self, loss: float) -> None:
-        self._journal.write(step=self.step, eval_loss=loss)
-        position = self.position
+    def _judge(self, figures: dict[str, float]) -> None:
+        self._journal.write(step=self.step, **figures)
+        loss, position = figures[LOSS], self.position
         if position.best_loss is None or loss < position.best_loss:
             position.best_loss, position.best_step, position.misses = loss, self.step, 0
             self._saved.put_best(self.step, self.state._asdict())

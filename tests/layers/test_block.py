@@ -13,7 +13,7 @@ from jaxchat.families import read_config
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
 from jaxchat.training import forward
-from jaxchat.training.steps import initial_params
+from jaxchat.training.initial import initial_params
 from tests.support.steps import step_of
 from tests.support.tiny import TINY_CONFIGS
 

@@ -22,7 +22,7 @@ from jaxchat.training import forward, lora, losses
 from jaxchat.training.parts import LowRank, plain
 from jaxchat.training.setups import SETUPS, Base, Choices, new_slots
 from jaxchat.training.tasks import Text
-from jaxchat.training.trainer import Arrays
+from jaxchat.training.trainer import LOSS, Arrays
 from tests.training.support import batch_of, random_texts, run_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -74,7 +74,7 @@ def trained_run(directory, setup, data, **settings):
         directory, setup.task, frozen=setup.frozen, initial=setup.initial, data=data, held_out=data,
         **{"max_steps": 8, "eval_steps": 100, **settings},
     )  # fmt: skip
-    before = trainer.begin()
+    before = trainer.begin().get(LOSS)
     outcome = trainer.run()
     trainer.close()
     return before, outcome, setup.export(outcome.state.trained, directory)

@@ -12,7 +12,7 @@ import pytest
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.training import trainer
 from jaxchat.training.losses import Loss
-from jaxchat.training.trainer import Settings
+from jaxchat.training.trainer import LOSS, Settings
 from tests.training.support import Listed, batch_of, run_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -130,7 +130,7 @@ def test_the_best_state_comes_out_and_patience_ends_the_run(tmp_path):
     assert found.step == max(seen) - 3
     again = run(tmp_path / "other", held_out=held_out, data=numbers(seed=3))
     again.state = found.state
-    assert again.evaluate() == pytest.approx(found.best_loss, rel=1e-6)
+    assert again.evaluate()[LOSS] == pytest.approx(found.best_loss, rel=1e-6)
 
 
 def test_a_run_is_not_begun_over_another_one(tmp_path):

@@ -21,7 +21,7 @@ from jaxchat.families import parameter_table  # noqa: E402
 from jaxchat.layer_plan import LayerPlan  # noqa: E402
 from jaxchat.training.setups import SETUPS, Base, Choices  # noqa: E402
 from jaxchat.training.tasks import Everything  # noqa: E402
-from jaxchat.training.trainer import Arrays  # noqa: E402
+from jaxchat.training.trainer import LOSS, Arrays  # noqa: E402
 from tests.support.make_goldens import reference_model  # noqa: E402
 from tests.support.parity_cases import CASES, hf_tensors, tokens  # noqa: E402
 from tests.training.support import Listed, batch_of, run_of  # noqa: E402
@@ -158,4 +158,4 @@ def test_transformers_loads_an_expanded_model_with_equal_logits(case, plan, tmp_
     run.state = outcome.state
     with torch.no_grad():
         expected = np.mean([float(torch_loss(loaded, batch)) for batch in batches(case, 2)])
-    assert run.evaluate() == pytest.approx(expected, rel=1e-4)
+    assert run.evaluate()[LOSS] == pytest.approx(expected, rel=1e-4)
