@@ -79,14 +79,18 @@ def _run(request: TrainRequest, trainer: Trainer, setup: Setup, data: Batches) -
         )
         raise
     dataset = data.dataset
-    if dataset.skipped:
-        complain(f"{dataset.skipped} broken records were left out")
+    for count, what in (
+        (dataset.skipped, "broken records were left out"),
+        (dataset.empty, "records had no reply within --model_max_length to learn"),
+        (dataset.unlearnt, "replies were not learnt: the chat template rewrites those that others follow"),
+    ):
+        if count:
+            complain(f"{count} {what}")
     place = setup.export(outcome.state.trained, Path(request.output_dir))
     loss = f"loss {outcome.loss:.4f}"
     if outcome.best_loss is not None:
-        loss = f"held-out loss {outcome.best_loss:.4f}" + (
-            "" if before is None else f" (before: {before:.4f})"
-        )
+        loss = f"held-out loss {outcome.best_loss:.4f}"
+        loss += f" (before: {before[LOSS]:.4f})" if before else ""
     early = ", ended early" if outcome.stopped_early else ""
     print(f"{place}: {loss} after {outcome.step} steps{early}; use it with\n  {setup.use(place)}")
     return 0
@@ -223,9 +227,9 @@ def _settings(request: TrainRequest) -> Settings:
 _IDENTITY = (
     "task", "num_train_epochs", "max_steps", "max_minutes", "per_device_train_batch_size",
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay",
-    "max_grad_norm", "seed",
-    "model_max_length", "train_on", "packing", "chat_template", "lora_rank", "lora_alpha", "use_rslora",
-    "lora_targets", "lora_dropout", "heal_with", "temperature", "label_weight",
+    "max_grad_norm", "seed", "model_max_length", "train_on", "packing", "lazy_preprocess", "chat_template",
+    "lora_rank", "lora_alpha", "use_rslora", "lora_targets", "lora_dropout", "heal_with", "temperature",
+    "label_weight",
 )  # fmt: skip
 """What must not change while a run is gone on with."""
 

@@ -308,7 +308,10 @@ class Trainer:
         return int(self.state.step)
 
     def begin(self) -> dict[str, float]:
-        """The figures of held-out data before the first step; {} without such data, or later."""
+        """The figures of held-out data before the first step, measured once; {} without such data."""
+        for line in self._journal.lines:
+            if line["step"] == 0:
+                return {name: value for name, value in line.items() if name != "step"}
         if self._held_out is None or not self._settings.evaluates or self.step:
             return {}
         figures = self.evaluate()
