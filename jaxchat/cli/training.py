@@ -29,7 +29,7 @@ from jaxchat.training.batches import Batches
 from jaxchat.training.data import Dataset, Encoder
 from jaxchat.training.journal import SINKS, sink
 from jaxchat.training.setups import SETUPS, Base, Choices, Setup
-from jaxchat.training.trainer import Settings, Trainer
+from jaxchat.training.trainer import LOSS, Settings, Trainer
 
 
 def trained(request: TrainRequest, chosen: ChosenModel, progress: Progress | None) -> int:
