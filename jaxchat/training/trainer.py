@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxchat.errors import JaxchatError
 from jaxchat.training.batches import Batch, Epoch
+from jaxchat.training.held_signals import HeldSignals
 from jaxchat.training.journal import Journal, Sink
 from jaxchat.training.losses import Loss, mean_of
 from jaxchat.training.saved import Saved
@@ -319,7 +320,7 @@ class Trainer:
         return figures
 
     def run(self, report: Callable[[Report], None] = lambda report: None) -> Outcome:
-        """Trains to the end; where it is interrupted, a checkpoint is written first.
+        """Trains to the end; where it is interrupted, the step is finished and a checkpoint written first.
 
         Raises:
           JaxchatError: the loss is no number; the last good state is saved.
@@ -328,13 +329,15 @@ class Trainer:
         started, before = time.monotonic() - self.position.seconds, self.position.tokens
         begun = time.monotonic()
         try:
-            while self.done < 1 and not self._is_out_of_patience:
-                learning_rate = self._rate()
-                loss = self._train_step(learning_rate)
-                self.position.seconds = time.monotonic() - started
-                rate = (self.position.tokens - before) / max(time.monotonic() - begun, 1e-9)
-                report(Report(self.step, self.done, loss, rate))
-                self._after_step(rate, learning_rate)
+            with HeldSignals() as held:
+                while self.done < 1 and not self._is_out_of_patience:
+                    learning_rate = self._rate()
+                    loss = self._train_step(learning_rate)
+                    self.position.seconds = time.monotonic() - started
+                    rate = (self.position.tokens - before) / max(time.monotonic() - begun, 1e-9)
+                    report(Report(self.step, self.done, loss, rate))
+                    self._after_step(rate, learning_rate)
+                    held.release()
         except BaseException:
             if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
                 self._save()

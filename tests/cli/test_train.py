@@ -72,7 +72,7 @@ def test_a_run_goes_on_where_it_was_interrupted_and_says_what_to_do_with_it(trai
     assert lines[0]["step"] == 0
     assert after < before - 1
     assert done.out.splitlines() == [
-        f"{out}/adapter: held-out loss {after:.4f} after 12 steps; use it with",
+        f"{out}/adapter: held-out loss {after:.4f} (before: {before:.4f}) after 12 steps; use it with",
         f"  jaxchat chat -m box --adapter {out}/adapter",
     ]
     assert (out / "loss.png").exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,32 @@ def test_a_run_that_is_gone_on_with_gives_the_same_losses_bit_for_bit(tmp_path, 
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     for name in INITIAL:
         np.testing.assert_array_equal(found.state.trained[name], expected.state.trained[name])
+
+
+def test_ctrl_c_waits_for_the_end_of_the_step_and_a_second_one_does_not(tmp_path):
+    seen = []
+
+    def report(now):
+        seen.append(now.step)
+        if now.step == 3:
+            signal.raise_signal(signal.SIGINT)
+            seen.append("goes on")
+        if now.step == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            seen.append("not reached")
+
+    first = run(tmp_path, save_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(report)
+    first.close()
+    assert seen == [1, 2, 3, "goes on"]
+    assert len(losses(tmp_path)) == 3  # the step's line and checkpoint were written
+    second = run(tmp_path, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        second.run(report)
+    assert seen[4:] == [4, 5]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_lines_after_the_checkpoint_are_written_anew(tmp_path):
