@@ -178,7 +178,8 @@ def _check_base(path: Path, trained: _Base, here: _Base) -> None:
         if name == "fingerprint":
             raise UsageError(
                 f"{path}: the heads were trained for another {trained.model_type} of the same sizes "
-                f"(fingerprint {shown(found)}, here {shown(expected)}); load that model, or train heads for this one"
+                f"(fingerprint {shown(found)}, here {shown(expected)}); load that model, or "
+                "train heads for this one"
             )
         raise UsageError(
             f"{path}: the heads were trained for a model with {name} {shown(found)}; this one has "
