@@ -64,6 +64,7 @@ def mix(
     mixed = cache.attend(
         step.kernels, fresh.q, slot.position, step.lengths if step.starts is None else step.starts,
         scale=shared.scales[slot.layer], window=shared.windows[slot.layer], softcap=block.softcap,
+        tree=step.tree,
     )  # fmt: skip
     return output(step, slot.layer, mixed.reshape(*mixed.shape[:2], -1))
 
