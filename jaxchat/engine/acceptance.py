@@ -67,7 +67,9 @@ def _typical(logits: jax.Array, tokens: jax.Array, parents: np.ndarray) -> jax.A
 
 def _top_k(logits: jax.Array, tokens: jax.Array, parents: np.ndarray) -> jax.Array:
     """Accepts x if it is among the base's likeliest."""
-    least = lax.top_k(logits, min(TOP_K, logits.shape[-1]))[0][..., -1]
+    # Behind the barrier XLA's own selection stays one; on CPU it would sort the vocabulary instead.
+    found, _ = lax.optimization_barrier(lax.top_k(logits, min(TOP_K, logits.shape[-1])))
+    least = found[..., -1]
     own = jnp.take_along_axis(logits[:, parents], tokens[..., None], -1)[..., 0]
     return own >= least[:, parents]
 

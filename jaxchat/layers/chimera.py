@@ -226,21 +226,29 @@ def _mix(
       shared: keys and values [B, S, K, H], and bool [B, T, S].
       own: keys and values [B, T, M, K, H]; None is none.
     """
-    grouped = _grouped(step, q)
-    scores = [
-        jnp.where(mask[:, None, None], _scores(step, "btkgh,bskh->bkgts", grouped, k), _MASKED)
-        for k, _, mask in shared
-    ]
+    matrices = _matrices(step, q)
+    b, t, n, h = q.shape
+    kv, group = matrices.shape[1], n // matrices.shape[1]
+    scores = []
+    for k, _, mask in shared:
+        found = _scores(step, "bkqh,bskh->bkqs", matrices, k).reshape(b, kv, group, t, -1)
+        scores.append(jnp.where(mask[:, None, None], found, _MASKED))
     if own is not None:
-        scores.append(_scores(step, "btkgh,btmkh->bkgtm", grouped, own[0]))
-    weights = jax.nn.softmax(jnp.concatenate(scores, -1), axis=-1).astype(q.dtype)
-    parts = jnp.split(weights, np.cumsum([s.shape[-1] for s in scores])[:-1], axis=-1)
-    out = sum(
-        _product(step, "bkgts,bskh->btkgh", part, v) for part, (_, v, _) in zip(parts, shared, strict=False)
-    )
+        # Products of one query with a few keys: as matrices they would be slow.
+        of_heads = q.reshape(b, t, 1, kv, group, h).astype(jnp.float32)
+        found = jnp.sum(of_heads * own[0][:, :, :, :, None], -1)  # [B, T, M, K, G]
+        scores.append(jnp.transpose(_scaled(step, found), (0, 3, 4, 1, 2)))
+    weights = jax.nn.softmax(jnp.concatenate(scores, -1), axis=-1)
+    parts = jnp.split(weights, np.cumsum([part.shape[-1] for part in scores])[:-1], axis=-1)
+    out = jnp.zeros((b, kv, group, t, h))
+    for part, (_, v, _) in zip(parts, shared, strict=False):
+        flat = part.reshape(b, kv, group * t, -1).astype(q.dtype)
+        out = out + _product(step, "bkqs,bskh->bkqh", flat, v).reshape(out.shape)
+    out = jnp.transpose(out, (0, 3, 1, 2, 4))  # [B, T, K, G, H]
     if own is not None:
-        out = out + _product(step, "bkgtm,btmkh->btkgh", parts[-1], own[1])
-    return jnp.asarray(out).reshape(*q.shape[:2], -1)
+        weight = jnp.transpose(parts[-1], (0, 3, 4, 1, 2))[..., None]  # [B, T, M, K, G, 1]
+        out = out + jnp.sum(weight * own[1][:, :, :, :, None].astype(jnp.float32), 2)
+    return out.reshape(b, t, n * h)
 
 
 # --- the form that drafts
@@ -366,21 +374,23 @@ def _mix_known(
       depth: of the nodes; the first trigrams that they see are at that position.
       k, v: [B, n, M, K, H], of the paths: of g_{r+1}, f^1, g_{r+2}, f^2 and so on.
     """
-    grouped = _grouped(step, q)
-    cache = known.cache
+    matrices, (b, n, heads, h), cache = _matrices(step, q), q.shape, known.cache
+    kv, rows = matrices.shape[1:3]
     block = min(cache.capacity, _KEY_BLOCK)
     begins = known.begin, jnp.maximum(known.begin, depth)
 
     def add(
-        state: tuple[jax.Array, ...], scores: jax.Array, product: str, values: jax.Array
+        state: tuple[jax.Array, ...], keys: jax.Array, values: jax.Array, seen: jax.Array
     ) -> tuple[jax.Array, ...]:
-        """One more part of an online softmax."""
+        """One more part of an online softmax: keys and values [B, K, S, H], seen [B, 1 or n, S]."""
         top, total, out = state
+        scores = _scores(step, "bkqh,bksh->bkqs", matrices, keys).reshape(b, kv, rows // n, n, -1)
+        scores = jnp.where(seen[:, None, None], scores, _MASKED).reshape(b, kv, rows, -1)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(scores > _MASKED, jnp.exp(scores - new_top[..., None]), 0.0)
         decay = jnp.exp(top - new_top)
-        mixed = _product(step, product, weights.astype(q.dtype), values)
-        return new_top, total * decay + weights.sum(-1), out * jnp.moveaxis(decay, 3, 1)[..., None] + mixed
+        mixed = _product(step, "bkqs,bksh->bkqh", weights.astype(q.dtype), values)
+        return new_top, total * decay + weights.sum(-1), out * decay[..., None] + mixed
 
     def body(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # The last block is moved back to end at the last row; keys that it repeats are masked.
@@ -389,23 +399,24 @@ def _mix_known(
         for slot, begin in enumerate(begins):
             keys, values = (_rows(part, slot, start, block).astype(q.dtype) for part in (cache.k, cache.v))
             seen = (place >= begin[:, None]) & (place < known.end[:, None]) & (place >= i * block)  # [B, S]
-            scores = _scores(step, "bnkgh,bksh->bkgns", grouped, keys)
-            scores = jnp.where(seen[:, None, None, None], scores, _MASKED)
-            state = add(state, scores, "bkgns,bksh->bnkgh", values)
+            state = add(state, keys, values, seen[:, None])
         return state
 
-    b, n, kv, group, h = grouped.shape
+    # The paths of all nodes are one set of keys, of which each sees its own.
+    number, count = np.arange(n), k.shape[2]
+    own = np.repeat(number, count) == number[:, None]  # [n, n * M]
+    seen = own & jnp.tile(_is_seen(known, depth, count), n)[:, None]
+    keys, values = (part.reshape(b, n * count, kv, h).transpose(0, 2, 1, 3) for part in (k, v))
     state: tuple[jax.Array, ...] = (
-        jnp.full((b, kv, group, n), _MASKED),
-        jnp.zeros((b, kv, group, n)),
-        jnp.zeros((b, n, kv, group, h)),
+        jnp.full((b, kv, rows), _MASKED),
+        jnp.zeros((b, kv, rows)),
+        jnp.zeros((b, kv, rows, h)),
     )
-    scores = _scores(step, "bnkgh,bnmkh->bkgnm", grouped, k)
-    seen = _is_seen(known, depth, k.shape[2])
-    state = add(state, jnp.where(seen[:, None, None, None], scores, _MASKED), "bkgnm,bnmkh->bnkgh", v)
+    state = add(state, keys, values, seen)
     last = -(-jnp.max(known.end) // block)
     _, total, out = lax.fori_loop(jnp.min(known.begin) // block, last, body, state)
-    return (out / jnp.moveaxis(total, 3, 1)[..., None]).reshape(b, n, -1)
+    out = (out / total[..., None]).reshape(b, kv, rows // n, n, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, n, heads * h)
 
 
 def _is_seen(known: Known, depth: int, count: int) -> Bool[Array, "B M"]:
@@ -476,13 +487,18 @@ def _finish(step: Step, x: Float[Array, "B T D"], mixed: Float32[Array, "B T NH"
     return add_to(step, block, "mlp_post_norm", slot, after, y).astype(jnp.float32)
 
 
-def _grouped(step: Step, q: Float[Array, "B T N H"]) -> Float[Array, "B T K G H"]:
-    kv = step.config.num_kv_heads
-    return q.reshape(*q.shape[:2], kv, q.shape[2] // kv, q.shape[3])
+def _matrices(step: Step, q: Float[Array, "B T N H"]) -> Float[Array, "B K Q H"]:
+    """The queries of a key/value head as one matrix, of G*T rows: products in groups are slow on CPU."""
+    (b, t, n, h), kv = q.shape, step.config.num_kv_heads
+    return q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, n // kv * t, h)
 
 
 def _scores(step: Step, product: str, q: jax.Array, k: jax.Array) -> jax.Array:
-    scores = _product(step, product, q, k) * np.float32(step.config.layer_attn_scales[0])
+    return _scaled(step, _product(step, product, q, k))
+
+
+def _scaled(step: Step, scores: jax.Array) -> jax.Array:
+    scores = scores * np.float32(step.config.layer_attn_scales[0])
     cap = step.config.block.softcap
     return cap * jnp.tanh(scores / cap) if cap else scores
 

@@ -18,6 +18,7 @@ from jaxchat.training.initial import initial_params as base_params_of
 from tests.support.tiny import TINY_CONFIGS
 
 TINY = ChimeraConfig(heads=3, rank=5)
+QUICK = ("llama", "gemma3_text", "gpt2")
 
 
 def base_of(model_type="llama", **changes):
@@ -61,7 +62,10 @@ def rolled_out(params, step, known, follow):
     ]
 
 
-@pytest.mark.parametrize("model_type", list(TINY_CONFIGS))
+@pytest.mark.parametrize(
+    "model_type",
+    [t if t in QUICK else pytest.param(t, marks=pytest.mark.full) for t in TINY_CONFIGS],
+)
 def test_drafting_from_the_cache_says_what_training_says(model_type, quick_compilation):
     """At several rows, along the text itself, with a cache that is filled in pieces."""
     config, base = base_of(model_type)

@@ -165,7 +165,9 @@ def _proposed(config: ChimeraConfig, shape: TreeShape, params: Params, step: Ste
     for depth in range(1, shape.depth + 1):
         hidden = jnp.broadcast_to(known.hidden[:, None], guess.hidden.shape)
         logits = chimera.head_logits(config, params, step, depth - 1, hidden, guess.hidden)
-        _, likeliest = jax.lax.top_k(logits, max(len(shape.children[node]) for node in nodes))
+        # Behind the barrier XLA's own selection stays one; on CPU it would sort the vocabulary instead.
+        found = jax.lax.top_k(logits, max(len(shape.children[node]) for node in nodes))
+        _, likeliest = jax.lax.optimization_barrier(found)
         for number, node in enumerate(nodes):
             tokens |= {child: likeliest[:, number, rank] for rank, child in enumerate(shape.children[node])}
         parents = {node: number for number, node in enumerate(nodes)}
