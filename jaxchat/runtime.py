@@ -25,8 +25,10 @@ from jaxchat.checkpoints.load import Progress, load_assembly, load_params
 from jaxchat.checkpoints.low_rank import Adapter
 from jaxchat.checkpoints.quantized import Quant
 from jaxchat.config import ModelConfig
+from jaxchat.draft_use import DraftUse, read_draft
 from jaxchat.engine.adapters import adapter_set, check_uses
 from jaxchat.engine.compile_cache import enable_compilation_cache
+from jaxchat.engine.drafts import load_draft
 from jaxchat.engine.session import Engine, Session, default_dtype, kernels_for, placement_of, read_kv_dtype
 from jaxchat.errors import JaxchatError, UsageError, option, told
 from jaxchat.layer_plan import LayerPlan, PlanLike, as_plan
@@ -475,6 +477,9 @@ def load(
     model_paths: Mapping[str, str | Path] | None = None,
     keep_identity: bool = False,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
+    draft: str | None = None,
+    draft_tree: str | None = None,
+    draft_accept: str = "lossless",
     dtype: str | None = None,
     quant: str | QuantFormat | None = None,
     keep: Literal["small", "exact"] = "small",
@@ -503,6 +508,13 @@ def load(
         the one slot that it is in (`"DIR@3"`) if wanted. All are loaded, and used with these strengths where
         a request does not say (`generate(adapters=)`, `Model.with_adapters`): changing that compiles nothing.
         One that repeats layers (`layer_replication`) makes the model one of so many layers.
+      draft: guesses tokens ahead, which the model then verifies several at a time: `chimera:DIR`, heads that
+        were trained for it. Texts are the same, greedy or sampled, as far as rounding allows: several tokens
+        at a time are summed in another order than one.
+      draft_tree: what is guessed: `25`, a tree of 25 tokens as deep as there are heads (the default), or
+        `chain:N`, N tokens one after the other.
+      draft_accept: `lossless`; or a rule that is LOSSY, accepting more and changing what is generated:
+        `typical` takes what is probable enough (Medusa's rule), `top_k` what is among the 3 likeliest.
       dtype: of the weights, `float32`, `bfloat16` or `float16`; default as stored.
       quant: quantizes the weights while they are read: `int8`, `int4`, `int4:64`, ... (`QuantFormat.parse`);
         default as stored.
@@ -525,6 +537,7 @@ def load(
     >>> model = jaxchat.load("path/to/model", plan="0:8,4:12,8:", quant="int4")  # doctest: +SKIP
     """
     _check_settings(locals())
+    wanted_draft = _read_draft(draft, draft_tree, draft_accept)
     uses = read_uses(adapter, option("adapter"))
     wanted: Quant = QuantFormat.parse(quant) if isinstance(quant, str) else quant or "auto"
     enable_compilation_cache(compilation_cache_dir)
@@ -573,6 +586,8 @@ def load(
         if adapters
         else None,
         uses=uses,
+        draft=None if wanted_draft is None else load_draft(wanted_draft, config, params),
+        draft_accept=draft_accept,
     )
     model = Model(
         engine,
@@ -586,6 +601,15 @@ def load(
     if tokenizer is not None and max(tokenizer.special_tokens.values(), default=0) >= config.vocab_size:
         _warn_of_template(model, directory)
     return model
+
+
+def _read_draft(draft: str | None, shape: str | None, accept: str) -> DraftUse | None:
+    if draft is not None:
+        return read_draft(draft, shape, accept)
+    if shape is not None or accept != "lossless":
+        name = "draft_accept" if shape is None else "draft_tree"
+        raise UsageError(f"{option(name)} is given without {option('draft')}; it says how to use a draft")
+    return None
 
 
 def _refuse_with_recipe(uses: Uses, base: object) -> None:
@@ -635,6 +659,9 @@ _SETTINGS: Mapping[str, tuple[tuple[type, ...], str]] = {
     "path": ((*_PATH, ModelDirectory), "a directory"),
     "base": ((*_PATH, ModelDirectory), "a directory"),
     "recipe": ((*_PATH, Assembly), "a file, or what read_recipe gave"),
+    "draft": ((str,), "chimera:DIR"),
+    "draft_tree": ((str,), "25 or chain:N"),
+    "draft_accept": ((str,), "lossless, typical or top_k"),
     "dtype": ((str,), "float32, bfloat16 or float16"),
     "quant": ((str, QuantFormat), "a format such as 'int8'"),
     "keep": ((str,), "small or exact"),
@@ -654,8 +681,9 @@ def _check_settings(given: Mapping[str, Any]) -> None:
             raise arguments.refused(name, given[name], expected)
     if given["keep"] not in ("small", "exact"):
         raise arguments.refused("keep", given["keep"], _SETTINGS["keep"][1])
-    if given["kernels"] is None:
-        raise arguments.refused("kernels", None, _SETTINGS["kernels"][1])
+    for name in ("kernels", "draft_accept"):
+        if given[name] is None:
+            raise arguments.refused(name, None, _SETTINGS[name][1])
     if given["max_length"] is not None:
         arguments.whole("max_length", given["max_length"], 1)
     arguments.whole("max_slots", given["max_slots"], 0, MAX_SLOTS)

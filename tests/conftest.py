@@ -14,7 +14,10 @@ import pytest
 jaxtyping.install_import_hook(
     [
         "jaxchat.model",
-        *(f"jaxchat.layers.{name}" for name in ("attention", "block", "cache", "mlp", "norms", "rope")),
+        *(
+            f"jaxchat.layers.{name}"
+            for name in ("attention", "block", "cache", "chimera", "ends", "mlp", "norms", "rope")
+        ),
     ],
     "beartype.beartype",
 )

@@ -9,10 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxchat import __main__ as program
+from jaxchat.checkpoints.chimera import write_chimera
 from jaxchat.checkpoints.directory import ModelDirectory
+from jaxchat.checkpoints.load import load_params
+from jaxchat.layers.chimera import ChimeraConfig, initial_params
 from tests.support.adapters import lora_tensors, projections, write_adapter
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +75,8 @@ def test_the_commands_run(
     (tmp_path / "story.txt").write_text(re.sub(r"[^a-z ]", "", story.lower()))  # what the model can read
     modules = projections(ModelDirectory.at(model_path).config)
     write_adapter(tmp_path / "path/to/adapter", lora_tensors(modules), target_modules="all-linear")
+    base, heads = load_params(model_path), ChimeraConfig(heads=3)
+    write_chimera(tmp_path / "path/to/heads", heads, initial_params(heads, *base, jax.random.key(0)), *base)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     chatted = False

@@ -30,12 +30,21 @@ class Timings:
     Attributes:
       prefill_tokens, prefill_seconds: prompt tokens computed, and the time until the first new token.
       decode_tokens, decode_seconds: new tokens after the first, and the time they took.
+      draft_steps: steps that verified a draft, each sequence's counted.
+      draft_tokens: tokens that those gave: one each, and the drafted ones that were accepted.
     """
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    draft_steps: int = 0
+    draft_tokens: int = 0
+
+    @property
+    def tokens_a_step(self) -> float | None:
+        """How many tokens a step gave that verified a draft, 1 or more; None where none did."""
+        return self.draft_tokens / self.draft_steps if self.draft_steps else None
 
     @property
     def prefill_rate(self) -> float:
@@ -308,7 +317,9 @@ class Batch:
     def _timings(self) -> Timings:
         decoded = sum(max(len(reply.drawn) - 1, 0) for reply in self.replies.values())
         first = self._first or self._last
-        return Timings(self._prefilled, first - self._started, decoded, self._last - first)
+        tally = self.generation.tally
+        times = first - self._started, decoded, self._last - first
+        return Timings(self._prefilled, *times, tally.steps, tally.tokens)
 
 
 class TextStream:

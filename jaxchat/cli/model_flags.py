@@ -226,6 +226,9 @@ class LoadFlags(ModelFlags):
         max_slots: int = 0,
         chat_template: str | None = None,
         adapter: "Uses" = (),
+        draft: str | None = None,
+        draft_tree: str | None = None,
+        draft_accept: str = "lossless",
     ) -> "Model":
         """Loads the model that `chosen` gave."""
         # Imports JAX, which --help and usage errors need not wait for.
@@ -245,6 +248,9 @@ class LoadFlags(ModelFlags):
             max_slots=max_slots,
             chat_template=chat_template,
             adapter=adapter,
+            draft=draft,
+            draft_tree=draft_tree,
+            draft_accept=draft_accept,
             compilation_cache_dir=self.compilation_cache_dir,
             progress=progress,
         )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from jaxchat.adapter_use import Uses, read_uses
 from jaxchat.cli.model_flags import LAYER_SPEC, MAX_LENGTH, BoxedModel, LoadFlags
+from jaxchat.draft_use import ACCEPT, read_draft, read_shape
 from jaxchat.options import MAX_SLOTS, Flag, Format, GenerateOptions, PrefixIn, unescape
 from jaxchat.text.named_templates import NAMED
 from jaxchat.text.reasoning import ThoughtTags, parse_thought_tags
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 _what = functools.partial(Flag, group="What to do")
 _chat = functools.partial(Flag, group="Chat")
 _output = functools.partial(Flag, group="Output")
+
+
+def _checked_draft(text: str) -> str:
+    read_draft(text)
+    return text
+
+
+def _checked_shape(text: str) -> str:
+    read_shape(text)
+    return text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +51,43 @@ class Request(LoadFlags):
             read=lambda texts: read_uses(texts, "--adapter"),
         ),
     ] = ()
+    draft: Annotated[
+        str | None,
+        Flag(
+            help="Guess tokens ahead and verify several at a time: chimera:DIR is the directory of heads "
+            "that were trained for the model. The text stays the same, greedy or sampled; --verbose and "
+            "/stats say how many tokens a step gave",
+            example="--draft chimera:heads",
+            group="Drafts",
+            value="KIND:DIR",
+            elsewhere=("model_draft", "md", "draft_model", "speculative_model", "spec_type"),
+            read=_checked_draft,
+        ),
+    ] = None
+    draft_tree: Annotated[
+        str | None,
+        Flag(
+            help="What is guessed: 25, a tree of 25 tokens, as deep as the draft goes; or chain:N, N tokens "
+            "one after the other. If not given, 25",
+            example="--draft chimera:heads --draft_tree chain:3",
+            group="Drafts",
+            value="SHAPE",
+            elsewhere=("draft_max", "draft_n", "num_speculative_tokens"),
+            read=_checked_shape,
+        ),
+    ] = None
+    draft_accept: Annotated[
+        str,
+        Flag(
+            help="Which guesses are kept: lossless, those that the model itself would have drawn; or, LOSSY, "
+            "which changes the text: typical, what the model finds probable enough (0.09, or less where "
+            "much is possible), or top_k, what is among its 3 likeliest",
+            example="--draft chimera:heads --draft_accept typical",
+            group="Drafts",
+            value="RULE",
+            choices=ACCEPT,
+        ),
+    ] = "lossless"
     max_length: Annotated[int | None, MAX_LENGTH] = None
     max_slots: Annotated[
         int | None,

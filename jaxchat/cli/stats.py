@@ -55,6 +55,8 @@ class Stats:
       prefill_tokens, prefill_seconds: prompt tokens computed, and the time without compiling.
       decode_tokens, decode_seconds: tokens after each reply's first, and the time without compiling.
       time_to_first_token: of the last reply, compiling included.
+      draft_steps, draft_tokens: steps that verified a draft, and the tokens that they gave.
+      draft_rule: by which drafted tokens are accepted; None where there is no draft.
     """
 
     load_seconds: float = 0.0
@@ -64,6 +66,9 @@ class Stats:
     decode_tokens: int = 0
     decode_seconds: float = 0.0
     time_to_first_token: float | None = None
+    draft_steps: int = 0
+    draft_tokens: int = 0
+    draft_rule: str | None = None
 
     def add(self, timings: Timings, clock: CompileClock, started: float) -> None:
         """Adds a reply that was asked for at `started` (`time.perf_counter`)."""
@@ -74,10 +79,12 @@ class Stats:
         self.decode_tokens += timings.decode_tokens
         self.decode_seconds += max(timings.decode_seconds - clock.seconds(first, end), 0.0)
         self.time_to_first_token = timings.prefill_seconds
+        self.draft_steps += timings.draft_steps
+        self.draft_tokens += timings.draft_tokens
         self.compile_seconds = clock.seconds()
 
     def lines(self) -> list[str]:
-        """Two lines for people."""
+        """Two lines for people, and one more where tokens are drafted."""
         first = self.time_to_first_token
         return [
             f"prefill: {self.prefill_tokens} tokens, {_rate(self.prefill_tokens, self.prefill_seconds)}; "
@@ -85,7 +92,17 @@ class Stats:
             f"first token: {'-' if first is None else f'{first:.2f} s'}",
             f"load: {self.load_seconds:.2f} s; compile: {self.compile_seconds:.2f} s (not in the rates); "
             f"peak memory: {short_bytes(peak_memory_bytes())}",
+            *self._of_drafts(),
         ]
+
+    def _of_drafts(self) -> list[str]:
+        if self.draft_rule is None:
+            return []
+        rule = "lossless" if self.draft_rule == "lossless" else f"{self.draft_rule}, LOSSY"
+        found = "no step yet"
+        if self.draft_steps:
+            found = f"{self.draft_tokens / self.draft_steps:.2f} tokens a step in {self.draft_steps} steps"
+        return [f"draft: {found} ({rule})"]
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -93,6 +110,7 @@ class Stats:
             **dataclasses.asdict(self),
             "prefill_tokens_per_second": _per_second(self.prefill_tokens, self.prefill_seconds),
             "decode_tokens_per_second": _per_second(self.decode_tokens, self.decode_seconds),
+            "draft_tokens_per_step": self.draft_tokens / self.draft_steps if self.draft_steps else None,
             "peak_memory_bytes": peak_memory_bytes(),
         }
 

@@ -162,6 +162,8 @@ NEEDS = (
     Need("reversed_role", ("interactive",), "the model asks, and somebody has to answer"),
     Need("ai_prefix_every_turn", ("interactive",), "one prompt is one turn"),
     Need("ai_prefix_in", ("ai_prefix", "interactive"), "it says where a prefix goes"),
+    Need("draft_tree", ("draft",), "it is the shape of a draft"),
+    Need("draft_accept", ("draft",), "it says what is kept of a draft"),
     Need("history_file", ("interactive",), "it keeps what is typed in a chat"),
 )
 COMMAND = Command(
@@ -171,6 +173,7 @@ COMMAND = Command(
     stray=STRAY,
     conflicts=(
         *CONFLICTS,
+        Conflict("draft", "show", "it tells about the model, and reads nothing of a draft"),
         Conflict("adapter", "show", "it tells about the model, and reads no weights of it or an adapter"),
     ),
     needs=NEEDS,

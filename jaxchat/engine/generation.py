@@ -1,5 +1,6 @@
 """A running generation: the loop over decode steps, and which sequences are still in it."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -9,9 +10,11 @@ import numpy as np
 
 from jaxchat.arguments import number
 from jaxchat.engine import steps
+from jaxchat.engine.acceptance import Draws, accept
 from jaxchat.engine.sampling import SamplingParams
 from jaxchat.engine.session import Session, State
 from jaxchat.errors import JaxchatError, UsageError, option
+from jaxchat.families import rope
 from jaxchat.options import LENGTHS, SEEDS, Overflow
 
 FinishReason = Literal["stop", "length", "context"]
@@ -48,6 +51,25 @@ class _Step(NamedTuple):
     state: State  # of the session
 
 
+class _Drawn(NamedTuple):
+    """Tokens of a step with a draft, on the host."""
+
+    tokens: np.ndarray  # int32 [B, A], one after the other
+    logprobs: np.ndarray  # float32 [B, A]
+    counts: dict[int, int]  # sequence -> how many of them
+
+
+@dataclasses.dataclass
+class DraftTally:
+    """What became of drafts: `tokens` of all that were generated in so many `steps`, a sequence each.
+
+    Of a step the last token is the base's own, so that `tokens - steps` were drafted.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+
+
 class _Vocabulary(NamedTuple):
     """What a generation knows of every token id, [B, V]."""
 
@@ -66,6 +88,7 @@ class Generation:
       limits: of each sequence; None leaves it out.
       finish_reasons: per sequence, None while it runs; `stop` (a stop id or `stop()`, or left out), `length`
         (max_new_tokens) or `context` (the context is full).
+      tally: what became of drafts, where the engine has one.
     """
 
     def __init__(
@@ -75,6 +98,7 @@ class Generation:
         self._check()
         self._limits = [own or Limits() for own in limits]
         self.finish_reasons: list[FinishReason | None] = ["stop" if own is None else None for own in limits]
+        self.tally = DraftTally()
         self._generated = [0] * session.batch
         self._among: dict[int, np.ndarray] = {}
         self._restricted = False  # whether the token drawn last was one of those
@@ -118,12 +142,14 @@ class Generation:
             self.finish_reasons[row] = None
 
     def __iter__(self) -> Iterator[Token]:
-        session = self.session
         if not self._active():
-            return
+            return iter(())
+        return self._one_by_one() if self.session.engine.draft is None else self._drafted()
+
+    def _one_by_one(self) -> Iterator[Token]:
+        session = self.session
         logits = session.prefill(self._active())
-        counts = self._on_device(np.zeros(self._vocabulary.in_prompt.shape, np.int32))
-        generated = self._generated
+        counts = self._no_counts()
         tokens, logprobs = self._drawn(logits, self._positions(), counts)
         first = True
         while True:
@@ -136,15 +162,7 @@ class Generation:
             for row in range(session.batch):
                 if self.finish_reasons[row]:  # before this step, or stopped by the consumer during it
                     continue
-                token = int(ids[row])
-                session.ids[row].append(token)
-                generated[row] += 1
-                limits = self._limits[row]
-                if token in limits.stop_ids:
-                    self.finish_reasons[row] = "stop"
-                elif limits.max_new_tokens is not None and generated[row] >= limits.max_new_tokens:
-                    self.finish_reasons[row] = "length"
-                yield Token(row, token, float(values[row]))
+                yield self._take(row, int(ids[row]), float(values[row]))
             if not self._make_room():
                 return
             if ahead is not None and self._continues(ahead, ids):
@@ -152,10 +170,108 @@ class Generation:
             else:
                 tokens, logprobs = self._step(counts)
 
-    def _refuse_broken(self, logprobs: np.ndarray, logits: jax.Array | None) -> None:
+    def _take(self, row: int, token: int, logprob: float) -> Token:
+        """Adds a token to its sequence, and sees whether it is the last."""
+        self.session.ids[row].append(token)
+        self._generated[row] += 1
+        limits = self._limits[row]
+        if token in limits.stop_ids:
+            self.finish_reasons[row] = "stop"
+        elif limits.max_new_tokens is not None and self._generated[row] >= limits.max_new_tokens:
+            self.finish_reasons[row] = "length"
+        return Token(row, token, logprob)
+
+    # --- with a draft: a step gives several tokens. What the consumer does after one of them counts, too:
+    # those that do not follow from it are left unused.
+
+    def _drafted(self) -> Iterator[Token]:
+        rows = self._active()
+        logits = self.session.prefill(rows)
+        counts = self._no_counts()
+        drawn = self._alone(rows, logits, counts)
+        self._refuse_broken(drawn.logprobs[:, 0], logits)
+        while True:
+            used = dict.fromkeys(drawn.counts, 0)
+            yield from self._taken(drawn, used)
+            counts = steps.count_several(counts, drawn.tokens, self.session.contexts.array(used))
+            if not self._make_room():
+                return
+            drawn = self._next(counts)
+            for place in range(drawn.logprobs.shape[1]):
+                rows = [row for row, count in drawn.counts.items() if place < count]
+                self._refuse_broken(drawn.logprobs[:, place], None, rows)
+
+    def _taken(self, drawn: _Drawn, used: dict[int, int]) -> Iterator[Token]:
+        """The tokens of a step, as far as each follows from what was done with those before; counts them."""
+        session, state = self.session, self.session.state
+        for place in range(drawn.tokens.shape[1]):
+            for row, count in drawn.counts.items():
+                if self.finish_reasons[row] or place >= count or used[row] != place:
+                    continue
+                if place and not self._goes_on(row, int(drawn.tokens[row, place - 1]), state):
+                    continue
+                session.cached[row] += place > 0
+                used[row] += 1
+                yield self._take(row, int(drawn.tokens[row, place]), float(drawn.logprobs[row, place]))
+
+    def _goes_on(self, row: int, token: int, state: State) -> bool:
+        """Whether what was computed behind this token, which was a sequence's last, still follows it."""
+        ids, limit = self.session.ids[row], self.session.engine.max_length
+        return (
+            row not in self._among
+            and self.session.cached[row] == len(ids) - 1 < limit - 1
+            and ids[-1] == token
+            and all(now is then for now, then in zip(self.session.state, state, strict=True))
+        )
+
+    def _next(self, counts: jax.Array) -> _Drawn:
+        """Drafts, verifies and accepts; where the draft cannot go on, computes and draws one by one."""
+        session, rows = self.session, self._active()
+        moved = [row for row in rows if self._has_moved(row)]
+        if moved or not session.drafts(rows):
+            for row in moved:
+                session.contexts.follow_rotation(row)
+            return self._alone(rows, session.prefill_as_rotated(rows), counts)
+        tokens, new, logits, hidden = session.verify({row: self._room(row) for row in rows})
+        prompt, positions = self._vocabulary.in_prompt, jnp.asarray(self._positions())
+        draws = Draws(self._params, self._seeds, positions, prompt, counts, self._allowed())
+        rule, shape = session.engine.draft_accept, session.engine.draft.shape  # type: ignore[union-attr]
+        kept = accept(rule, shape, logits, hidden, tokens, new, draws)
+        drawn, logprobs, number, path = map(np.asarray, (kept.tokens, kept.logprobs, kept.number, kept.path))
+        found = {row: int(number[row]) for row in rows}
+        session.keep(kept, found, path)
+        for row in rows:
+            session.cached[row] += 1
+        self.tally.steps += len(rows)
+        self.tally.tokens += sum(found.values())
+        return _Drawn(drawn, logprobs, found)
+
+    def _alone(self, rows: Sequence[int], logits: jax.Array, counts: jax.Array) -> _Drawn:
+        """One token of each sequence, from float32 [B, V] logits."""
+        tokens, logprobs = (
+            np.asarray(part)[:, None] for part in self._drawn(logits, self._positions(), counts)
+        )
+        return _Drawn(tokens, logprobs, dict.fromkeys(rows, 1))
+
+    def _room(self, row: int) -> int:
+        """How many tokens of a draft count: of all, but where less fits, or all that follows is another."""
+        session, shape = self.session, self.session.engine.draft.shape  # type: ignore[union-attr]
+        length = len(session.ids[row])
+        config = session.engine.config
+        turns = rope.regime(config, length) != rope.regime(config, length + shape.depth)
+        if row in self._among or turns:
+            return 1
+        return min(len(shape.parents), session.engine.max_length - length + 1)
+
+    def _no_counts(self) -> jax.Array:
+        return self._on_device(np.zeros(self._vocabulary.in_prompt.shape, np.int32))
+
+    def _refuse_broken(
+        self, logprobs: np.ndarray, logits: jax.Array | None, rows: Sequence[int] | None = None
+    ) -> None:
         """Refuses logits that say nothing: not finite, or, of those of the first token, all equal."""
         found = ""
-        rows = self._active()
+        rows = self._active() if rows is None else rows
         if not np.isfinite(logprobs[rows]).all():
             found = "not finite (NaN or infinity)"
         elif rows and logits is not None and _all_equal(logprobs[rows], logits, rows):
@@ -171,18 +287,18 @@ class Generation:
         """Computes the last token of every running sequence and samples the next."""
         session, rows = self.session, self._active()
         # Usually just the last token is new; not after a truncation, or if the consumer changed the session.
-        moved = [
-            r
-            for r in rows
-            if len(session.ids[r]) - session.cached[r] != 1
-            or not session.contexts.keeps_rotation(r, len(session.ids[r]))
-        ]
+        moved = [r for r in rows if self._has_moved(r)]
         if moved:
             for r in moved:
                 session.contexts.follow_rotation(r)
             return self._drawn(session.prefill_as_rotated(rows), self._positions(), counts)
         last = session.contexts.array({r: session.ids[r][-1] for r in rows})
         return self._end(self._begin(last, {r: session.cached[r] for r in rows}, counts))
+
+    def _has_moved(self, row: int) -> bool:
+        """Whether more than a sequence's last token is to be computed."""
+        ids, cached = self.session.ids[row], self.session.cached[row]
+        return len(ids) - cached != 1 or not self.session.contexts.keeps_rotation(row, len(ids))
 
     def _begin(self, tokens: jax.Array | np.ndarray, lengths: dict[int, int], counts: jax.Array) -> _Step:
         logits, state = self.session.decode(tokens, lengths)
@@ -230,7 +346,14 @@ class Generation:
         self, logits: jax.Array, positions: np.ndarray, counts: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Each sequence's next token, at its position, and its logprob, from float32 [B, V] logits."""
-        prompt, allowed = self._vocabulary
+        allowed = self._allowed()
+        return steps.sample(
+            logits, self._params, self._seeds, positions, self._vocabulary.in_prompt, counts, allowed
+        )
+
+    def _allowed(self) -> jax.Array:
+        """bool [B, V], what the next tokens may be; what `allow` said counts once."""
+        allowed = self._vocabulary.all_allowed
         self._restricted = bool(self._among)
         if self._among:
             some = np.ones(allowed.shape, bool)
@@ -238,7 +361,7 @@ class Generation:
                 some[row] = mask
             self._among.clear()
             allowed = self._on_device(some)
-        return steps.sample(logits, self._params, self._seeds, positions, prompt, counts, allowed)
+        return allowed
 
     def _make_room(self) -> bool:
         """Applies the overflow policy; false when no sequence is left running."""

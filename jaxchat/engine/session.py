@@ -17,8 +17,11 @@ from jaxchat import memory, pallas
 from jaxchat.adapter_use import Uses
 from jaxchat.arguments import refused, whole
 from jaxchat.config import EMBED, FINAL_NORM, ModelConfig
+from jaxchat.draft_use import TreeShape
 from jaxchat.engine import steps
+from jaxchat.engine.acceptance import Kept
 from jaxchat.engine.adapters import AdapterSet, check_uses
+from jaxchat.engine.drafts import Draft
 from jaxchat.engine.rows import Contexts
 from jaxchat.errors import AdvisedError, UsageError, option
 from jaxchat.families import parameter_table
@@ -30,6 +33,7 @@ from jaxchat.lengths import next_power_of_two
 from jaxchat.options import KV_DTYPES, MAX_SLOTS
 from jaxchat.pallas import Kernels
 from jaxchat.pallas.cache_attention import QuantizedRows
+from jaxchat.pallas.cache_attention.tree import Tree, tree_of
 from jaxchat.pallas.storage import stored_dtype
 from jaxchat.visible import shown
 
@@ -78,6 +82,8 @@ class Engine:
       mesh: the mesh the parameters are sharded over; the caches are sharded to match.
       adapters: what sessions may use beside the weights, see `engine.adapters`.
       uses: what a new session uses of them.
+      draft: what drafts tokens for its sessions; None decodes one by one.
+      draft_accept: which rule of `acceptance.RULES` keeps them.
     """
 
     def __init__(
@@ -92,6 +98,8 @@ class Engine:
         mesh: jax.sharding.Mesh | None = None,
         adapters: AdapterSet | None = None,
         uses: Uses = (),
+        draft: Draft | None = None,
+        draft_accept: str = "lossless",
     ):
         if max_length is not None:
             max_length = whole("max_length", max_length, 1)
@@ -114,6 +122,7 @@ class Engine:
         self.placement = placement_of(params, mesh)
         self.adapters = adapters
         self.uses = uses
+        self.draft, self.draft_accept = draft, draft_accept
 
     def __repr__(self) -> str:
         """What it is, in a line."""
@@ -139,6 +148,11 @@ class Engine:
         plan = plan or LayerPlan.identity(self.config.num_layers)
         uses = self.uses if uses is None else uses
         return Session(self, plan, batch=batch, max_slots=max_slots, uses=uses)
+
+    @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`."""
+        return platform_of(self.params)
 
     @property
     def devices(self) -> set[jax.Device]:
@@ -233,6 +247,15 @@ def placement_of(params: Params, mesh: jax.sharding.Mesh | None) -> jax.sharding
     return jax.sharding.SingleDeviceSharding(next(iter(devices))) if len(devices) == 1 else None
 
 
+class Computed(NamedTuple):
+    """Drafted tokens that were verified and accepted, of which the draft is not told yet."""
+
+    tokens: jax.Array  # int32 [B, A]
+    hidden: jax.Array  # float32 [B, A, D]
+    lengths: dict[int, int]  # sequence -> the position of the first
+    counts: dict[int, int]  # sequence -> how many
+
+
 class Session:
     """A batch of sequences with their KV cache.
 
@@ -252,6 +275,8 @@ class Session:
         self.contexts = Contexts(engine.config, whole("batch", batch, 1))
         self._slots = whole("max_slots", max_slots, 0, MAX_SLOTS)
         self._cache: KVCache | None = None
+        self._drafting = None if engine.draft is None else engine.draft.drafting(engine, self.padded_batch)
+        self._unseen: Computed | None = None
         self.plan = plan
         self._plan_arrays: PlanArrays
         self.set_plan(plan)
@@ -378,6 +403,9 @@ class Session:
                 f"raise {option('max_length')}",
             )
         slots, length = rows.k.shape[0], rows.k.shape[2]
+        self._show_draft()
+        if self._drafting is not None:
+            self._drafting.forget(row)
         self.ids[row][:] = ids
         self.contexts.forget(row, 0)
         if slots == 0 or length == 0:
@@ -448,6 +476,7 @@ class Session:
                 f"shorten it, raise {option('max_length')} or use {option('overflow', 'truncate_oldest')}",
             )
         self._reserve(longest)
+        self._show_draft()
         for r in rows:
             self.cached[r] = min(self.cached[r], len(self.ids[r]) - 1)  # the last token gives the logits
         context = self.contexts.lengths(rows)
@@ -461,12 +490,92 @@ class Session:
                 tokens[r, : len(part)] = part
                 new[r] = len(part)
             lengths, new_rows = self._array({r: self.cached[r] for r in rows}), self._array(new)
-            logits, self._cache = steps.prefill(self.step(tokens, lengths, new_rows, context), self._cache)
+            logits = self._prefilled(self.step(tokens, lengths, new_rows, context))
             out = logits if out is None else jnp.where(new_rows[:, None] > 0, logits, out)
             for r in rows:
                 self.cached[r] += new[r]
         assert out is not None
         return out
+
+    def _prefilled(self, step: Step) -> jax.Array:
+        """Runs a chunk of prompts; float32 [B, V] logits."""
+        if self._drafting is None:
+            logits, self._cache = steps.prefill(step, self._cache)
+            return logits
+        logits, hidden, self._cache = steps.prefill_seen(step, self._cache)
+        self._drafting.observe(step, self._before(np.asarray(step.lengths)), hidden, self._cache.capacity)
+        return logits
+
+    def _before(self, lengths: np.ndarray) -> np.ndarray:
+        """int32 [B, 2], the two tokens before these positions; 0 before the first."""
+        out = np.zeros((self.padded_batch, 2), np.int32)
+        for row, ids in enumerate(self.ids):
+            at = int(lengths[row])
+            two = ids[max(at - 2, 0) : at]
+            out[row, 2 - len(two) :] = two
+        return out
+
+    # --- drafted tokens
+
+    def drafts(self, rows: Sequence[int]) -> bool:
+        """Whether there is a draft that can go on from here, for all of these sequences."""
+        if self._drafting is None:
+            return False
+        self._show_draft()
+        return all(self._drafting.ready(row, self.cached[row]) for row in rows)
+
+    def verify(self, room: dict[int, int]) -> tuple[jax.Array, np.ndarray, jax.Array, jax.Array]:
+        """Drafts tokens behind the last of each of some sequences, and computes them; see `drafts`, `keep`.
+
+        Args:
+          room: sequence -> how many tokens of the tree count, its first among them.
+
+        Returns:
+          The tokens int32 [B, T]; `room` as int32 [B]; logits float32 [B, T, V]; hidden states [B, T, D].
+        """
+        engine, shape = self.engine, self.engine.draft.shape  # type: ignore[union-attr]
+        assert self._drafting is not None  # `drafts` said so
+        lengths = {row: self.cached[row] for row in room}
+        self._reserve(min(max(lengths.values()) + len(shape.parents), engine.max_length))
+        before, new = self._array(lengths), self._array(room)
+        last = np.zeros((self.padded_batch, 3), np.int32)
+        for row in room:
+            three = self.ids[row][-3:]
+            last[row, 3 - len(three) :] = three
+        step = self.step(last[:, 2:], before, new, before + 1)
+        tokens = self._drafting.propose(step, last)
+        step = dataclasses.replace(step, tokens=tokens, tree=_tree(shape, self.padded_batch))
+        logits, hidden, self._cache = steps.verify(step, self._cache)
+        return tokens, new, logits, hidden
+
+    def keep(self, kept: Kept, counts: dict[int, int], path: np.ndarray) -> None:
+        """Keeps the accepted ones of the tokens that were verified last; `cached` stays as it is.
+
+        Args:
+          kept: what was accepted.
+          counts: sequence -> how many of the computed tokens it keeps.
+          path: `kept.path`, on the host.
+        """
+        lengths = {row: self.cached[row] for row in counts}
+        if any((path[row, :count] != np.arange(count)).any() for row, count in counts.items()):
+            assert self._cache is not None
+            self._cache = steps.gather(self._cache, self._array(lengths), kept.path, self._array(counts))
+        self._unseen = Computed(kept.computed, kept.hidden, lengths, counts)
+
+    def _show_draft(self) -> None:
+        """Lets the draft observe what it has not yet, as far as it is still of the texts."""
+        unseen, self._unseen = self._unseen, None
+        if unseen is None:
+            return
+        assert self._drafting is not None
+        assert self._cache is not None
+        new = {
+            row: min(max(self.cached[row] - start, 0), unseen.counts[row])
+            for row, start in unseen.lengths.items()
+        }
+        lengths, counts = self._array(unseen.lengths), self._array(new)
+        step = self.step(unseen.tokens, lengths, counts, lengths + counts)
+        self._drafting.observe(step, self._before(lengths), unseen.hidden, self._cache.capacity)
 
     def decode(self, tokens: jax.Array | np.ndarray, lengths: dict[int, int]) -> tuple[jax.Array, State]:
         """Begins the step of the sequences that have `lengths` tokens in the cache; `cached` stays as it is.
@@ -579,11 +688,16 @@ class Session:
 
     def drop_cache(self) -> None:
         """Forgets all keys and values."""
-        self._cache = None
+        self._cache = self._unseen = None
         self.contexts.forget_all()
 
     def _array(self, values: dict[int, int]) -> np.ndarray:
         return self.contexts.array(values)
+
+
+def _tree(shape: TreeShape, batch: int) -> Tree:
+    """The same tree for every sequence."""
+    return Tree(*(np.broadcast_to(part, (batch, len(part))) for part in tree_of(shape.parents)))  # type: ignore[arg-type]
 
 
 def _chunk_length(remaining: int) -> int:

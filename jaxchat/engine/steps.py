@@ -27,6 +27,27 @@ def prefill(step: Step, cache: KVCache) -> tuple[jax.Array, KVCache]:
 
 
 @functools.partial(jax.jit, donate_argnums=1)
+def prefill_seen(step: Step, cache: KVCache) -> tuple[jax.Array, jax.Array, KVCache]:
+    """`prefill`, and between the two the normed hidden states, float32 [B, T, D], for a draft to see."""
+    hidden, cache = model.forward(step, cache)
+    last = jnp.take_along_axis(hidden, jnp.maximum(step.new - 1, 0)[:, None, None], axis=1)[:, 0]
+    return model.logits(step, last), hidden, cache
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def verify(step: Step, cache: KVCache) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Appends a tree of tokens; the logits [B, T, V] and hidden states [B, T, D] after each, float32."""
+    hidden, cache = model.forward(step, cache)
+    return model.logits(step, hidden), hidden, cache
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def gather(cache: KVCache, lengths: jax.Array, path: jax.Array, count: jax.Array) -> KVCache:
+    """See `KVCache.gathered`."""
+    return cache.gathered(lengths, path, count)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
 def decode(step: Step, cache: KVCache) -> tuple[jax.Array, KVCache]:
     """Appends one token a sequence, here int32 [B]; the float32 [B, V] logits after them, and the cache."""
     step = dataclasses.replace(step, tokens=step.tokens[:, None])
@@ -68,6 +89,13 @@ def sample(
 def count(counts: jax.Array, tokens: jax.Array, active: jax.Array) -> jax.Array:
     """`counts` int32 [B, V] of generated tokens, with `tokens` [B] of the `active` sequences added."""
     return counts.at[jnp.arange(tokens.shape[0]), tokens].add(active)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def count_several(counts: jax.Array, tokens: jax.Array, number: jax.Array) -> jax.Array:
+    """`counts` int32 [B, V], with the first `number` [B] of each sequence's `tokens` [B, A] added."""
+    row, place = jnp.arange(tokens.shape[0])[:, None], jnp.arange(tokens.shape[1])
+    return counts.at[row, tokens].add((place < number[:, None]).astype(jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

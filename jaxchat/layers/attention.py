@@ -64,8 +64,14 @@ def mix(
     mixed = cache.attend(
         step.kernels, fresh.q, slot.position, step.lengths if step.starts is None else step.starts,
         scale=shared.scales[slot.layer], window=shared.windows[slot.layer], softcap=block.softcap,
+        tree=step.tree,
     )  # fmt: skip
-    (y,) = linear(step, slot.layer, mixed.reshape(*mixed.shape[:2], -1).astype(step.dtype), ("o",))
+    return output(step, slot.layer, mixed.reshape(*mixed.shape[:2], -1))
+
+
+def output(step: Step, layer: Int[Array, ""], mixed: Float32[Array, "B T NH"]) -> Float32[Array, "B T D"]:
+    """The output projection of the mixed values of all heads."""
+    (y,) = linear(step, layer, mixed.astype(step.dtype), ("o",))
     return y
 
 

@@ -32,21 +32,21 @@ def run_slot(
 
     def project(block: Block) -> Callable[[jax.Array], Fresh]:
         return lambda x: attention.project(
-            step, block, shared, slot.layer, _read(step, block, "attn_norm", slot, x)
+            step, block, shared, slot.layer, read(step, block, "attn_norm", slot, x)
         )
 
     def attend(block: Block) -> Callable[[jax.Array], jax.Array]:
         def add(x: jax.Array) -> jax.Array:
             y = attention.mix(step, block, shared, slot, fresh, cache) * slot.attn_scale
-            return _add(step, block, "attn_post_norm", slot, x, y)
+            return add_to(step, block, "attn_post_norm", slot, x, y)
 
         return add
 
     def feed(block: Block) -> Callable[[jax.Array, jax.Array], jax.Array]:
         def add(before: jax.Array, x: jax.Array) -> jax.Array:
-            h = _read(step, block, "mlp_norm", slot, ARRANGEMENTS[block.arrangement](before, x))
+            h = read(step, block, "mlp_norm", slot, ARRANGEMENTS[block.arrangement](before, x))
             y = MLPS[block.mlp](step, block, slot.layer, h) * slot.mlp_scale
-            return _add(step, block, "mlp_post_norm", slot, x, y)
+            return add_to(step, block, "mlp_post_norm", slot, x, y)
 
         return add
 
@@ -63,12 +63,12 @@ def run_slot(
     return x, cache
 
 
-def _read(step: Step, block: Block, name: str, slot: SlotIndex, x: jax.Array) -> jax.Array:
+def read(step: Step, block: Block, name: str, slot: SlotIndex, x: jax.Array) -> jax.Array:
     """What a half reads of the residual stream, in the step's dtype: normed, if the kind has this norm."""
     return norm(step, LAYERS + name, x, slot.layer).astype(step.dtype) if name in block.norms else x
 
 
-def _add(step: Step, block: Block, name: str, slot: SlotIndex, x: jax.Array, y: jax.Array) -> jax.Array:
+def add_to(step: Step, block: Block, name: str, slot: SlotIndex, x: jax.Array, y: jax.Array) -> jax.Array:
     """The residual stream with what a half adds, normed if the kind has this norm; the sum is float32."""
     if name in block.norms:
         y = norm(step, LAYERS + name, y, slot.layer)

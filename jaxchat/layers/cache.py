@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxchat.config import ModelConfig
 from jaxchat.pallas.backends import Kernels
-from jaxchat.pallas.cache_attention import QuantizedRows, Rows
+from jaxchat.pallas.cache_attention import QuantizedRows, Rows, Tree
 from jaxchat.sharding import MESH_AXES
 
 
@@ -67,13 +67,42 @@ class KVCache(NamedTuple):
         scale: Float[Array, ""],
         window: Int[Array, ""],
         softcap: float,
+        tree: Tree | None = None,
     ) -> Float[Array, "B T N H"]:
         """Attention of queries [B, T, N, H] behind `lengths` [B] over one slot, float32 [B, T, N, H].
 
         In training, of rows with several texts, `lengths` is `Step.starts`.
         """
         attend = kernels.decode_attention if q.shape[1] == 1 else kernels.prefill_attention
-        return attend(q, self.k, self.v, slot, lengths, scale=scale, window=window, softcap=softcap)
+        return attend(
+            q, self.k, self.v, slot, lengths, scale=scale, window=window, softcap=softcap, tree=tree
+        )
+
+    def gathered(
+        self, lengths: Int[Array, " B"], path: Int[Array, "B A"], count: Int[Array, " B"]
+    ) -> "KVCache":
+        """With some of each sequence's new rows moved to the front of them; other new rows are stale then.
+
+        Args:
+          lengths: rows before the new ones.
+          path: which of these come first, in order, as a path through a tree has them: each moves forwards.
+          count: how many of them.
+        """
+        number = jnp.arange(path.shape[1])
+        source = lengths[:, None] + path
+        # Those that stay, and what is beyond the count, are written nowhere.
+        moves = (number < count[:, None]) & (path != number)
+        target = jnp.where(moves, lengths[:, None] + number, self.capacity)
+
+        def move(part: jax.Array) -> jax.Array:
+            slot, sequence, head = (
+                jnp.arange(size).reshape(shape)
+                for size, shape in zip(part.shape, ((-1, 1, 1, 1), (-1, 1, 1), (-1, 1)), strict=False)
+            )
+            rows = part[slot, sequence, head, source[:, None]]
+            return part.at[slot, sequence, head, target[:, None]].set(rows, mode="drop")
+
+        return jax.tree.map(move, self)
 
     def grown(self, slots: int, capacity: int) -> "KVCache":
         """With room for more slots, and for `capacity` rows in each."""

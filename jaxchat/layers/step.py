@@ -12,6 +12,7 @@ from jaxchat.config import LAYERS, Block, ModelConfig
 from jaxchat.layer_plan import PlanArrays
 from jaxchat.pallas import stacked_matmul
 from jaxchat.pallas.backends import Kernels
+from jaxchat.pallas.cache_attention import Tree
 from jaxchat.pallas.storage import widen
 
 Params = dict[str, Any]
@@ -39,6 +40,7 @@ class Step:
       adapters: traced; None where the model has none.
       starts: None, or, in training, int32 [B, T]: the place in its row where the text of each token begins,
         of rows that hold several texts. A text sees only itself, and its positions count from 0.
+      tree: of the new tokens, where they are not one after the other.
     """
 
     config: ModelConfig = dataclasses.field(metadata={"static": True})
@@ -52,10 +54,13 @@ class Step:
     context: jax.Array
     adapters: Any = None
     starts: jax.Array | None = None
+    tree: Tree | None = None
 
     @property
     def positions(self) -> jax.Array:
         """int32 [B, T], the position of each new token."""
+        if self.tree is not None:
+            return self.lengths[:, None] + self.tree.depths
         places = self.lengths[:, None] + jnp.arange(self.tokens.shape[1])
         return places if self.starts is None else places - self.starts
 

@@ -1,8 +1,8 @@
 // Attends to what it reads from standard input by one instruction set's kernels (TABLE names them), writes the
 // results to standard output, and so on to the end: so that kernels run under an emulator without Python.
 //
-// A record: eight int64 (batch, tokens, heads, kv heads, capacity, head size, stored, window), float32 scale and
-// softcap, then q, k, v, the scales of an int8 cache, and the lengths.
+// A record: nine int64 (batch, tokens, heads, kv heads, capacity, head size, stored, window, whether the tokens are a
+// tree), float32 scale and softcap, then q, k, v, the scales of an int8 cache, the lengths, ancestors and depths.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -26,7 +26,7 @@ const T* ReadSome(int64_t count) {
 
 int main() {
   using namespace jaxchat;
-  for (int64_t head[8]; std::fread(head, sizeof head, 1, stdin) == 1;) {
+  for (int64_t head[9]; std::fread(head, sizeof head, 1, stdin) == 1;) {
     Attention a{};
     a.batch = head[0];
     a.tokens = head[1];
@@ -50,6 +50,10 @@ int main() {
       a.v_scale = ReadSome<float>(rows);
     }
     a.lengths = ReadSome<int32_t>(a.batch);
+    if (head[8]) {
+      a.ancestors = ReadSome<int32_t>(a.batch * a.tokens);
+      a.depths = ReadSome<int32_t>(a.batch * a.tokens);
+    }
     std::vector<float> out(outputs), partial(kernels.partial_floats(a));
     a.out = out.data();
     for (int64_t task = 0; task < kernels.tasks(a); ++task) kernels.run(a, task, partial.data());

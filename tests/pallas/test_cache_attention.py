@@ -69,17 +69,18 @@ def normal(rng, shape):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})
-def attend_all(attend, softcaps, inputs, windows):
+def attend_all(attend, softcaps, inputs, windows, trees):
     """All are compiled together: compiling is most of the time."""
     return [
-        attend(q, k, v, jnp.int32(SLOT), lengths, scale=SCALE, window=window, softcap=softcap)
-        for softcap, (q, k, v, lengths), window in zip(softcaps, inputs, windows, strict=True)
+        attend(q, k, v, jnp.int32(SLOT), lengths, scale=SCALE, window=window, softcap=softcap, tree=tree)
+        for softcap, (q, k, v, lengths), window, tree in zip(softcaps, inputs, windows, trees, strict=True)
     ]
 
 
 def attend(backend, case: Case, inputs) -> np.ndarray:
     arrays = [jax.tree.map(jnp.asarray, tuple(inputs))]
-    return np.asarray(attend_all(backend.attend, (case.softcap,), arrays, [jnp.int32(case.window)])[0])
+    window, tree = jnp.int32(case.window), jax.tree.map(jnp.asarray, case.tree)
+    return np.asarray(attend_all(backend.attend, (case.softcap,), arrays, [window], [tree])[0])
 
 
 def check(backend, rng, chosen: list[tuple[Case, str]]):
@@ -90,7 +91,8 @@ def check(backend, rng, chosen: list[tuple[Case, str]]):
     softcaps = tuple(case.softcap for case, _ in chosen)
     windows = [jnp.int32(case.window) for case, _ in chosen]
     arrays = [jax.tree.map(jnp.asarray, tuple(given)) for given in inputs]
-    outputs = attend_all(backend.attend, softcaps, arrays, windows)
+    trees = [jax.tree.map(jnp.asarray, case.tree) for case, _ in chosen]
+    outputs = attend_all(backend.attend, softcaps, arrays, windows, trees)
     for y, (case, cache), given in zip(outputs, chosen, inputs, strict=True):
         error = np.abs(np.asarray(y, np.float64) - cases.expected(given, case)).max()
         assert error < backend.tolerance(cache), f"{case}, {cache}: {error}"
@@ -174,8 +176,8 @@ def fixed_outputs(isa: str) -> list[np.ndarray]:
         for cache in CACHES
     ]
     softcaps, windows = (0.0, 30.0) * (len(inputs) // 2), [jnp.int32(600)] * len(inputs)
-    arrays = jax.tree.map(jnp.asarray, inputs)
-    return [np.asarray(y) for y in attend_all(backend_of(isa).attend, softcaps, arrays, windows)]
+    arrays, nothing = jax.tree.map(jnp.asarray, inputs), [None] * len(inputs)
+    return [np.asarray(y) for y in attend_all(backend_of(isa).attend, softcaps, arrays, windows, nothing)]
 
 
 # --- write_rows

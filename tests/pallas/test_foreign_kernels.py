@@ -148,10 +148,11 @@ def attention_record(given: attention.Inputs, case: attention.Case, cache: str) 
     caches = [given.k, given.v]
     arrays = [cache.codes if isinstance(cache, QuantizedRows) else cache for cache in caches]
     arrays += [cache.scale for cache in caches if isinstance(cache, QuantizedRows)]
-    head = np.array([b, t, n, kv, s, h, STORED[cache], case.window], np.int64).tobytes()
+    tree = [] if case.tree is None else list(case.tree.within(case.window))
+    head = np.array([b, t, n, kv, s, h, STORED[cache], case.window, bool(tree)], np.int64).tobytes()
     scalars = np.array([SCALE, case.softcap], np.float32)
-    parts = [scalars, given.q, *(array[SLOT] for array in arrays), given.lengths]
-    return head + b"".join(part.tobytes() for part in parts)
+    parts = [scalars, given.q, *(array[SLOT] for array in arrays), given.lengths, *tree]
+    return head + b"".join(np.asarray(part).tobytes() for part in parts)
 
 
 @pytest.mark.parametrize("variant", parameters(ATTENTION))

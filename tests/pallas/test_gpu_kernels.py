@@ -25,6 +25,7 @@ from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
 from jaxchat.pallas.backends import REFERENCE, Kernels, pallas_gpu, select
 from jaxchat.pallas.cache_attention import gpu as attention
+from jaxchat.pallas.cache_attention.tree import Tree
 from jaxchat.pallas.stacked_matmul import gpu as matmul
 from jaxchat.pallas.stacked_matmul.cases import stack
 from tests.pallas.test_tpu_kernels import check_embedding, quantize_params, run_python, two_steps
@@ -109,11 +110,14 @@ def test_products_lower_for_cuda_and_take_the_whole_stack(rng, fmt):
     assert "dynamic_slice" not in text
 
 
-@pytest.mark.parametrize("t", [1, 100])
-def test_attention_lowers_for_cuda_and_takes_the_whole_cache(t):
+@pytest.mark.parametrize(("t", "is_tree"), [(1, False), (100, False), (26, True)])
+def test_attention_lowers_for_cuda_and_takes_the_whole_cache(t, is_tree):
     cache = jax.ShapeDtypeStruct((7, 2, 3, 130, 20), jnp.bfloat16)
     q = jax.ShapeDtypeStruct((2, t, 15, 20), jnp.bfloat16)
     attend = functools.partial(attention.attend, scale=0.1, window=jnp.int32(0), softcap=50.0)
+    if is_tree:
+        words = jnp.ones((2, t), jnp.int32)
+        attend = functools.partial(attend, tree=Tree(words, words))
     text = lowered(attend, q, cache, cache, jnp.int32(3), jnp.zeros(2, jnp.int32))
     call = next(line for line in text.splitlines() if "triton" in line)
     assert call.count("tensor<7x2x3x130x20xbf16>") == 2

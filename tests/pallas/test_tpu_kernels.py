@@ -30,6 +30,7 @@ from jaxchat.pallas.backends import REFERENCE, Kernels, pallas_tpu, select
 from jaxchat.pallas.cache_attention import tpu as attention
 from jaxchat.pallas.cache_attention.cases import SCALE, SLOT, Case, expected, inputs
 from jaxchat.pallas.cache_attention.reference import QuantizedRows
+from jaxchat.pallas.cache_attention.tree import Tree
 from jaxchat.pallas.embedding.tpu import embedding_rows
 from jaxchat.pallas.stacked_matmul import tpu as matmul
 from jaxchat.pallas.stacked_matmul.cases import error, normal, stack
@@ -249,13 +250,14 @@ def test_an_embedding_split_over_a_mesh_is_the_output_head(rng, place, fmt):
 @pytest.mark.parametrize("cache", ["float32", "int8"])
 @pytest.mark.parametrize("kv_heads", [4, 2])  # split, and on every device
 def test_attention_over_a_split_cache_is_that_over_a_whole_one(rng, place, kv_heads, cache):
-    given = inputs(rng, Case((3, 40), 5, 8, kv_heads, 64, 16), cache, 0)
+    case = Case((3, 40), 5, 8, kv_heads, 64, 16, parents=((0, 0, 0, 1, 2), (0, 0, 1, 2, 3)))
+    given, tree = inputs(rng, case, cache, 0), jax.tree.map(jnp.asarray, case.tree)
     rows, new = normal(rng, (2, 5, kv_heads, 16)), jnp.array([5, 5])
 
     @jax.jit
     def step(cache, rows, q):
         cache = attention.write_rows(cache, rows, SLOT, given.lengths, new, interpret=True)
-        options = {"scale": SCALE, "window": 0, "softcap": 0.0, "interpret": True}
+        options = {"scale": SCALE, "window": 0, "softcap": 0.0, "tree": tree, "interpret": True}
         return attention.attend(q, cache, cache, SLOT, given.lengths, **options)
 
     found = step(place(given.k, None, None, "model"), place(rows), place(given.q))
@@ -383,22 +385,25 @@ def compile_kernels(target):
         mixed,
         scalar,
     )
-    for b, t, n, kv, s, h, softcap in (
-        (1, 1, 32, 8, 2048, 128, 0.0),
-        (2, 16, 14, 2, 1024, 64, 0.0),
-        (3, 1, 8, 4, 1000, 256, 50.0),
+    for b, t, n, kv, s, h, softcap, is_tree in (
+        (1, 1, 32, 8, 2048, 128, 0.0, False),
+        (2, 16, 14, 2, 1024, 64, 0.0, False),
+        (3, 1, 8, 4, 1000, 256, 50.0, False),
+        (2, 26, 14, 2, 1024, 64, 0.0, True),
     ):
+        tree = Tree(*[abstract((b, t), jnp.int32)] * 2) if is_tree else None
         shape, lengths = (4, b, kv, s, h), abstract((b,), jnp.int32)
         codes = QuantizedRows(abstract(shape, jnp.int8), abstract(shape[:-1], jnp.float32))
 
-        def step(q, rows, k, v, slot, lengths, scale, window, softcap=softcap):
+        def step(q, rows, k, v, slot, lengths, scale, window, tree, softcap=softcap):
             k, v = (attention.write_rows(c, rows, slot, lengths, lengths) for c in (k, v))
-            return attention.attend(q, k, v, slot, lengths, scale=scale, window=window, softcap=softcap), k, v
+            options = {"scale": scale, "window": window, "softcap": softcap, "tree": tree}
+            return attention.attend(q, k, v, slot, lengths, **options), k, v
 
         for cache in (abstract(shape, jnp.bfloat16), codes):
             check(
                 step,
                 abstract((b, t, n, h), jnp.bfloat16), abstract((b, t, kv, h), jnp.bfloat16), cache, cache,
-                scalar, lengths, abstract((), jnp.float32), scalar, donate=(2, 3),
+                scalar, lengths, abstract((), jnp.float32), scalar, tree, donate=(2, 3),
             )  # fmt: skip
     print("ok")

@@ -68,10 +68,17 @@ def _opened(request: Request, chosen: ChosenModel, clock: CompileClock) -> tuple
             max_slots=request.max_slots or 0,
             chat_template=request.chat_template,
             adapter=request.adapter,
+            draft=request.draft,
+            draft_tree=request.draft_tree,
+            draft_accept=request.draft_accept,
         )
     if request.interactive and request.max_slots is None:
         model.max_slots = spare_slots(model.engine)
-    stats = Stats(load_seconds=time.perf_counter() - started, compile_seconds=clock.seconds())
+    stats = Stats(
+        load_seconds=time.perf_counter() - started,
+        compile_seconds=clock.seconds(),
+        draft_rule=None if request.draft is None else request.draft_accept,
+    )
     replies = open_replies(model, request)
     if is_terminal(sys.stderr) and not (request.hide_banner or request.quiet or request.json):
         say(banner(replies.model, request.model_name, in_the_box=_is_in_the_box(request.model)))

@@ -6,11 +6,13 @@ import jax
 
 from jaxchat.pallas.cache_attention import cpu, dense, reference
 from jaxchat.pallas.cache_attention.reference import QuantizedRows, Rows, attend, write_rows
+from jaxchat.pallas.cache_attention.tree import Tree
 
 __all__ = [
     "Attend",
     "QuantizedRows",
     "Rows",
+    "Tree",
     "WriteRows",
     "attend",
     "cpu",
@@ -35,6 +37,7 @@ class Attend(Protocol):
         scale: jax.Array,
         window: jax.Array,
         softcap: float,
+        tree: Tree | None = None,
     ) -> jax.Array:
         """Attention of q over one slot."""
 

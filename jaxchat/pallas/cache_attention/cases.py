@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxchat.pallas.cache_attention.reference import QuantizedRows
+from jaxchat.pallas.cache_attention.tree import Tree, tree_of
 
 SLOT, SLOTS = 1, 2
 SCALE = 0.3
@@ -27,6 +28,7 @@ class Case:
       tokens, heads, kv_heads, capacity, head_dim: T, N, K, S, H.
       window: keys that a query sees, 0: all.
       softcap: of the scores, 0: none.
+      parents: of each sequence, which new token each follows, if they are trees: see `tree_of`.
     """
 
     lengths: tuple[int, ...]
@@ -37,7 +39,21 @@ class Case:
     head_dim: int
     window: int = 0
     softcap: float = 0.0
+    parents: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def tree(self) -> Tree | None:
+        """Of the new tokens, in numpy."""
+        if not self.parents:
+            return None
+        trees = [tree_of(parents) for parents in self.parents]
+        return Tree(*(np.stack(part) for part in zip(*trees, strict=True)))  # type: ignore[arg-type]
+
+
+_BUSHY = (0, 0, 1, 2, 1, 0, 5, 5, 0, 8, 9, 10, 3)
+_FULL = (0, 0, 1, 2, 3, 4, 4, 3, 3, 2, 2, 1, 11, 11, 1, 14, 14, 0, 17, 18, 17, 0, 21, 21, 0, 24)
+_LONG = tuple(max(t - 1 - 3 * (t % 5 == 0), 0) for t in range(32))
+"""Trees: `_FULL` is that of 25 drafted tokens, `_LONG` needs all 32 bits."""
 
 NAMED = {
     "decode": Case((5, 130, 0), 1, 4, 2, 300, 64),
@@ -51,6 +67,11 @@ NAMED = {
     "prefill, several blocks": Case((600, 3), 40, 4, 1, 700, 128),
     "prefill, window, soft-cap": Case((600, 3), 33, 2, 2, 700, 12, 50, 8.0),
     "prefill, blocks of queries": Case((1, 30), 70, 32, 1, 128, 16),
+    "tree": Case((0, 9), 13, 4, 2, 64, 24, parents=(_BUSHY, tuple(range(-1, 12)))),
+    "tree, across blocks": Case((600, 250, 57), 26, 6, 2, 700, 64, parents=(_FULL, _FULL, _FULL)),
+    "tree, window, soft-cap": Case((600, 3), 32, 2, 2, 700, 12, 50, 8.0, (_LONG, _LONG)),
+    "tree, window within": Case((70, 2), 13, 2, 1, 96, 16, 2, 0.0, (_BUSHY, _BUSHY)),
+    "tree, blocks of queries": Case((30,), 26, 32, 1, 128, 16, parents=(_FULL,)),
 }
 
 SHAPES = ((1, 8, 2, 16, 128), (3, 6, 3, 12, 96), (2, 4, 1, 64, 700), (1, 4, 4, 80, 1500), (2, 5, 5, 8, 64))
@@ -113,6 +134,20 @@ def in_float64(cache: Any) -> np.ndarray:
     return (cache.view(ml_dtypes.bfloat16) if cache.dtype == np.uint16 else cache).astype(np.float64)
 
 
+def _along_tree(parents: tuple[int, ...], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each new token's position [T, 1], and which keys lead to it, bool [T, S]."""
+    count = len(parents)
+    position, visible = np.empty((count, 1), int), np.zeros((count, length + count), bool)
+    visible[:, :length] = True
+    for token in range(count):
+        path = [token]
+        while path[-1]:
+            path.append(parents[path[-1]])
+        position[token] = length + len(path) - 1
+        visible[token, [length + at for at in path]] = True
+    return position, visible
+
+
 def expected(given: Inputs, case: Case) -> np.ndarray:
     """The definition in float64 [B, T, N, H], one sequence at a time."""
     _, t, n, h = given.q.shape
@@ -125,7 +160,11 @@ def expected(given: Inputs, case: Case) -> np.ndarray:
         if case.softcap:
             scores = case.softcap * np.tanh(scores / case.softcap)
         position, key = np.arange(length, length + t)[:, None], np.arange(length + t)
-        visible = (key <= position) & ((key > position - case.window) if case.window else True)
+        visible, place = key <= position, np.arange(length + t)
+        if case.parents:
+            position, visible = _along_tree(case.parents[row], length)
+            place = np.concatenate([np.arange(length), position[:, 0]])
+        visible = visible & ((place > position - case.window) if case.window else True)
         scores = np.where(visible[:, None, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)

@@ -28,6 +28,7 @@ const AttentionTable* TableOf(Isa isa) {
 ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                           ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> slot,
                           ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::S32> window,
+                          ffi::Buffer<ffi::S32> ancestors, ffi::Buffer<ffi::S32> depths,
                           ffi::Result<ffi::Buffer<ffi::F32>> out, float softcap, std::string_view isa) {
   const AttentionTable* const table = TableOf(InstructionSet(isa));
   if (table == nullptr) return ffi::Error::InvalidArgument("isa names no instruction set that runs here");
@@ -57,6 +58,11 @@ ffi::Error CacheAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::An
   a.scale = scale.typed_data()[0];
   a.window = window.typed_data()[0];
   a.softcap = softcap;
+  if (ancestors.element_count() > 0) {
+    if (a.tokens > kTree) return ffi::Error::InvalidArgument("a tree has at most 32 tokens");
+    a.ancestors = ancestors.typed_data();
+    a.depths = depths.typed_data();
+  }
   std::vector<float> partial(kernels.partial_floats(a));
   ParallelFor(pool, kernels.tasks(a), [&](int64_t task) { kernels.run(a, task, partial.data()); });
   kernels.merge(a, partial.data());
@@ -77,6 +83,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxchatCacheAttention, jaxchat::CacheAttention,
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<float>("softcap")

@@ -98,7 +98,8 @@ Tile Locate(const Attention& a, int64_t task) {
   tile.kv = task / tiles % a.kv_heads;
   tile.b = task / tiles / a.kv_heads;
   const int64_t length = a.lengths[tile.b];
-  tile.begin = a.window ? std::max<int64_t>(0, length + tile.t0 - a.window + 1) : 0;
+  const int64_t ahead = a.ancestors == nullptr ? tile.t0 : 0;  // of a tree any token may be near its root
+  tile.begin = a.window ? std::max<int64_t>(0, length + ahead - a.window + 1) : 0;
   tile.end = std::min(a.capacity, length + tile.t1);
   if (tile.splits > 1) {
     tile.begin = std::max(tile.begin, tile.split * kSplit);
@@ -107,10 +108,23 @@ Tile Locate(const Attention& a, int64_t task) {
   return tile;
 }
 
-// Keys a query at `position` sees: [first, last).
-inline void Visible(const Attention& a, int64_t position, int64_t* first, int64_t* last) {
+// Keys that new token t of a sequence sees: [first, last), of a tree with gaps.
+inline void Visible(const Attention& a, int64_t b, int64_t t, int64_t* first, int64_t* last) {
+  const int64_t position = a.lengths[b] + (a.ancestors == nullptr ? t : a.depths[b * a.tokens + t]);
   *first = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
-  *last = position + 1;
+  *last = a.lengths[b] + t + 1;
+}
+
+// Which of 64 keys from `begin` on are new tokens that do not lead to t: 1, else 0. False if none is, or no tree.
+inline bool Hidden(const Attention& a, int64_t b, int64_t t, int64_t begin, int32_t* hidden) {
+  if (a.ancestors == nullptr) return false;
+  const int64_t first = a.lengths[b] - begin;  // of the new keys, in the block
+  if (first >= kKeys || first + a.tokens <= 0) return false;
+  const uint32_t leads = static_cast<uint32_t>(a.ancestors[b * a.tokens + t]);
+  std::fill(hidden, hidden + kKeys, 0);
+  for (int64_t i = 0; i < a.tokens; ++i)
+    if (first + i >= 0 && first + i < kKeys) hidden[first + i] = (leads >> i & 1) == 0;
+  return true;
 }
 
 // [keys, H] -> [H, 64]; missing keys are zero.
@@ -256,8 +270,9 @@ struct Row {
 
 // Turns a row of scores into weights, updates its running maximum and sum, returns what to scale its output by.
 // The scales of int8 keys multiply the scores, those of int8 values the weights; else they are null.
-float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, const float* k_scale,
-              const float* v_scale, Row* row) {
+// Of a tree, `hidden` [64] is not 0 of keys between those that are not visible; else it is null.
+float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, const int32_t* hidden,
+              const float* k_scale, const float* v_scale, Row* row) {
   // Keys [first, last) of the block are visible.
   const Ints from = Ints{} + static_cast<int32_t>(std::clamp<int64_t>(first, 0, kKeys));
   const Ints to = Ints{} + static_cast<int32_t>(std::clamp<int64_t>(last, 0, kKeys));
@@ -270,6 +285,7 @@ float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, co
     if (k_scale != nullptr) x[c] *= Load<Floats>(k_scale + c * kLanes);
     if (a.softcap != 0) x[c] = Softcap(x[c], a.softcap);
     x[c] = ((key >= from) & (key < to)) ? x[c] : Splat(kMasked);
+    if (hidden != nullptr) x[c] = Load<Ints>(hidden + c * kLanes) != 0 ? Splat(kMasked) : x[c];
     top = x[c] > top ? x[c] : top;
   }
   float best = row->top;
@@ -375,14 +391,14 @@ class Task {
   }
 
   // The token that row r asks for.
-  int64_t Position(int64_t r) const { return a_.lengths[tile_.b] + tile_.t0 + r / tile_.group; }
+  int64_t Token(int64_t r) const { return tile_.t0 + r / tile_.group; }
 
   // How many of the block's keys the last of R rows that sees any sees; 0: none of them does.
   template <int R>
   int64_t Reach(int64_t r, int64_t j, int64_t keys) const {
     int64_t first, last, reach = 0;
     for (int64_t i = 0; i < R; ++i) {
-      Visible(a_, Position(r + i), &first, &last);
+      Visible(a_, tile_.b, Token(r + i), &first, &last);
       if (first < j + keys) reach = std::max(reach, std::min(last - j, keys));
     }
     return reach;
@@ -401,9 +417,11 @@ class Task {
     float decay[R];
     for (int64_t i = 0; i < R; ++i) {
       int64_t first, last;
-      Visible(a_, Position(r + i), &first, &last);
+      Visible(a_, tile_.b, Token(r + i), &first, &last);
+      int32_t hidden[kKeys];
+      const bool gaps = !kDecode && Hidden(a_, tile_.b, Token(r + i), j, hidden);
       decay[i] = Softmax(a_, scratch_.scores + i * kKeys, first - j, std::min(last - j, keys),
-                         kScaled ? scratch_.scales : nullptr, kScaled ? scratch_.scales + kKeys : nullptr,
+                         gaps ? hidden : nullptr, kScaled ? scratch_.scales : nullptr, kScaled ? scratch_.scales + kKeys : nullptr,
                          states_ + r + i);
     }
     // Only keys some row sees are read: rows of the cache beyond them may hold anything.

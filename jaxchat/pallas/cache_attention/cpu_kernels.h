@@ -7,6 +7,7 @@ namespace jaxchat {
 
 enum class Stored : int64_t { kFloat32, kBfloat16, kInt8 };  // int8: codes, times one scale a row
 constexpr int64_t kStored = 3;
+constexpr int64_t kTree = 32;  // tokens of a tree, at most
 
 struct Attention {
   const float* q;  // [B, T, N, H]
@@ -19,6 +20,9 @@ struct Attention {
   const int32_t* lengths;  // [B], rows before the first new token
   float scale, softcap;    // softcap 0: none
   int64_t window;          // 0: all
+  // Of new tokens that are a tree, else null: [B, T]. Of the new keys a token sees those whose bits it has.
+  const int32_t* ancestors;
+  const int32_t* depths;  // its position, from the first new token on
 };
 
 // A task is one key/value head of one sequence, a tile of its new tokens and a split of the keys. Tiles and

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxchat.pallas.cache_attention.reference import QuantizedRows, Rows
+from jaxchat.pallas.cache_attention.tree import Tree
 
 
 def write_rows(cache: Rows, rows: jax.Array, slot: jax.Array, lengths: jax.Array, new: jax.Array) -> Rows:
@@ -32,6 +33,7 @@ def attend(
     scale: jax.Array,
     window: jax.Array,
     softcap: float,
+    tree: Tree | None = None,
 ) -> jax.Array:
     """`reference.attend` with all scores [B, N, T, T] at once, of queries from position 0 on.
 
@@ -41,12 +43,14 @@ def attend(
       slot: 0.
       lengths: int32 [B], all 0; or [B, T], the first key that each query sees, of rows with several texts.
       scale, window, softcap: as in `reference.attend`.
+      tree: None.
 
     Returns:
       float32 [B, T, N, H].
     """
     assert not isinstance(k_cache, QuantizedRows)
     assert not isinstance(v_cache, QuantizedRows)
+    assert tree is None
     b, t, n, h = q.shape
     kv = k_cache.shape[2]
     # The queries of one key/value head are one matrix, [G*T, H]: products in groups are slow on CPU.

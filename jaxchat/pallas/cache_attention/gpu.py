@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxchat.lengths import next_power_of_two
+from jaxchat.pallas.cache_attention.tree import MOST, Tree
 
 Array = jax.Array
 
@@ -98,6 +99,7 @@ def attend(
     scale: Array,
     window: Array,
     softcap: float,
+    tree: Tree | None = None,
     interpret: bool = False,
 ) -> Array:
     """Causal grouped-query attention of T new tokens over one slot of the cache; see `reference.attend`.
@@ -110,6 +112,7 @@ def attend(
       scale: float scalar.
       window: int scalar, 0 is all.
       softcap: static, 0 is none.
+      tree: of the new tokens, if they are one.
       interpret: for tests without a GPU.
 
     Returns:
@@ -119,7 +122,9 @@ def attend(
     _, _, kv, s, _ = k_cache.shape
     sizes = _Sizes.choose(q, k_cache)
     cache = jax.tree.leaves((k_cache, v_cache))  # each an array, or codes and a scale a row
-    numbers = jnp.stack([jnp.asarray(slot, jnp.int32), jnp.asarray(window, jnp.int32)])
+    window = jnp.asarray(window, jnp.int32)
+    numbers = jnp.stack([jnp.asarray(slot, jnp.int32), window])
+    by_token = [] if tree is None else list(tree.within(window))
     # Rows of one key/value head: token-major, so that a block of rows is a run of tokens.
     grouped = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 1, 3, 4).reshape(b, kv, t * (n // kv), h)
     parts = (b, kv, sizes.splits, sizes.blocks * sizes.rows)
@@ -127,9 +132,9 @@ def attend(
         (None, None, None, sizes.rows), lambda i, j, k: (i, j // sizes.blocks, k, j % sizes.blocks)
     )
     top, total, mixed = pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes, softcap=softcap),
+        functools.partial(_kernel, sizes=sizes, softcap=softcap, is_tree=tree is not None),
         grid=(b, kv * sizes.blocks, sizes.splits),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (4 + len(cache)),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (4 + len(cache) + len(by_token)),
         out_specs=[
             rows_block,
             rows_block,
@@ -157,6 +162,7 @@ def attend(
         jnp.asarray(scale, jnp.float32).reshape(1),
         grouped,
         *cache,
+        *by_token,
     )
     weight = jnp.exp(top - top.max(2, keepdims=True))
     out = (mixed * weight[..., None]).sum(2) / jnp.maximum((total * weight).sum(2), 1e-30)[..., None]
@@ -172,9 +178,11 @@ def _kernel(
     *refs: Any,
     sizes: _Sizes,
     softcap: float,
+    is_tree: bool,
 ) -> None:
     """Program (b, head and block, split) -> largest score, sum of weights and mixed values of its keys."""
-    *cache, top_ref, total_ref, mixed_ref = refs
+    *given, top_ref, total_ref, mixed_ref = refs
+    cache, tree_refs = (given[:-2], given[-2:]) if is_tree else (given, [])
     k_refs, v_refs = cache[: len(cache) // 2], cache[len(cache) // 2 :]
     b, split = pl.program_id(0), pl.program_id(2)
     head = lax.div(pl.program_id(1), jnp.int32(sizes.blocks))
@@ -190,12 +198,15 @@ def _kernel(
     dot = functools.partial(_dot, precision=lax.Precision.HIGHEST if q.dtype == jnp.float32 else None)
 
     # A token sees itself and what is before it, as far as the window reaches. Padding can lie beyond.
-    position = length + lax.div(row, jnp.int32(sizes.per_kv))
+    token = lax.div(row, jnp.int32(sizes.per_kv))
+    position = length + (tree_refs[1][b, token] if is_tree else token)
+    words = tree_refs[0][b, token] if is_tree else token
     oldest = jnp.where(window > 0, position - window, -1)
     first_token = lax.div(block * sizes.rows, jnp.int32(sizes.per_kv))
     last_token = jnp.minimum(lax.div((block + 1) * sizes.rows - 1, jnp.int32(sizes.per_kv)), sizes.tokens - 1)
     end = jnp.minimum(length + last_token + 1, sizes.capacity)
-    start = jnp.where(window > 0, jnp.maximum(length + first_token + 1 - window, 0), 0)
+    nearest = 0 if is_tree else first_token  # of a tree any token may be near its root
+    start = jnp.where(window > 0, jnp.maximum(length + nearest + 1 - window, 0), 0)
     first = lax.div(start, jnp.int32(sizes.keys))
     blocks = jnp.maximum(lax.div(end - 1, jnp.int32(sizes.keys)) + 1 - first, 0)
     share = lax.div(blocks + (sizes.splits - 1), jnp.int32(sizes.splits))
@@ -216,7 +227,15 @@ def _kernel(
         scores = math.prod(k_scale, start=dot(q, k.T) * scale)
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
-        seen = (key[None, :] <= position[:, None]) & (key[None, :] > oldest[:, None]) & (key < end)[None, :]
+        seen = (key[None, :] <= position[:, None]) & (key[None, :] > oldest[:, None])
+        if is_tree:
+            number = key - length
+            leads = lax.shift_right_logical(
+                jnp.broadcast_to(words[:, None], seen.shape),
+                jnp.broadcast_to(jnp.clip(number, 0, MOST - 1)[None, :], seen.shape),
+            )
+            seen = jnp.where((number < 0)[None, :], seen, leads & 1 == 1)
+        seen &= (key < end)[None, :]
         scores = jnp.where(seen, scores, _MASKED)
         new_top = jnp.maximum(top, scores.max(1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxchat.pallas.cache_attention.tree import MOST, Tree
 from jaxchat.pallas.storage import stored, widen
 
 _KEY_BLOCK = 256
@@ -75,6 +76,7 @@ def attend(
     scale: jax.Array,
     window: jax.Array,
     softcap: float,
+    tree: Tree | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention of T new tokens over one slot of the cache, their own rows included.
 
@@ -86,6 +88,8 @@ def attend(
       scale: float scalar, multiplies the scores.
       window: int scalar; a query sees the last `window` positions, its own included; 0 is all.
       softcap: static; scores become `softcap * tanh(score / softcap)` unless it is 0 (Gemma 2).
+      tree: of the new tokens, where they are not one after the other: query t is at position lengths + its
+        depth then, and of the new keys sees those that lead to it.
 
     Returns:
       float32 [B, T, N, H].
@@ -95,7 +99,8 @@ def attend(
     block = min(s, _KEY_BLOCK)
     grouped = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else lax.Precision.DEFAULT
-    position = lengths[:, None] + jnp.arange(t)  # [B, T]
+    position = lengths[:, None] + (jnp.arange(t) if tree is None else tree.depths)  # [B, T]
+    words = None if tree is None else tree.within(window).ancestors
     oldest = jnp.where(window > 0, position - window, -1)  # keys up to here are out of the window
 
     def body(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -111,7 +116,10 @@ def attend(
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
         key = start + jnp.arange(block)
-        visible = (key <= position[..., None]) & (key > oldest[..., None]) & (key >= i * block)  # [B, T, S]
+        visible = (key <= position[..., None]) & (key > oldest[..., None])  # [B, T, S]
+        if words is not None:
+            visible = _in_tree(visible, words, lengths, key)
+        visible &= key >= i * block
         scores = jnp.where(visible[:, None, None], scores, _MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(visible[:, None, None], jnp.exp(scores - new_top[..., None]), 0.0)
@@ -129,6 +137,13 @@ def attend(
     _, total, out = lax.fori_loop(first, last, body, state)
     out = out / jnp.maximum(total, 1e-30)[..., None]
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def _in_tree(visible: jax.Array, words: jax.Array, lengths: jax.Array, key: jax.Array) -> jax.Array:
+    """`visible` [B, T, S] of keys [S], but of the new ones, which are those of each query's word [B, T]."""
+    number = (key - lengths[:, None])[:, None]  # [B, 1, S], of a new key
+    leads = lax.shift_right_logical(words[..., None], jnp.clip(number, 0, MOST - 1)) & 1 == 1
+    return jnp.where(number < 0, visible, leads & (number < MOST))
 
 
 def _block(cache: Rows, slot: jax.Array, start: jax.Array, count: int) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from jaxchat.pallas.cache_attention.reference import QuantizedRows, Rows, quantize_rows
+from jaxchat.pallas.cache_attention.tree import MOST, Tree
 from jaxchat.pallas.mesh import mesh_of, split
 
 Array = jax.Array
@@ -53,6 +54,7 @@ def attend(
     scale: Array,
     window: Array,
     softcap: float,
+    tree: Tree | None = None,
     interpret: Any = False,
 ) -> Array:
     """Causal grouped-query attention of T new tokens over one slot of the cache; see `reference.attend`.
@@ -68,21 +70,25 @@ def attend(
       scale: float scalar.
       window: int scalar, 0 is all.
       softcap: static, 0 is none.
+      tree: of the new tokens, if they are one; it is a single block of queries.
       interpret: for tests without a TPU: True or `pltpu.InterpretParams`.
 
     Returns:
       float32 [B, T, N, H].
     """
     run = functools.partial(_attend, softcap=softcap, interpret=interpret)
-    meta = jnp.stack([jnp.asarray(slot, jnp.int32), jnp.asarray(window, jnp.int32)])
+    window = jnp.asarray(window, jnp.int32)
+    meta = jnp.stack([jnp.asarray(slot, jnp.int32), window])
     scale = jnp.asarray(scale, jnp.float32).reshape(1, 1)
-    operands = (q, k_cache, v_cache, meta, lengths.astype(jnp.int32), scale)
+    tree = None if tree is None else tree.within(window)
+    operands = (q, k_cache, v_cache, meta, lengths.astype(jnp.int32), scale, tree)
     mesh = mesh_of(*jax.tree.leaves(k_cache), q)
     if mesh is None:
         return run(*operands)
     batch, heads = split(mesh, "data", q.shape[0]), split(mesh, "model", k_cache.shape[2])
     query, cache = PartitionSpec(batch, None, heads), PartitionSpec(None, batch, heads)
-    specs = (query, cache, cache, PartitionSpec(), PartitionSpec(batch), PartitionSpec())
+    per_row = PartitionSpec(batch)
+    specs = (query, cache, cache, PartitionSpec(), per_row, PartitionSpec(), per_row)
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=query, check_vma=False)(*operands)
 
 
@@ -93,6 +99,7 @@ def _attend(
     meta: Array,
     lengths: Array,
     scale: Array,
+    tree: Tree | None,
     *,
     softcap: float,
     interpret: Any,
@@ -109,7 +116,8 @@ def _attend(
     per_kv = n // kv
     # Rows of one key/value head: token-major, so that a block of rows is a run of tokens.
     grouped = q.reshape(b, t, kv, per_kv, h).transpose(0, 2, 1, 3, 4).reshape(b, kv, t * per_kv, h)
-    tokens = t if t * per_kv <= _QUERY_ROWS else max(_QUERY_ROWS // per_kv // 16, 1) * 16
+    whole = t * per_kv <= _QUERY_ROWS or tree is not None
+    tokens = t if whole else max(_QUERY_ROWS // per_kv // 16, 1) * 16
     rows = tokens * per_kv
     heads = kv if t == 1 else 1
     keys = _key_block(s, heads * h * k_cache.dtype.itemsize)
@@ -132,8 +140,11 @@ def _attend(
     cache_spec = pl.BlockSpec((None, None, heads, *((h, keys) if turned else (keys, h))), key_block)
     scale_spec = pl.BlockSpec((None, None, kv, keys), scale_block)  # of all heads: tiles are 8 high
     query_spec = pl.BlockSpec((None, heads, rows, h), query_block)
+    # Of a tree: the word and the depth of each query row.
+    by_row = [] if tree is None else [jnp.repeat(part, per_kv, axis=1)[..., None] for part in tree]
+    by_row_spec = pl.BlockSpec((None, rows, 1), lambda i, g, j, c, meta, lengths: (i, 0, 0))
     out = pl.pallas_call(
-        functools.partial(_attend_kernel, sizes=sizes, softcap=softcap),
+        functools.partial(_attend_kernel, sizes=sizes, softcap=softcap, is_tree=tree is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, kv // heads, pl.cdiv(t, tokens), pl.cdiv(s, keys)),
@@ -143,6 +154,7 @@ def _attend(
                 cache_spec,
                 cache_spec,
                 *[scale_spec] * len(scales),
+                *[by_row_spec] * len(by_row),
             ],
             out_specs=query_spec,
             scratch_shapes=[
@@ -164,7 +176,7 @@ def _attend(
         ),
         interpret=interpret,
         name="cache_attention",
-    )(meta, lengths, scale, grouped, *(_turn(c, turned) for c in (k_cache, v_cache)), *scales)
+    )(meta, lengths, scale, grouped, *(_turn(c, turned) for c in (k_cache, v_cache)), *scales, *by_row)
     return out.reshape(b, kv, t, per_kv, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
 
 
@@ -211,6 +223,7 @@ class _Sizes:
 
     def visible(self, length: Array, j: Array, window: Array) -> tuple[Array, Array]:
         """First and last block of keys that query block j sees; none if last < first."""
+        # Of a tree there is one block, j = 0, and its first token is as near the start as any.
         start = jnp.where(window > 0, jnp.maximum(length + j * self.tokens - window + 1, 0), 0)
         first = lax.div(jnp.minimum(start, self.capacity - 1), self.keys)
         return first, lax.div(self.end(length, j) - 1, self.keys)
@@ -226,12 +239,15 @@ def _attend_kernel(
     *refs: Any,
     sizes: _Sizes,
     softcap: float,
+    is_tree: bool,
 ) -> None:
     """q and out [K', rows, H], k and v [K', keys, H] (or turned): some heads, the queries of some tokens.
 
-    The scales of 8-bit keys and values, if any, are [K, keys]: those of all heads.
+    The scales of 8-bit keys and values, if any, are [K, keys]: those of all heads; the words and depths of a
+    tree, if it is one, are [rows, 1].
     """
-    *scale_refs, out_ref, top_ref, total_ref, mixed_ref = refs
+    *given_refs, out_ref, top_ref, total_ref, mixed_ref = refs
+    scale_refs, tree_refs = (given_refs[:-2], given_refs[-2:]) if is_tree else (given_refs, [])
     i, g, j, c = (pl.program_id(axis) for axis in range(4))
     length, window = lengths_ref[i], meta_ref[1]
     first, last = sizes.visible(length, j, window)
@@ -247,11 +263,18 @@ def _attend_kernel(
         rows = q_ref.shape[1]
         start = c * sizes.keys
         token = lax.div(lax.broadcasted_iota(jnp.int32, (rows, sizes.keys), 0), jnp.int32(sizes.per_kv))
-        position = length + j * sizes.tokens + token
+        position = length + (tree_refs[1][...] if is_tree else j * sizes.tokens + token)
         key = start + lax.broadcasted_iota(jnp.int32, (rows, sizes.keys), 1)
         oldest = jnp.where(window > 0, position - window, -1)
         # Rows of blocks that reach beyond the cache belong to nobody, and do not exist.
         seen = (key <= position) & (key > oldest) & (key < sizes.capacity)
+        if is_tree:
+            number = key - length
+            leads = lax.shift_right_logical(
+                jnp.broadcast_to(tree_refs[0][...], key.shape), jnp.clip(number, 0, MOST - 1)
+            )
+            of_tree = (number < sizes.total) & (leads & 1 == 1)
+            seen = jnp.where(number < 0, seen, of_tree & (key < sizes.capacity))
         row = start + lax.broadcasted_iota(jnp.int32, v_ref.shape[1:], 1 if sizes.turned else 0)
         written = row < sizes.end(length, j)
         for head in range(q_ref.shape[0]):
