@@ -14,6 +14,7 @@ _data = functools.partial(Flag, group="Data")
 _steps = functools.partial(Flag, group="Steps")
 _lora = functools.partial(Flag, group="LoRA (--task lora, heal)")
 _heal = functools.partial(Flag, group="Healing (--task heal)")
+_chimera = functools.partial(Flag, group="Chimera (--task chimera)")
 _saving = functools.partial(Flag, group="Evaluation and checkpoints")
 
 _ABOVE_0 = Range(float, sys.float_info.min, words="a number above 0")
@@ -26,12 +27,13 @@ class TrainRequest(ModelFlags):
 
     model: Annotated[str | None, _MODEL] = None
     task: Annotated[
-        Literal["lora", "blocks", "heal", "full"],
+        Literal["lora", "blocks", "heal", "full", "chimera"],
         Flag(
             help="lora: low-rank deltas of the layers, written as a PEFT adapter. blocks: the layers that "
             "--layer_spec or --recipe adds (repetitions, or layers whose o_proj and down_proj are scaled to "
             "0): they begin as copies that change nothing, and only they are trained, as in LLaMA-Pro. heal: "
-            "the layers that --layer_spec leaves learn what the whole model says. full: every parameter",
+            "the layers that --layer_spec leaves learn what the whole model says. full: every parameter. "
+            "chimera: heads that draft what the model says, for --draft",
             example="--task lora",
             value="TASK",
         ),
@@ -40,7 +42,7 @@ class TrainRequest(ModelFlags):
         str,
         Flag(
             help="The directory to write: checkpoints, metrics.jsonl, loss.png and, in the end, adapter/ "
-            "(lora, heal) or hf/ (a model as on Hugging Face)",
+            "(lora, heal), hf/ (a model as on Hugging Face) or chimera/",
             example="--output_dir poet",
             value="DIR",
         ),
@@ -276,6 +278,47 @@ class TrainRequest(ModelFlags):
             high=1,
         ),
     ] = 0.0
+    chimera_num_heads: Annotated[
+        int,
+        _chimera(
+            help="Tokens to guess ahead: a head for each",
+            example="--chimera_num_heads 4",
+            low=1,
+            high=32,
+        ),
+    ] = 4
+    chimera_num_layers: Annotated[
+        int, _chimera(help="Decoder layers under the heads: there is one", example="--chimera_num_layers 1")
+    ] = 1
+    chimera_head: Annotated[
+        Literal["shared", "full", "low_rank"],
+        _chimera(
+            help="shared: each head a matrix before the model's own output head; full: each an output head "
+            "of its own, as published, which is large; low_rank: matrices of --chimera_rank",
+            example="--chimera_head low_rank",
+            value="KIND",
+        ),
+    ] = "shared"
+    chimera_rank: Annotated[
+        int, _chimera(help="Of low_rank heads", example="--chimera_rank 64", low=1, high=16384)
+    ] = 64
+    chimera_losses: Annotated[
+        str,
+        _chimera(
+            help="What heads learn of the model: its most probable tokens, hidden states, logits, "
+            "distributions (kl), or the text's own tokens (labels); they add up",
+            example="--chimera_losses kl,hidden",
+            value="NAMES",
+        ),
+    ] = "tokens,hidden,logits"
+    eval_only: Annotated[
+        bool,
+        _saving(
+            help="Train no further: print what the best state in --output_dir (else the last) does on "
+            "--eval_data_path; of chimera, how often each head is right",
+            example="--eval_only",
+        ),
+    ] = False
     evaluation_strategy: Annotated[
         _When | None,
         _saving(

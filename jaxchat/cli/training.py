@@ -22,6 +22,7 @@ from jaxchat.cli.train_request import TrainRequest
 from jaxchat.engine.compile_cache import enable_compilation_cache
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.layers.chimera import ChimeraConfig
 from jaxchat.pallas import backends
 from jaxchat.quant import QuantFormat
 from jaxchat.text.named_templates import chosen_template
@@ -55,12 +56,12 @@ def trained(request: TrainRequest, chosen: ChosenModel, progress: Progress | Non
         settings=settings,
         directory=out,
         identity=_identity(request, base, data),
-        resume=request.resume,
+        resume=request.resume or request.eval_only,
         sinks=sinks,
         mesh=mesh,
     )
     try:
-        return _run(request, trainer, setup, data)
+        return _evaluated(trainer) if request.eval_only else _run(request, trainer, setup, data)
     finally:
         trainer.close()
 
@@ -93,6 +94,16 @@ def _run(request: TrainRequest, trainer: Trainer, setup: Setup, data: Batches) -
         loss += f" (before: {before[LOSS]:.4f})" if before else ""
     early = ", ended early" if outcome.stopped_early else ""
     print(f"{place}: {loss} after {outcome.step} steps{early}; use it with\n  {setup.use(place)}")
+    return 0
+
+
+def _evaluated(trainer: Trainer) -> int:
+    step = trainer.take_best()
+    figures = trainer.evaluate()
+    width = max(map(len, figures))
+    print(f"after {step} steps")
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {value:.4f}")
     return 0
 
 
@@ -187,6 +198,10 @@ def _choices(request: TrainRequest) -> Choices:
         temperature=request.temperature,
         label_weight=request.label_weight,
         kept="inputs" if checkpointing else "products",
+        chimera=ChimeraConfig(
+            kind=request.chimera_head, heads=request.chimera_num_heads, rank=request.chimera_rank
+        ),
+        chimera_losses=request.chimera_losses,
         seed=request.seed,
     )
 
@@ -229,7 +244,7 @@ _IDENTITY = (
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay",
     "max_grad_norm", "seed", "model_max_length", "train_on", "packing", "lazy_preprocess", "chat_template",
     "lora_rank", "lora_alpha", "use_rslora", "lora_targets", "lora_dropout", "heal_with", "temperature",
-    "label_weight",
+    "label_weight", "chimera_num_heads", "chimera_head", "chimera_rank", "chimera_losses",
 )  # fmt: skip
 """What must not change while a run is gone on with."""
 

@@ -14,13 +14,15 @@ _USAGE = """\
 usage: {program} --task TASK -m DIR --data_path FILE --output_dir DIR [...]
 
 Trains a part of a model on conversations or texts: low-rank adapters (lora),
-new layers (blocks), the layers that a plan leaves (heal), or all of it (full).
+new layers (blocks), the layers that a plan leaves (heal), or all of it (full);
+or heads that draft for it (chimera).
 
   {program} --task lora -m assistant --data_path chats.jsonl --output_dir poet
   {program} --task blocks -m box --data_path tales.jsonl \\
       --output_dir longer --layer_spec 0:8,7,7
   {program} --task heal -m box --data_path tales.jsonl --output_dir shorter \\
       --layer_spec 0:4,5:
+  {program} --task chimera -m box --data_path chats.jsonl --output_dir heads
   {program} --task lora -m assistant --data_path chats.jsonl --output_dir poet --resume
 
 Data: JSON lines, or a JSON list, of {"text": ...}, {"messages": [...]} (OpenAI),
@@ -30,6 +32,10 @@ Data: JSON lines, or a JSON list, of {"text": ...}, {"messages": [...]} (OpenAI)
 _ONLY: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("lora_rank", "lora_alpha", "use_rslora", "lora_targets"), ("lora", "heal")),
     "lora_dropout": ("lora", "heal", "full"),
+    **dict.fromkeys(
+        ("chimera_num_heads", "chimera_num_layers", "chimera_head", "chimera_rank", "chimera_losses"),
+        ("chimera",),
+    ),
     **dict.fromkeys(("heal_with", "temperature", "label_weight"), ("heal",)),
 }
 """Flag -> the tasks that heed it."""
@@ -55,6 +61,12 @@ def _refuse(request: TrainRequest, given: frozenset[str]) -> None:
         raise UsageError("--data_path must be given; --help shows examples")
     if request.early_stopping_patience and not request.eval_data_path:
         raise UsageError("--early_stopping_patience needs --eval_data_path: data to evaluate on")
+    if request.chimera_num_layers != 1:
+        raise UsageError(
+            f"--chimera_num_layers is {request.chimera_num_layers}; a Chimera has one layer: leave it out"
+        )
+    if request.eval_only and not request.eval_data_path:
+        raise UsageError("--eval_only needs --eval_data_path: data to evaluate on")
     if request.task == "full" and request.frozen_quant:
         raise UsageError("--task full trains every weight; quantized ones cannot be: leave --quant out")
 

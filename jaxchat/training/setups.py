@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jaxchat.checkpoints import write
 from jaxchat.checkpoints.adapter import replicated_config
 from jaxchat.checkpoints.adapter_write import Strength, write_adapter
+from jaxchat.checkpoints.chimera import write_chimera
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.low_rank import Adapter
 from jaxchat.checkpoints.merged import MergedDirectory
@@ -22,15 +24,17 @@ from jaxchat.config import ModelConfig
 from jaxchat.errors import UsageError, option
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.layers.chimera import ChimeraConfig, initial_params
 from jaxchat.layers.step import Params
 from jaxchat.training import lora
+from jaxchat.training.chimera import DEFAULT_LOSSES, ChimeraTask, losses_of
 from jaxchat.training.forward import Kept
 from jaxchat.training.parts import LowRank, Part, WholeLayers, copies, plain
 from jaxchat.training.tasks import Everything, Healing, Text
 from jaxchat.training.trainer import Task
 
-ADAPTER, MODEL = "adapter", "hf"
-"""What is written into a run's directory in the end: an adapter as PEFT's, or a model in HF's layout."""
+ADAPTER, MODEL, CHIMERA = "adapter", "hf", "chimera"
+"""What is written into a run's directory in the end: an adapter as PEFT's, a model in HF's layout, heads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,7 @@ class Choices:
       heal_with: what of the layers that are left is trained: `lora`, or the `layers` whole.
       temperature, label_weight: see `tasks.Healing`.
       kept: see `forward.Kept`.
+      chimera, chimera_losses: what heads there are, and what of `chimera.LOSSES` they learn.
       seed: of what training begins with.
     """
 
@@ -87,6 +92,8 @@ class Choices:
     temperature: float = 1.0
     label_weight: float = 0.0
     kept: Kept = "products"
+    chimera: ChimeraConfig = dataclasses.field(default_factory=ChimeraConfig)
+    chimera_losses: str = ",".join(DEFAULT_LOSSES)
     seed: int = 0
 
 
@@ -185,10 +192,39 @@ def everything(base: Base, choices: Choices) -> Setup:
     )
 
 
+def chimera(base: Base, choices: Choices) -> Setup:
+    """Chimera's heads, which draft what the model says."""
+    if not base.is_whole:
+        raise UsageError(
+            f"{option('task', 'chimera')} trains heads for the model's own layers, each once; leave "
+            f"{option('layer_spec')} out (they draft under any plan)"
+        )
+    losses = losses_of(choices.chimera_losses)
+    config = choices.chimera
+    initial = initial_params(config, base.config, base.params, jax.random.key(choices.seed))
+
+    def export(trained: Params, directory: Path) -> Path:
+        place = directory / CHIMERA
+        params = {name: np.asarray(value, ml_dtypes.bfloat16) for name, value in trained.items()}
+        training = {"base": base.name, "losses": losses, "seed": choices.seed}
+        write_chimera(place, config, params, base.config, base.params, training=training)
+        return place
+
+    return Setup(
+        task=ChimeraTask(base.config, base.dtype, config, losses),
+        frozen=base.params,
+        initial=initial,
+        decayed={name: name.endswith(".weight") and "norm" not in name for name in initial},
+        export=export,
+        use=lambda place: f"jaxchat chat -m {base.name} --draft chimera:{place}",
+    )
+
+
 SETUPS: Mapping[str, Callable[[Base, Choices], Setup]] = {
     "lora": low_rank,
     "blocks": blocks,
     "heal": healing,
+    "chimera": chimera,
     "full": everything,
 }
 """`--task` -> what makes it ready."""

@@ -438,12 +438,16 @@ class Trainer:
     def _save(self) -> None:
         self._saved.put(self.step, self.state._asdict(), dataclasses.asdict(self.position))
 
+    def take_best(self) -> int:
+        """Goes back to the best state, where there were evaluations, and returns its step."""
+        position = self.position
+        if position.best_loss is not None and position.best_step != self.step:
+            self.state = State(**self._saved.best(self.state._asdict()))
+        return self.step
+
     def _outcome(self, loss: float) -> Outcome:
-        state, position = self.state, self.position
-        step = self.step
-        if position.best_loss is not None and position.best_step != step:
-            state, step = State(**self._saved.best(state._asdict())), position.best_step
-        return Outcome(state, step, loss, position.best_loss, self._is_out_of_patience)
+        step = self.take_best()
+        return Outcome(self.state, step, loss, self.position.best_loss, self._is_out_of_patience)
 
     # --- data
 
