@@ -172,5 +172,5 @@ class ChimeraTask:
 
 def _ahead(values: jax.Array, count: int) -> jax.Array:
     """What stands so many places further on in each row [B, T, ...]; zeros beyond the end."""
-    values = values[:, count:]
-    return jnp.pad(values, [(0, 0), (0, count), *[(0, 0)] * (values.ndim - 2)])
+    missing = min(count, values.shape[1])
+    return jnp.pad(values[:, count:], [(0, 0), (0, missing), *[(0, 0)] * (values.ndim - 2)])

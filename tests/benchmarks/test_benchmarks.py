@@ -289,3 +289,15 @@ def test_sweep_compiles_once_and_sharing_changes_no_score(sample: tuple[str, ...
     assert result["hidden_state_bytes"] == 5 * 24 * 48 * 4
     assert result["plans_per_s"] == pytest.approx(10 / result["sweep_s"])
     assert result["speedup"] == pytest.approx(result["sweep_s_without_sharing"] / result["sweep_s"])
+
+
+@pytest.mark.parity
+def test_training_is_compared_with_peft_step_by_step():
+    done = _run(
+        "training", "--shape", "tiny", "--rank", "4", "--batch", "2", "--length", "16", "--steps", "5"
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["largest_loss_difference"] < 1e-4
+    assert result["ratio"] > 0
+    assert result["peer"].startswith("peft")
