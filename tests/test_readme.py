@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -75,6 +76,9 @@ def test_the_commands_run(
     (tmp_path / "story.txt").write_text(re.sub(r"[^a-z ]", "", story.lower()))  # what the model can read
     modules = projections(ModelDirectory.at(model_path).config)
     write_adapter(tmp_path / "path/to/adapter", lora_tensors(modules), target_modules="all-linear")
+    asked = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello, poet"}
+    for name in ("chats.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text(f"{json.dumps({'messages': asked})}\n" * 3)
     base, heads = load_params(model_path), ChimeraConfig(heads=3)
     write_chimera(tmp_path / "path/to/heads", heads, initial_params(heads, *base, jax.random.key(0)), *base)
     monkeypatch.chdir(tmp_path)
@@ -90,7 +94,12 @@ def test_the_commands_run(
             assert out == "yes, i enjoy listening to music while i feel happy and relaxed.\n"
             chatted = True
     assert chatted
-    for made in ("back-to-hf/model.safetensors", "expanded/config.json", "report/layers.csv"):
+    for made in (
+        "poet/adapter/adapter_config.json",
+        "back-to-hf/model.safetensors",
+        "expanded/config.json",
+        "report/layers.csv",
+    ):
         assert (tmp_path / "out" / made).exists()
 
 
