@@ -3,12 +3,13 @@
 What can be asked for is in `cli/train_request.py`, what the tasks are in `training/setups.py`.
 """
 
+import importlib.util
 from collections.abc import Mapping
 
 from jaxchat.cli.command_line import Command, Conflict, catch_interrupts
 from jaxchat.cli.model_flags import BASE_NEEDS, MODEL_PATH_NEEDS
 from jaxchat.cli.train_request import TrainRequest
-from jaxchat.errors import UsageError
+from jaxchat.errors import JaxchatError, UsageError
 
 _USAGE = """\
 usage: {program} --task TASK -m DIR --data_path FILE --output_dir DIR [...]
@@ -43,6 +44,7 @@ _ONLY: Mapping[str, tuple[str, ...]] = {
 
 def _run(request: TrainRequest, given: frozenset[str]) -> int:
     _refuse(request, given)
+    _require_packages()
     chosen = request.or_boxed().chosen()
     catch_interrupts()
     # Imports JAX, which --help and usage errors need not wait for.
@@ -69,6 +71,12 @@ def _refuse(request: TrainRequest, given: frozenset[str]) -> None:
         raise UsageError("--eval_only needs --eval_data_path: data to evaluate on")
     if request.task == "full" and request.frozen_quant:
         raise UsageError("--task full trains every weight; quantized ones cannot be: leave --quant out")
+
+
+def _require_packages() -> None:
+    for name in ("optax", "orbax", "matplotlib"):
+        if importlib.util.find_spec(name) is None:
+            raise JaxchatError(f"training needs {name}; pip install 'jaxchat[train]'")
 
 
 COMMAND = Command(

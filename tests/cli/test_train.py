@@ -1,5 +1,6 @@
 """`jaxchat train`, as its users run it."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -116,6 +117,13 @@ def test_what_cannot_be_trained_is_one_line(commands, data, tmp_path, more, code
     given = [places.get(word, word) for word in more]
     told = commands.error("train", "-m", "box", "--output_dir", tmp_path / "out", *given, code=code)
     assert complaint in told
+
+
+def test_what_is_not_installed_is_named(commands, data, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optax" else found(name))
+    told = commands.error(*arguments(data, tmp_path / "out"), code=1)
+    assert "training needs optax; pip install 'jaxchat[train]'" in told
 
 
 def test_a_model_without_a_tokenizer_is_refused(commands, data, tmp_path):
