@@ -40,3 +40,8 @@ def path() -> Path:
             "make it with tools/train_demo.py"
         )
     return directory
+
+
+def heads(directory: str | Path) -> Path:
+    """Where a draft's heads are whose directory was given: `box` is those for the model in the box."""
+    return path() / "heads" if str(directory) == NAME and not Path(directory).is_dir() else Path(directory)

@@ -287,6 +287,8 @@ class Trainer:
         self._optimizer = _Optimizer(settings, tuple(leaves), structure)
         moments = self._optimizer.transformation.init(initial)
         self.state = State(initial, moments, jnp.int32(0))
+        if mesh is not None:  # whole on every device: gradients of all parts of a batch meet there
+            self.state = jax.device_put(self.state, NamedSharding(mesh, PartitionSpec()))
         self.position = Position()
         self._saved = Saved(directory, identity, keep=settings.keep, resume=resume)
         found = self._saved.last(self.state._asdict())

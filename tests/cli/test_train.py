@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,6 +97,37 @@ def test_flags_of_other_trainers_mean_the_same(commands, data, tmp_path):
     assert "there is no new layer in this plan" in told
 
 
+CHIMERA = """
+    --model_name_or_path box --data_path train.jsonl --eval_data_path eval.jsonl --output_dir out
+    --num_train_epochs 2 --per_device_train_batch_size 4 --per_device_eval_batch_size 4
+    --gradient_accumulation_steps 2 --evaluation_strategy "steps" --eval_steps 50 --save_strategy "steps"
+    --save_steps 200 --save_total_limit 2 --learning_rate 2e-4 --weight_decay 0.0 --warmup_ratio 0.01
+    --lr_scheduler_type "cosine" --logging_steps 1 --model_max_length 64 --lazy_preprocess True
+    --chimera_num_heads 4 --chimera_num_layers 1
+"""
+
+
+@pytest.mark.parametrize("more", ["", *[pytest.param("--load_in_8bit True", marks=pytest.mark.full)]])
+def test_chimera_is_trained_by_the_flags_of_its_authors(commands, data, tmp_path, monkeypatch, more):
+    """All of `chimera/train.py`'s, in its README's two command lines; the paths are these."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "eval.jsonl"):
+        (tmp_path / name).write_bytes((data / name).read_bytes())
+    done = commands("train", "--task", "chimera", *shlex.split(CHIMERA + more))
+    assert done.code == 0, done.err
+    assert done.out.startswith("out/chimera: held-out loss ")
+    assert done.out.endswith("jaxchat chat -m box --draft chimera:out/chimera\n")
+    assert lines_of(tmp_path / "out/metrics.jsonl")[-1]["head4_top5"] >= 0
+    if not more:
+        return
+    again = ("--eval_only", "--eval_data_path", "train.jsonl")
+    told = commands.output("train", "--task", "chimera", *shlex.split(CHIMERA + more), *again).splitlines()
+    assert told[0].startswith("after ")
+    assert [line.split()[0] for line in told[1:4]] == ["eval_loss", "head1_top1", "head1_top5"]
+    asked = ("generate", "-p", "Hello!", "--max_new_tokens", "8")
+    assert commands.output(*asked, "--draft", "chimera:out/chimera") == commands.output(*asked)
+
+
 @pytest.mark.parametrize(
     ("more", "code", "complaint"),
     [
@@ -107,6 +139,9 @@ def test_flags_of_other_trainers_mean_the_same(commands, data, tmp_path):
         (["--task", "lora", "--data_path", "BROKEN"], 1, "broken.jsonl:2"),
         (["--task", "lora", "--data_path", "DATA", "--lora_targets", "query"], 2, "'query' is none of all"),
         (["--task", "lora", "--data_path", "DATA", "--report_to", "paper"], 2, "expected tensorboard"),
+        (["--task", "chimera", "--data_path", "DATA", "--chimera_num_layers", "2"], 2, "has one layer"),
+        (["--task", "chimera", "--data_path", "DATA", "--chimera_losses", "mse"], 2, "'mse' is none"),
+        (["--task", "lora", "--data_path", "DATA", "--eval_only"], 2, "needs --eval_data_path"),
         (["--task", "lora", "--data_path", "DATA", "--max_steps", "1", "--max_minutes", "1"], 2, "give one"),
     ],
 )  # fmt: skip

@@ -35,7 +35,7 @@ def random_texts(vocabulary, *, batches=4, rows=2, length=20, seed=0):
     return Listed(found)
 
 
-def run_of(directory, task, *, frozen, initial, data, held_out=None, resume=False, **settings):
+def run_of(directory, task, *, frozen, initial, data, held_out=None, resume=False, mesh=None, **settings):
     """A trainer with few steps; `initial` stays as it is."""
     directory.mkdir(exist_ok=True)
     defaults = {"max_steps": 6, "learning_rate": 1e-2, "schedule": "constant", "logging_steps": 1}
@@ -50,4 +50,5 @@ def run_of(directory, task, *, frozen, initial, data, held_out=None, resume=Fals
         directory=directory,
         identity={"task": "of a test"},
         resume=resume,
+        mesh=mesh,
     )

@@ -256,3 +256,22 @@ def test_steps_are_those_of_torch(tmp_path):
         optimizer.step()
         expected.append(float(loss.detach()))
     np.testing.assert_allclose(losses(tmp_path), expected, rtol=1e-4)
+
+
+def test_batches_split_over_devices_give_the_same(tmp_path):
+    """What is trained is whole on each; so is a batch that does not divide."""
+    if len(jax.devices()) < 4:
+        pytest.skip("needs four devices")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(4, 1), ("data", "model"))
+    frozen = jax.device_put(jnp.asarray(TRUE), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    data = Listed([*numbers(2, rows=8).epoch(0), *numbers(1, rows=3, seed=4).epoch(0)])
+    options = {"task": Linear(), "initial": INITIAL, "data": data, "held_out": data, "max_steps": 7}
+    one = run_of(tmp_path / "one", frozen=jnp.asarray(TRUE), **options).run()
+    several = run_of(tmp_path / "four", frozen=frozen, mesh=mesh, save_steps=3, **options)
+    many = several.run()
+    assert len(many.state.trained["w"].sharding.device_set) == 4
+    np.testing.assert_allclose(many.state.trained["w"], one.state.trained["w"], rtol=1e-5)
+    several.close()
+    again = run_of(tmp_path / "four", frozen=frozen, mesh=mesh, resume=True, **options | {"max_steps": 9})
+    assert again.step == 7
+    again.run()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxchat import memory
+from jaxchat import demo, memory
 from jaxchat.checkpoints.chimera import read_chimera
 from jaxchat.config import ModelConfig
 from jaxchat.draft_use import TREE_25, DraftUse, TreeShape
@@ -45,7 +45,7 @@ def load(use: DraftUse, config: ModelConfig, params: Params) -> ChimeraDraft:
     Raises:
       UsageError, JaxchatError: see `read_chimera`; or it has fewer heads than the chain tokens.
     """
-    files = read_chimera(use.path, config, params)
+    files = read_chimera(demo.heads(use.path), config, params)
     heads = files.config.heads
     shape = (use.shape or TREE_25).cut(heads if use.shape is None else use.shape.depth)
     if shape.depth > heads:
