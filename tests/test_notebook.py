@@ -156,6 +156,17 @@ def test_the_model_plays_the_user_and_talks_to_itself(executed):
     assert re.search(r"^\(ends: \w+\)$", text(executed["talk"]), flags=re.M)
 
 
+def test_a_draft_gives_several_tokens_a_step_and_the_same_text(executed):
+    said = text(executed["drafts"])
+    heads = re.findall(r"^head (\d): ([\d.]+), among its first five ([\d.]+)$", said, flags=re.M)
+    assert [number for number, _, _ in heads] == ["1", "2", "3", "4"]
+    assert all(0.3 < float(one) < float(five) <= 1 for _, one, five in heads)
+    assert float(heads[0][1]) > 0.5
+    given, same = re.search(r"([\d.]+) tokens a step; the same text: (\w+)", said).groups()
+    assert float(given) > 1.5
+    assert same == "True"
+
+
 def test_plots_are_images(executed):
     for cell in ("analysis", "repeats"):
         shown = images(executed[cell])

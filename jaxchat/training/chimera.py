@@ -5,21 +5,26 @@ for the base's hidden state at r + k + 1.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
 from jaxchat.config import ModelConfig
+from jaxchat.engine.drafts.chimera import ChimeraDraft
+from jaxchat.engine.session import Engine
 from jaxchat.errors import UsageError
 from jaxchat.layers.chimera import ChimeraConfig, drafted_states, head_logits
 from jaxchat.layers.ends import logits
 from jaxchat.layers.step import Params, Step
+from jaxchat.pallas.storage import widen
 from jaxchat.training import forward
-from jaxchat.training.losses import Loss, in_blocks, summed
-from jaxchat.training.trainer import Arrays
+from jaxchat.training.losses import Loss, cross_entropy, in_blocks, mean_of, summed
+
+if TYPE_CHECKING:
+    from jaxchat.training.trainer import Arrays
 
 
 class Said(NamedTuple):
@@ -32,21 +37,17 @@ class Said(NamedTuple):
     token: jax.Array  # int32 [n], of the text
 
 
-def _cross_entropy(said: Said, tokens: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(said.head, tokens)
-
-
 def _divergence(said: Said) -> jax.Array:
     head, base = jax.nn.log_softmax(said.head), jax.nn.log_softmax(said.base)
     return jnp.sum(jnp.exp(base) * (base - head), axis=-1)
 
 
 LOSSES: Mapping[str, Callable[[Said], jax.Array]] = {
-    "tokens": lambda said: _cross_entropy(said, said.base.argmax(-1)),
+    "tokens": lambda said: cross_entropy(said.head, said.base.argmax(-1)),
     "hidden": lambda said: jnp.mean((said.drafted - said.hidden) ** 2, axis=-1),
     "logits": lambda said: jnp.mean((said.head - said.base) ** 2, axis=-1),
     "kl": _divergence,
-    "labels": lambda said: _cross_entropy(said, said.token),
+    "labels": lambda said: cross_entropy(said.head, said.token),
 }
 """By name, float32 [n]: the base's most probable tokens, its hidden states, its logits (those three are the
 authors' self-distillation), its distributions, and the text's own tokens (the authors' later loss)."""
@@ -113,7 +114,7 @@ class ChimeraTask:
     chimera: ChimeraConfig
     losses: tuple[str, ...] = DEFAULT_LOSSES
 
-    def loss(self, trained: Params, frozen: Params, batch: Arrays, key: jax.Array | None) -> Loss:
+    def loss(self, trained: Params, frozen: Params, batch: "Arrays", key: jax.Array | None) -> Loss:
         """See `trainer.Task`; a mean over all heads."""
         step, rows = self._rows(trained, frozen, batch)
         heads = {name: value for name, value in trained.items() if name.startswith("heads.")}
@@ -124,7 +125,7 @@ class ChimeraTask:
             weight += weights.sum()
         return Loss(total, weight)
 
-    def figures(self, trained: Params, frozen: Params, batch: Arrays) -> dict[str, Loss]:
+    def figures(self, trained: Params, frozen: Params, batch: "Arrays") -> dict[str, Loss]:
         """How often each head's most probable token, and one of its five, is the base's own: 0 to 1.
 
         Given the text up to the token before; head 1 is the first, of "the next-next token".
@@ -150,7 +151,7 @@ class ChimeraTask:
         return found
 
     def _rows(
-        self, trained: Params, frozen: Params, batch: Arrays
+        self, trained: Params, frozen: Params, batch: "Arrays"
     ) -> tuple[Step, list[tuple[jax.Array, _Wanted, jax.Array]]]:
         """The base's step, and of every head f [N, D], what it is to learn, and the weights [N]."""
         step = forward.whole_sequences(
@@ -174,3 +175,33 @@ def _ahead(values: jax.Array, count: int) -> jax.Array:
     """What stands so many places further on in each row [B, T, ...]; zeros beyond the end."""
     missing = min(count, values.shape[1])
     return jnp.pad(values[:, count:], [(0, 0), (0, missing), *[(0, 0)] * (values.ndim - 2)])
+
+
+class _Texts(NamedTuple):
+    tokens: jax.Array
+    weights: jax.Array
+    starts: jax.Array
+
+
+def accuracy(engine: Engine, texts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """How often the heads that an engine drafts with are right on texts: `ChimeraTask.figures`.
+
+    Args:
+      engine: with a Chimera.
+      texts: token ids of each.
+
+    >>> model = jaxchat.load("box", draft="chimera:box")  # doctest: +SKIP
+    >>> accuracy(model.engine, [model.encode("Once upon a time")])["head1_top1"]  # doctest: +SKIP
+    """
+    draft = engine.draft
+    if not isinstance(draft, ChimeraDraft):
+        raise UsageError("this model has no Chimera; load it with draft='chimera:DIR'")
+    length = max(map(len, texts))
+    tokens, weights = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.float32)
+    for row, ids in enumerate(texts):
+        tokens[row, : len(ids)], weights[row, : len(ids)] = ids, 1
+    batch = _Texts(*(jnp.asarray(part) for part in (tokens, weights, np.zeros_like(tokens))))
+    task = ChimeraTask(engine.config, engine.dtype, draft.config)
+    params = {name: jnp.asarray(widen(value), jnp.float32) for name, value in draft.params.items()}
+    figures = jax.jit(task.figures)(params, engine.params, batch)
+    return {name: mean_of([found]) for name, found in figures.items()}

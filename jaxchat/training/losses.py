@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from jaxchat import model
@@ -64,7 +63,13 @@ def distilled(
 
 
 def _cross_entropy(step: Step, trained: Any, rows: jax.Array, targets: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(model.logits(step, rows), targets)
+    return cross_entropy(model.logits(step, rows), targets)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Minus the log-probability, in nats, of targets int32 [...] under logits [..., V]: float32 [...]."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def _divergence(

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxchat import model
 from jaxchat.config import ModelConfig
@@ -107,8 +106,6 @@ class Everything:
             self.config, trained, tokens, dtype=self.dtype, starts=batch.starts[:, :-1]
         )
         hidden = forward.hidden_states(step, kept=self.kept, dropout=self.dropout, key=key)
-        found = optax.softmax_cross_entropy_with_integer_labels(
-            model.logits(step, hidden), batch.tokens[:, 1:]
-        )
+        found = losses.cross_entropy(model.logits(step, hidden), batch.tokens[:, 1:])
         weights = batch.weights[:, 1:]
         return Loss(jnp.sum(found * weights), jnp.sum(weights))

@@ -108,24 +108,23 @@ CHIMERA = """
 
 
 @pytest.mark.parametrize("more", ["", *[pytest.param("--load_in_8bit True", marks=pytest.mark.full)]])
-def test_chimera_is_trained_by_the_flags_of_its_authors(commands, data, tmp_path, monkeypatch, more):
+def test_chimera_is_trained_by_the_flags_of_its_authors(commands, data, tmp_path, more):
     """All of `chimera/train.py`'s, in its README's two command lines; the paths are these."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("train.jsonl", "eval.jsonl"):
-        (tmp_path / name).write_bytes((data / name).read_bytes())
-    done = commands("train", "--task", "chimera", *shlex.split(CHIMERA + more))
+    words = [f"{data}/{word}" if word.endswith(".jsonl") else word for word in shlex.split(CHIMERA + more)]
+    words[words.index("out")] = out = str(tmp_path / "out")
+    done = run_process("jaxchat", "train", "--task", "chimera", *words)
     assert done.code == 0, done.err
-    assert done.out.startswith("out/chimera: held-out loss ")
-    assert done.out.endswith("jaxchat chat -m box --draft chimera:out/chimera\n")
+    assert done.out.startswith(f"{out}/chimera: held-out loss ")
+    assert done.out.endswith(f"jaxchat chat -m box --draft chimera:{out}/chimera\n")
     assert lines_of(tmp_path / "out/metrics.jsonl")[-1]["head4_top5"] >= 0
     if not more:
         return
-    again = ("--eval_only", "--eval_data_path", "train.jsonl")
-    told = commands.output("train", "--task", "chimera", *shlex.split(CHIMERA + more), *again).splitlines()
+    again = ("--eval_only", "--eval_data_path", data / "train.jsonl")
+    told = commands.output("train", "--task", "chimera", *words, *again).splitlines()
     assert told[0].startswith("after ")
     assert [line.split()[0] for line in told[1:4]] == ["eval_loss", "head1_top1", "head1_top5"]
     asked = ("generate", "-p", "Hello!", "--max_new_tokens", "8")
-    assert commands.output(*asked, "--draft", "chimera:out/chimera") == commands.output(*asked)
+    assert commands.output(*asked, "--draft", f"chimera:{out}/chimera") == commands.output(*asked)
 
 
 @pytest.mark.parametrize(
