@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxchat import memory
 from jaxchat.checkpoints.adapter_write import Strength
 from jaxchat.checkpoints.assembly import Assembly
 from jaxchat.checkpoints.directory import ModelDirectory
@@ -46,6 +48,12 @@ def trained(request: TrainRequest, chosen: ChosenModel, progress: Progress | Non
     base = _base(request, chosen, directory, plan, mesh, progress)
     setup = SETUPS[request.task](base, _choices(request))
     settings = _settings(request)
+    memory.require(
+        3 * sum(leaf.nbytes for leaf in jax.tree.leaves(setup.initial)),
+        backends.devices(),
+        what="the gradients and AdamW's moments of what is trained",
+        advice="train less: --task lora, a smaller --lora_rank, fewer new layers",
+    )
     trainer = Trainer(
         setup.task,
         frozen=setup.frozen,

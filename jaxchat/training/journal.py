@@ -39,6 +39,10 @@ class Journal:
         for sink in self._sinks:
             sink.write(step, values)
 
+    def last(self, name: str) -> float:
+        """The last value of that name; NaN where there is none."""
+        return next((line[name] for line in reversed(self.lines) if name in line), float("nan"))
+
     def plot(self) -> None:
         """Draws training and held-out loss over steps; nothing where there are no lines."""
         from matplotlib.figure import Figure  # takes a second

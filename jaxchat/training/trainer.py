@@ -327,7 +327,7 @@ class Trainer:
         Raises:
           JaxchatError: the loss is no number; the last good state is saved.
         """
-        loss = float("nan")
+        loss = self._journal.last("loss")
         started, before = time.monotonic() - self.position.seconds, self.position.tokens
         begun = time.monotonic()
         try:
