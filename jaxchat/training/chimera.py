@@ -5,7 +5,7 @@ for the base's hidden state at r + k + 1.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -71,31 +71,43 @@ def losses_of(words: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+class _Wanted(NamedTuple):
+    """What all heads are to learn about N places: head k says it of what stands k + 1 before."""
+
+    hidden: jax.Array  # float32 [N, D], h_p
+    token: jax.Array  # int32 [N], x_{p+1}
+    before: tuple[jax.Array, ...]  # float32 [N, D] by head, h_{p-k-1}
+    weights: tuple[jax.Array, ...]  # float32 [N] by head
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """The losses of rows of one head: what `losses.summed` takes, a static argument."""
+    """The losses of some places, all heads together: what `losses.summed` takes, a static argument.
+
+    The base's logits are made once for all heads, which is most of the work of small ones.
+    """
 
     chimera: ChimeraConfig
-    head: int
     losses: tuple[str, ...]
 
-    def said(self, step: Step, params: Params, drafted: jax.Array, wanted: "_Wanted") -> Said:
-        head = head_logits(self.chimera, params, step, self.head, wanted.before, drafted)
+    def said(
+        self, step: Step, params: Params, drafted: Sequence[jax.Array], wanted: _Wanted
+    ) -> Iterator[tuple[Said, jax.Array]]:
+        """What each head says, and its weights."""
         base = jax.lax.stop_gradient(logits(step, wanted.hidden))
-        return Said(drafted, wanted.hidden, head, base, wanted.token)
+        for k, (f, before, weights) in enumerate(zip(drafted, wanted.before, wanted.weights, strict=True)):
+            head = head_logits(self.chimera, params, step, k, before, f)
+            yield Said(f, wanted.hidden, head, base, wanted.token), weights
 
-    def __call__(self, step: Step, params: Params, drafted: jax.Array, wanted: "_Wanted") -> jax.Array:
-        said = self.said(step, params, drafted, wanted)
-        found = [LOSSES[name](said) for name in self.losses]
+    def __call__(
+        self, step: Step, params: Params, drafted: Sequence[jax.Array], wanted: _Wanted
+    ) -> jax.Array:
+        found = [
+            weights * LOSSES[name](said)
+            for said, weights in self.said(step, params, drafted, wanted)
+            for name in self.losses
+        ]
         return jnp.stack(found).sum(0)
-
-
-class _Wanted(NamedTuple):
-    """What rows of a head are to learn."""
-
-    before: jax.Array  # float32 [N, D], h_r
-    hidden: jax.Array  # float32 [N, D], h_{r+k+1}
-    token: jax.Array  # int32 [N], x_{r+k+2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,65 +128,72 @@ class ChimeraTask:
 
     def loss(self, trained: Params, frozen: Params, batch: "Arrays", key: jax.Array | None) -> Loss:
         """See `trainer.Task`; a mean over all heads."""
-        step, rows = self._rows(trained, frozen, batch)
+        step, drafted, wanted = self._places(trained, frozen, batch)
         heads = {name: value for name, value in trained.items() if name.startswith("heads.")}
-        total, weight = jnp.float32(0), jnp.float32(0)
-        for k, (drafted, wanted, weights) in enumerate(rows):
-            of_rows = _Rows(self.chimera, k, self.losses)
-            total += summed(of_rows, step, heads, drafted, wanted, weights)
-            weight += weights.sum()
-        return Loss(total, weight)
+        of_rows = _Rows(self.chimera, self.losses)
+        total = summed(of_rows, step, heads, drafted, wanted, _used(wanted))
+        return Loss(total, jnp.stack(wanted.weights).sum())
 
     def figures(self, trained: Params, frozen: Params, batch: "Arrays") -> dict[str, Loss]:
         """How often each head's most probable token, and one of its five, is the base's own: 0 to 1.
 
         Given the text up to the token before; head 1 is the first, of "the next-next token".
         """
-        step, rows = self._rows(trained, frozen, batch)
-        found = {}
-        for k, (drafted, wanted, weights) in enumerate(rows):
-            of_rows = _Rows(self.chimera, k, ())
+        step, drafted, wanted = self._places(trained, frozen, batch)
+        of_rows = _Rows(self.chimera, ())
 
-            def add(
-                right: jax.Array, places: jax.Array, own: jax.Array, there: jax.Array,
-                of_rows: _Rows = of_rows, drafted: jax.Array = drafted, wanted: _Wanted = wanted,
-            ) -> jax.Array:  # fmt: skip
-                block = jax.tree.map(lambda array: array[places], wanted)
-                said = of_rows.said(step, trained, drafted[places], block)
+        def add(right: jax.Array, places: jax.Array, own: jax.Array, there: jax.Array) -> jax.Array:
+            block = jax.tree.map(lambda array: array[places], (drafted, wanted))
+            found = []
+            for said, weights in of_rows.said(step, trained, *block):
                 chosen = jnp.take_along_axis(said.head, said.base.argmax(-1)[:, None], 1)
                 better = jnp.sum(said.head > chosen, axis=1)
-                return right + jnp.stack([jnp.sum(own * (better < n)) for n in (1, 5)])
+                found.append(jnp.stack([jnp.sum(own * weights * (better < n)) for n in (1, 5)]))
+            return right + jnp.stack(found)
 
-            one, five = in_blocks(add, jnp.zeros(2), weights)
-            found[f"head{k + 1}_top1"] = Loss(one, weights.sum())
-            found[f"head{k + 1}_top5"] = Loss(five, weights.sum())
-        return found
+        right = in_blocks(add, jnp.zeros((len(drafted), 2)), _used(wanted))
+        return {
+            f"head{k + 1}_top{n}": Loss(right[k, column], weights.sum())
+            for k, weights in enumerate(wanted.weights)
+            for column, n in enumerate((1, 5))
+        }
 
-    def _rows(
+    def _places(
         self, trained: Params, frozen: Params, batch: "Arrays"
-    ) -> tuple[Step, list[tuple[jax.Array, _Wanted, jax.Array]]]:
-        """The base's step, and of every head f [N, D], what it is to learn, and the weights [N]."""
+    ) -> tuple[Step, tuple[jax.Array, ...], _Wanted]:
+        """The base's step, what stands for h_p by head, float32 [N, D] each, and what they are to learn."""
         step = forward.whole_sequences(
             self.config, frozen, batch.tokens, dtype=self.dtype, starts=batch.starts
         )
         whole = [forward.Run(tuple(range(self.config.num_layers)), {})]
         hidden = jax.lax.stop_gradient(forward.hidden_states(step, runs=whole))
         states = drafted_states(self.chimera, trained, step, batch.tokens, hidden, starts=batch.starts)
-        rows = []
-        for k, drafted in enumerate(states):
-            same = _ahead(batch.starts + 1, k + 2) == batch.starts + 1  # of the same text, and there
-            weights = _ahead(batch.weights, k + 2) * same
-            wanted = _Wanted(hidden, _ahead(hidden, k + 1), _ahead(batch.tokens, k + 2))
-            flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (drafted, wanted, weights))
-            rows.append(flat)
-        # The head's rows need nothing of the base but its embedding and head.
-        return dataclasses.replace(step, starts=None), rows
+        # Marks from 1 on: beyond the ends of a row is no text.
+        after, marks = _moved(batch.weights, -1), batch.starts + 1
+        weights = tuple(
+            after * (_moved(marks, -1) == _moved(marks, k + 1)) for k in range(self.chimera.heads)
+        )
+        before = tuple(_moved(hidden, k + 1) for k in range(self.chimera.heads))
+        drafted = tuple(_moved(f, k + 1) for k, f in enumerate(states))
+        wanted = _Wanted(hidden, _moved(batch.tokens, -1), before, weights)
+        flat: tuple[tuple[jax.Array, ...], _Wanted] = jax.tree.map(
+            lambda array: array.reshape(-1, *array.shape[2:]), (drafted, wanted)
+        )
+        # What the heads need of the base is its embedding and its head.
+        return dataclasses.replace(step, starts=None), *flat
 
 
-def _ahead(values: jax.Array, count: int) -> jax.Array:
-    """What stands so many places further on in each row [B, T, ...]; zeros beyond the end."""
-    missing = min(count, values.shape[1])
-    return jnp.pad(values[:, count:], [(0, 0), (0, missing), *[(0, 0)] * (values.ndim - 2)])
+def _used(wanted: _Wanted) -> jax.Array:
+    """1 of places from which some head learns: the weights themselves are in the losses."""
+    return (jnp.stack(wanted.weights) != 0).any(0).astype(jnp.float32)
+
+
+def _moved(values: jax.Array, count: int) -> jax.Array:
+    """Each row [B, T, ...] moved so many places on, or back; zeros where nothing came from."""
+    most = min(abs(count), values.shape[1])
+    kept = values[:, : values.shape[1] - most] if count > 0 else values[:, most:]
+    ends = (most, 0) if count > 0 else (0, most)
+    return jnp.pad(kept, [(0, 0), ends, *[(0, 0)] * (values.ndim - 2)])
 
 
 class _Texts(NamedTuple):
