@@ -16,7 +16,7 @@ import pytest
 import jaxchat
 import jaxchat.demo
 from jaxchat.text.tokenizer_files import load_tokenizer
-from tools import dialogues, stories, train_demo
+from tools import dialogues, stories, train_demo, write_dialogues
 from tools.dialogues import Document
 from tools.evaluate_demo import PROMPTS, answers_truly, mentions, unseen
 from tools.stories import CASED, LOWERED, CaseRestorer, Corpus, Story, read_corpus
@@ -356,3 +356,17 @@ def test_an_installation_without_the_model_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(jaxchat.demo, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(jaxchat.JaxchatError, match="missing from this installation"):
         jaxchat.demo.path()
+
+
+def test_conversations_are_written_for_training(tiny_corpora, tmp_path, capsys):
+    counts = []
+    for name, more in (("train", ["--epochs", "2"]), ("held_out", ["--held_out"])):
+        arguments = ["--data", str(tiny_corpora), "--out", str(tmp_path / f"{name}.jsonl"), *more]
+        assert write_dialogues.main(["write_dialogues.py", *arguments]) == 0
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        counts.append(len(lines))
+        for line in lines:
+            record = json.loads(line)
+            assert record.keys() in ({"text"}, {"messages"})
+            assert all(message.keys() == {"role", "content"} for message in record.get("messages", ()))
+    assert counts[0] > 2 * counts[1] > 0
