@@ -225,7 +225,10 @@ class Generation:
         )
 
     def _next(self, counts: jax.Array) -> _Drawn:
-        """Drafts, verifies and accepts; where the draft cannot go on, computes and draws one by one."""
+        """Drafts, verifies and accepts; where the draft cannot go on, computes and draws one by one.
+
+        Here is the place to weigh what drafts give against what they cost, and to do without where they lose.
+        """
         session, rows = self.session, self._active()
         moved = [row for row in rows if self._has_moved(row)]
         if moved or not session.drafts(rows):

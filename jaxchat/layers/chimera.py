@@ -150,8 +150,8 @@ def teacher_forced(
       step: of the base, whose embedding and output head are used; its own tokens are not.
       tokens: int32, from position 0; T of them, or one more.
       hidden: h, of the first T.
-      starts: None, or where the text of each token begins, in rows that hold several texts: each sees itself
-        only, and its positions count from 0. Tokens are T then.
+      starts: where the text of each token begins, in rows that hold several texts: each sees itself only, and
+        its positions count from 0. Tokens are T then. If not given, those of the step, if it has some.
 
     Returns:
       One entry a head. Gradients reach no drafted state and no trigram at depths beyond the first, as
@@ -184,6 +184,7 @@ def drafted_states(
 ) -> list[Float32[Array, "B T D"]]:
     """The hidden states of `teacher_forced` alone: logits can be made of them a head at a time."""
     layer, (b, t) = _layer_step(params, step), hidden.shape[:2]
+    starts = step.starts if starts is None else starts
     places = jnp.arange(tokens.shape[1])
     begin = jnp.zeros((b, t), jnp.int32) if starts is None else starts
     positions = places - begin[:, jnp.minimum(places, t - 1)]

@@ -79,9 +79,8 @@ def test_some_guesses_are_right_and_more_than_one_token_comes_of_a_step(pair):
     assert found[0].timings.tokens_a_step > 1.2
 
 
-@pytest.mark.parametrize("plan", ["0,1,1,2", "::-1"])
-def test_under_another_plan(pair, plan):
-    same(pair, lambda model: model.with_plan(plan).generate(PROMPTS, max_new_tokens=20, ignore_eos=True))
+def test_under_another_plan(pair):
+    same(pair, lambda model: model.with_plan("0,1,1,2").generate(PROMPTS, max_new_tokens=20, ignore_eos=True))
 
 
 @pytest.mark.parametrize(

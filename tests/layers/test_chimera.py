@@ -98,12 +98,14 @@ def test_what_is_not_known_is_not_looked_at(quick_compilation):
     step = dataclasses.replace(step_over(config, base, tokens), kernels=REFERENCE)
     cache = chimera.empty(config, batch=2, capacity=20, dtype=jnp.dtype(jnp.float32))
     lengths = jnp.zeros(2, jnp.int32)
-    cache = chimera.remember(params, step, cache, tokens[:, :2], tokens, hidden, lengths, jnp.full(2, 9))
+    arguments = tokens[:, :2], tokens, hidden, lengths, jnp.full(2, 9)
+    cache = jax.jit(chimera.remember)(params, step, cache, *arguments)
     begin, end = jnp.array([2, 5]), jnp.array([7, 6])
     outside = (np.arange(20) < begin[:, None]) | (np.arange(20) >= end[:, None])
     spoiled = jax.tree.map(lambda part: jnp.where(outside[None, :, None, :, None], 1e30, part), cache)
+    first = jax.jit(chimera.first)
     guesses = [
-        chimera.first(params, step, chimera.Known(each, begin, end, tokens[:, :3], hidden[:, 0]))
+        first(params, step, chimera.Known(each, begin, end, tokens[:, :3], hidden[:, 0]))
         for each in (cache, spoiled)
     ]
     np.testing.assert_array_equal(guesses[0].hidden, guesses[1].hidden)

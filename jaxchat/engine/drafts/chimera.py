@@ -72,11 +72,14 @@ class ChimeraDrafting:
     def __init__(self, draft: ChimeraDraft, engine: Any, batch: int):
         self._draft, self._engine, self._batch = draft, engine, batch
         self._params = _on_device(draft.params, engine)
-        self._begin, self._end = np.zeros((2, batch), np.int32)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Knows nothing of any sequence."""
+        self._begin, self._end = np.zeros((2, self._batch), np.int32)
         self._cache: KVCache | None = None
-        self._last = jax.device_put(
-            np.zeros((batch, engine.config.hidden_size), np.float32), engine.placement
-        )
+        nothing = np.zeros((self._batch, self._engine.config.hidden_size), np.float32)
+        self._last = jax.device_put(nothing, self._engine.placement)
 
     def observe(self, step: Step, before: np.ndarray, hidden: jax.Array, capacity: int) -> None:
         """See `drafts.Drafting`."""
@@ -106,9 +109,8 @@ class ChimeraDrafting:
 
     def _reserve(self, capacity: int) -> None:
         engine = self._engine
-        if any(part.is_deleted() for part in jax.tree.leaves(self._cache)):  # a call was interrupted
-            self._cache = None
-            self._begin, self._end = np.zeros((2, self._batch), np.int32)
+        if any(part.is_deleted() for part in jax.tree.leaves((self._cache, self._last))):
+            self._reset()  # a call was interrupted, see `Session`
         if self._cache is not None and self._cache.capacity >= capacity:
             return
         layer = chimera.layer_config(engine.config)
