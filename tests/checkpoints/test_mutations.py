@@ -5,16 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxchat.checkpoints.adapter import read_adapter
+from jaxchat.checkpoints.chimera import read_chimera, write_chimera
 from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.checkpoints.gguf_file import GgufFile
 from jaxchat.checkpoints.safetensors_file import SafetensorsFile
 from jaxchat.checkpoints.torch_file import TorchFile
 from jaxchat.checkpoints.write import convert
-from jaxchat.families import read_config
+from jaxchat.families import parameter_table, read_config
+from jaxchat.layers.chimera import ChimeraConfig, shapes
 from tests.support.adapters import lora_tensors, projections, write_adapter
 from tests.support.gguf_models import write_gguf, write_gguf_adapter, write_gguf_file
 from tests.support.hf_quantized import CASES as QUANTIZED
@@ -146,6 +149,23 @@ def gguf_adapter(folder: Path) -> Path:
     return write_gguf_adapter(folder / "a.gguf", values, FACTORS)
 
 
+HEADS = ChimeraConfig(heads=1, rank=2)
+BASE = {param.name: jnp.ones(param.stacked_shape(CONFIG)) for param in parameter_table(CONFIG)}
+
+
+def chimera(file: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        params = {name: np.ones(shape, np.float32) for name, shape in shapes(HEADS, CONFIG).items()}
+        write_chimera(folder / "heads", HEADS, params, CONFIG, BASE)
+        return folder / "heads" / file
+
+    return write
+
+
+def chimera_at(path: Path) -> None:
+    read_chimera(path.parent, CONFIG, BASE)
+
+
 FORMATS = {
     "safetensors": Case(safetensors, lambda path: tensors_of(SafetensorsFile(path)), HEADER),
     "a model in safetensors": Case(safetensors, in_folder, HEADER),
@@ -162,6 +182,8 @@ FORMATS = {
     "an adapter": Case(adapter("adapter_model.safetensors"), adapter_at, HEADER),
     "its settings": Case(adapter("adapter_config.json"), adapter_at, WHOLE),
     "an adapter in gguf": Case(gguf_adapter, adapter_at, HEADER),
+    "a draft's heads": Case(chimera("chimera.safetensors"), chimera_at, HEADER),
+    "their settings": Case(chimera("chimera_config.json"), chimera_at, WHOLE),
 }
 
 
