@@ -3,6 +3,7 @@
 Backends for other hardware are interpreted; nothing here has run on a TPU or a GPU.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -163,6 +164,29 @@ def test_an_instruction_set_that_is_not_here_is_refused(rng):
         attend(
             Backend(functools.partial(cpu.attend, isa="mmx"), 0), case, cases.inputs(rng, case, "float32", 0)
         )
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("cache", CACHES[1:])
+@pytest.mark.parametrize("name", ["tree, across blocks", "tree, window, soft-cap"])
+def test_a_token_of_a_tree_is_attended_to_as_in_decoding_to_the_last_bit(isa, rng, cache, name):
+    """So that behind it quantized weights meet the same activations, and round them alike."""
+    backend, case = backend_of(isa), NAMED[name]
+    given = cases.inputs(rng, case, cache, backend.unwritten)
+    found = attend(backend, case, given)
+    for token in (0, 1, 7, case.tokens - 1):
+        alone, lengths = jax.tree.map(np.copy, given), []
+        for row, length in enumerate(case.lengths):
+            path = [token]
+            while path[-1]:
+                path.append(case.parents[row][path[-1]])
+            for part, source in zip(jax.tree.leaves(alone[1:3]), jax.tree.leaves(given[1:3]), strict=True):
+                for place, node in enumerate(reversed(path)):
+                    part[SLOT, row, :, length + place] = source[SLOT, row, :, length + node]
+            lengths.append(length + len(path) - 1)
+        alone = alone._replace(q=given.q[:, token : token + 1], lengths=np.array(lengths, np.int32))
+        one = dataclasses.replace(case, tokens=1, parents=())
+        np.testing.assert_array_equal(attend(backend, one, alone)[:, 0], found[:, token])
 
 
 def fixed_outputs(isa: str) -> list[np.ndarray]:

@@ -72,18 +72,24 @@ int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Where a task is in the problem.
 struct Tile {
   int64_t b, kv, t0, t1, split, splits;
+  int64_t position;     // of the first token
   int64_t group;        // query heads of a key/value head
   int64_t begin, end;   // keys
 };
 
 int64_t TokensInTile(const Attention& a) {
+  if (a.ancestors != nullptr) return 1;
   return std::min(a.tokens, std::max<int64_t>(1, kRows / (a.heads / a.kv_heads)));
 }
 
-// A decode step is split along the keys too: few heads alone would not occupy the cores.
+// A decode step is split along the keys too: few heads alone would not occupy the cores. A tree's tokens are as many
+// decode steps, each of which adds up what it sees as if there were no tree: to the last bit, so that quantized weights
+// meet the same numbers behind it.
 int64_t Splits(const Attention& a) {
-  if (a.tokens > 1) return 1;
-  return (*std::max_element(a.lengths, a.lengths + a.batch) + kSplit) / kSplit;
+  if (a.tokens > 1 && a.ancestors == nullptr) return 1;
+  int64_t deepest = 0;
+  if (a.ancestors != nullptr) deepest = *std::max_element(a.depths, a.depths + a.batch * a.tokens);
+  return (*std::max_element(a.lengths, a.lengths + a.batch) + deepest + kSplit) / kSplit;
 }
 
 Tile Locate(const Attention& a, int64_t task) {
@@ -97,10 +103,9 @@ Tile Locate(const Attention& a, int64_t task) {
   tile.t1 = std::min(a.tokens, tile.t0 + step);
   tile.kv = task / tiles % a.kv_heads;
   tile.b = task / tiles / a.kv_heads;
-  const int64_t length = a.lengths[tile.b];
-  const int64_t ahead = a.ancestors == nullptr ? tile.t0 : 0;  // of a tree any token may be near its root
-  tile.begin = a.window ? std::max<int64_t>(0, length + ahead - a.window + 1) : 0;
-  tile.end = std::min(a.capacity, length + tile.t1);
+  tile.position = a.lengths[tile.b] + (a.ancestors == nullptr ? tile.t0 : a.depths[tile.b * a.tokens + tile.t0]);
+  tile.begin = a.window ? std::max<int64_t>(0, tile.position - a.window + 1) : 0;
+  tile.end = std::min(a.capacity, tile.position + tile.t1 - tile.t0);
   if (tile.splits > 1) {
     tile.begin = std::max(tile.begin, tile.split * kSplit);
     tile.end = std::min(tile.end, (tile.split + 1) * kSplit);
@@ -108,23 +113,10 @@ Tile Locate(const Attention& a, int64_t task) {
   return tile;
 }
 
-// Keys that new token t of a sequence sees: [first, last), of a tree with gaps.
-inline void Visible(const Attention& a, int64_t b, int64_t t, int64_t* first, int64_t* last) {
-  const int64_t position = a.lengths[b] + (a.ancestors == nullptr ? t : a.depths[b * a.tokens + t]);
+// Keys a query at `position` sees: [first, last).
+inline void Visible(const Attention& a, int64_t position, int64_t* first, int64_t* last) {
   *first = a.window ? std::max<int64_t>(0, position - a.window + 1) : 0;
-  *last = a.lengths[b] + t + 1;
-}
-
-// Which of 64 keys from `begin` on are new tokens that do not lead to t: 1, else 0. False if none is, or no tree.
-inline bool Hidden(const Attention& a, int64_t b, int64_t t, int64_t begin, int32_t* hidden) {
-  if (a.ancestors == nullptr) return false;
-  const int64_t first = a.lengths[b] - begin;  // of the new keys, in the block
-  if (first >= kKeys || first + a.tokens <= 0) return false;
-  const uint32_t leads = static_cast<uint32_t>(a.ancestors[b * a.tokens + t]);
-  std::fill(hidden, hidden + kKeys, 0);
-  for (int64_t i = 0; i < a.tokens; ++i)
-    if (first + i >= 0 && first + i < kKeys) hidden[first + i] = (leads >> i & 1) == 0;
-  return true;
+  *last = position + 1;
 }
 
 // [keys, H] -> [H, 64]; missing keys are zero.
@@ -270,9 +262,8 @@ struct Row {
 
 // Turns a row of scores into weights, updates its running maximum and sum, returns what to scale its output by.
 // The scales of int8 keys multiply the scores, those of int8 values the weights; else they are null.
-// Of a tree, `hidden` [64] is not 0 of keys between those that are not visible; else it is null.
-float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, const int32_t* hidden,
-              const float* k_scale, const float* v_scale, Row* row) {
+float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, const float* k_scale,
+              const float* v_scale, Row* row) {
   // Keys [first, last) of the block are visible.
   const Ints from = Ints{} + static_cast<int32_t>(std::clamp<int64_t>(first, 0, kKeys));
   const Ints to = Ints{} + static_cast<int32_t>(std::clamp<int64_t>(last, 0, kKeys));
@@ -285,7 +276,6 @@ float Softmax(const Attention& a, float* scores, int64_t first, int64_t last, co
     if (k_scale != nullptr) x[c] *= Load<Floats>(k_scale + c * kLanes);
     if (a.softcap != 0) x[c] = Softcap(x[c], a.softcap);
     x[c] = ((key >= from) & (key < to)) ? x[c] : Splat(kMasked);
-    if (hidden != nullptr) x[c] = Load<Ints>(hidden + c * kLanes) != 0 ? Splat(kMasked) : x[c];
     top = x[c] > top ? x[c] : top;
   }
   float best = row->top;
@@ -310,16 +300,18 @@ struct Scratch {
   float* values;  // [64, padded]
   float* scales;  // [2, 64], of the keys and of the values
   float* scores;  // [kMost, 64]
+  float* path;    // [2, 64, H], keys and values as they are stored, of a block where a tree begins
 
   Scratch(int64_t rows, int64_t h, int64_t padded) {
     static thread_local std::vector<float> memory;
-    float** const spans[] = {&q, &out, &keys, &values, &scales, &scores};
-    const int64_t sizes[] = {rows * h, rows * padded, h * kKeys, kKeys * padded, 2 * kKeys, kMost * kKeys};
+    float** const spans[] = {&q, &out, &keys, &values, &scales, &scores, &path};
+    const int64_t sizes[] = {rows * h,      rows * padded,  h * kKeys,     kKeys * padded,
+                             2 * kKeys,     kMost * kKeys,  2 * kKeys * h};
     int64_t total = 0;
     for (int64_t size : sizes) total += size;
     if (static_cast<int64_t>(memory.size()) < total) memory.resize(total);
     float* at = memory.data();
-    for (int i = 0; i < 6; ++i) {
+    for (int i = 0; i < 7; ++i) {
       *spans[i] = at;
       at += sizes[i];
     }
@@ -368,18 +360,43 @@ class Task {
   void Block(int64_t j, int64_t keys) {
     const int64_t visits = (rows_ + kMost - 1) / kMost;
     Next next_keys(k_ + (j + keys) * h_, visits), next_values(v_ + (j + keys) * h_, visits);
-    if (!kDecode) TransposeKeys(k_ + j * h_, h_, keys, scratch_.keys);
-    const float* values = Values(j, keys);
+    const T *k = k_ + j * h_, *v = v_ + j * h_;
     if (kScaled) LoadScales(j, keys);
+    if (a_.ancestors != nullptr && j + keys > a_.lengths[tile_.b]) FollowPath(j, keys, &k, &v);
+    if (!kDecode) TransposeKeys(k, h_, keys, scratch_.keys);
+    const float* values = Values(v, keys);
     InSteps<kMost>(rows_, [&](auto count, int64_t r) {
-      Visit<decltype(count)::value>(r, j, keys, values, &next_keys, &next_values);
+      Visit<decltype(count)::value>(r, j, keys, k, values, &next_keys, &next_values);
     });
   }
 
+  // Where a tree begins: the keys and values of the positions [j, j + keys) on the path that leads to the token.
+  void FollowPath(int64_t j, int64_t keys, const T** k, const T** v) {
+    T* const to_k = reinterpret_cast<T*>(scratch_.path);
+    T* const to_v = to_k + kKeys * h_;
+    const int64_t length = a_.lengths[tile_.b], first = tile_.b * a_.tokens;
+    const uint32_t leads = static_cast<uint32_t>(a_.ancestors[first + tile_.t0]);
+    for (int64_t i = 0, token = 0; i < keys; ++i) {
+      int64_t row = j + i;
+      if (row >= length) {  // tokens stand behind their parents: so do depths
+        while (token < a_.tokens && !((leads >> token & 1) != 0 && a_.depths[first + token] == row - length)) ++token;
+        row = std::min(length + token, a_.capacity - 1);  // padding may lie beyond
+      }
+      std::memcpy(to_k + i * h_, k_ + row * h_, h_ * sizeof(T));
+      std::memcpy(to_v + i * h_, v_ + row * h_, h_ * sizeof(T));
+      if (kScaled) {
+        scratch_.scales[i] = a_.k_scale[cached_ + row];
+        scratch_.scales[kKeys + i] = a_.v_scale[cached_ + row];
+      }
+    }
+    *k = to_k;
+    *v = to_v;
+  }
+
   // float32 [keys, padded]. A cache of that whose rows fill whole vectors is read in place.
-  const float* Values(int64_t j, int64_t keys) {
-    if (std::is_same_v<T, float> && padded_ == h_) return reinterpret_cast<const float*>(v_ + j * h_);
-    WidenRows(v_ + j * h_, h_, keys, padded_, scratch_.values);
+  const float* Values(const T* v, int64_t keys) {
+    if (std::is_same_v<T, float> && padded_ == h_) return reinterpret_cast<const float*>(v);
+    WidenRows(v, h_, keys, padded_, scratch_.values);
     return scratch_.values;
   }
 
@@ -391,14 +408,14 @@ class Task {
   }
 
   // The token that row r asks for.
-  int64_t Token(int64_t r) const { return tile_.t0 + r / tile_.group; }
+  int64_t Position(int64_t r) const { return tile_.position + r / tile_.group; }
 
   // How many of the block's keys the last of R rows that sees any sees; 0: none of them does.
   template <int R>
   int64_t Reach(int64_t r, int64_t j, int64_t keys) const {
     int64_t first, last, reach = 0;
     for (int64_t i = 0; i < R; ++i) {
-      Visible(a_, tile_.b, Token(r + i), &first, &last);
+      Visible(a_, Position(r + i), &first, &last);
       if (first < j + keys) reach = std::max(reach, std::min(last - j, keys));
     }
     return reach;
@@ -406,22 +423,21 @@ class Task {
 
   // R rows meet a block.
   template <int R>
-  void Visit(int64_t r, int64_t j, int64_t keys, const float* values, Next* next_keys, Next* next_values) {
+  void Visit(int64_t r, int64_t j, int64_t keys, const T* k, const float* values, Next* next_keys,
+             Next* next_values) {
     const int64_t reach = Reach<R>(r, j, keys);
     // Rows before the first token that sees this block have nothing to do.
     if (reach <= 0) return;
     if constexpr (kDecode)
-      Dots<R>(scratch_.q + r * h_, h_, k_ + j * h_, h_, keys, scratch_.scores, next_keys);
+      Dots<R>(scratch_.q + r * h_, h_, k, h_, keys, scratch_.scores, next_keys);
     else
       Scores<R>(scratch_.q + r * h_, h_, scratch_.keys, h_, scratch_.scores);
     float decay[R];
     for (int64_t i = 0; i < R; ++i) {
       int64_t first, last;
-      Visible(a_, tile_.b, Token(r + i), &first, &last);
-      int32_t hidden[kKeys];
-      const bool gaps = !kDecode && Hidden(a_, tile_.b, Token(r + i), j, hidden);
+      Visible(a_, Position(r + i), &first, &last);
       decay[i] = Softmax(a_, scratch_.scores + i * kKeys, first - j, std::min(last - j, keys),
-                         gaps ? hidden : nullptr, kScaled ? scratch_.scales : nullptr, kScaled ? scratch_.scales + kKeys : nullptr,
+                         kScaled ? scratch_.scales : nullptr, kScaled ? scratch_.scales + kKeys : nullptr,
                          states_ + r + i);
     }
     // Only keys some row sees are read: rows of the cache beyond them may hold anything.
@@ -430,7 +446,8 @@ class Task {
 
   // A decode step's row, for `Merge`.
   void FinishSplit(int64_t r, float* partial) const {
-    float* to = partial + ((tile_.b * a_.heads + first_head_ + r) * tile_.splits + tile_.split) * (h_ + 2);
+    const int64_t row = (tile_.b * a_.tokens + tile_.t0) * a_.heads + first_head_ + r;
+    float* to = partial + (row * tile_.splits + tile_.split) * (h_ + 2);
     to[0] = states_[r].top;
     to[1] = states_[r].total;
     std::memcpy(to + 2, scratch_.out + r * padded_, h_ * sizeof(float));
@@ -460,19 +477,19 @@ int64_t Tasks(const Attention& a) {
 
 int64_t PartialFloats(const Attention& a) {
   const int64_t splits = Splits(a);
-  return splits > 1 ? a.batch * a.heads * splits * (a.head_dim + 2) : 0;
+  return splits > 1 ? a.batch * a.tokens * a.heads * splits * (a.head_dim + 2) : 0;
 }
 
 template <typename T>
 void Run(const Attention& a, int64_t task, float* partial) {
-  if (a.tokens == 1) return Task<T, true>(a, task).Run(partial);
+  if (a.tokens == 1 || a.ancestors != nullptr) return Task<T, true>(a, task).Run(partial);
   Task<T, false>(a, task).Run(partial);
 }
 
 void Merge(const Attention& a, const float* partial) {
   const int64_t splits = Splits(a), h = a.head_dim;
   if (splits == 1) return;
-  for (int64_t i = 0; i < a.batch * a.heads; ++i) {
+  for (int64_t i = 0; i < a.batch * a.tokens * a.heads; ++i) {
     const float* from = partial + i * splits * (h + 2);
     float* to = a.out + i * h;
     float top = kMasked, total = 0;
