@@ -509,8 +509,8 @@ def load(
         a request does not say (`generate(adapters=)`, `Model.with_adapters`): changing that compiles nothing.
         One that repeats layers (`layer_replication`) makes the model one of so many layers.
       draft: guesses tokens ahead, which the model then verifies several at a time: `chimera:DIR`, heads that
-        were trained for it. Texts are the same, greedy or sampled, as far as rounding allows: several tokens
-        at a time are summed in another order than one.
+        were trained for it. Texts are the same, greedy or sampled: with quantized weights on a CPU to the
+        last bit, elsewhere as far as rounding allows, as several tokens are summed in another order than one.
       draft_tree: what is guessed: `25`, a tree of 25 tokens as deep as there are heads (the default), or
         `chain:N`, N tokens one after the other.
       draft_accept: `lossless`; or a rule that is LOSSY, accepting more and changing what is generated:

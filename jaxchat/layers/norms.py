@@ -37,4 +37,19 @@ def norm(step: Step, name: str, x: Float[Array, "*lead D"], layer: Int[Array, ""
     """The norm called `name` of x [..., D], float32; `layer` picks from a stacked weight."""
     weight, bias = (vector(step, f"{name}.{kind}", layer, x.ndim) for kind in ("weight", "bias"))
     assert weight is not None  # every norm has one
-    return NORMS[step.config.norm](step.config, x.astype(jnp.float32), weight, bias)
+
+    def whole(x: Normed) -> Normed:
+        return NORMS[step.config.norm](step.config, x, weight, bias)
+
+    if step.tree is None or x.ndim < 3:
+        return whole(x.astype(jnp.float32))
+    return lax.platform_dependent(x.astype(jnp.float32), cpu=lambda x: _by_token(whole, x), default=whole)
+
+
+def _by_token(norm: Callable[[Normed], Normed], x: Normed) -> Normed:
+    """The norm of each token of a tree [B, T, ...] as decoding it alone makes it, to the last bit.
+
+    XLA on CPU adds several rows up in another order than one. What follows may round it: quantized weights
+    meet activations in 8 bits, and a last bit becomes a 256th.
+    """
+    return jnp.moveaxis(lax.map(lambda row: norm(row[:, None])[:, 0], jnp.moveaxis(x, 1, 0)), 0, 1)

@@ -182,6 +182,9 @@ def test_the_model_in_the_box_says_the_same(tmp_path, count):
     prompts = [f"{opening}{' and' * (number // 6)}" for number, opening in enumerate(openings * 4)][:count]
     for settings in ({"temperature": 0.0}, {"temperature": 0.8, "seed": 9})[: count // 4]:
         same(both, lambda model, own=settings: model.generate(prompts, max_new_tokens=60, **own))
+    if both[0].engine.kernels.name == "native":
+        plain, drafted = (model.generate(prompts, max_new_tokens=60, temperature=0.0) for model in both)
+        assert [one.logprobs for one in drafted] == [one.logprobs for one in plain]  # to the last bit
 
 
 # --- on the command line
