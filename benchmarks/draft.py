@@ -21,7 +21,23 @@ from jaxchat.chat.replies import Result
 from jaxchat.options import GenerateOptions
 from jaxchat.pallas.backends import use_32_bits
 
-_THINGS = ("dog", "cat", "boat", "queen", "train", "kite", "bee", "moon", "drum", "penguin", "frog", "hat")
+_THINGS = (
+    "dog",
+    "cat",
+    "boat",
+    "queen",
+    "train",
+    "kite",
+    "bee",
+    "moon",
+    "drum",
+    "penguin",
+    "frog",
+    "hat",
+    "lion",
+    "cake",
+    "duck",
+)
 _PROMPTS = tuple(
     f"Tell me a story about a {one} and a {other}." for one in _THINGS for other in _THINGS if one != other
 )

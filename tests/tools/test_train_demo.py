@@ -339,7 +339,9 @@ def test_the_model_in_the_box_is_small_and_complete():
         "MODEL_CARD.md",
         "loss.png",
     } <= files.keys()
-    assert sum(path.stat().st_size for path in files.values()) <= 6_000_000
+    assert {"CARD.md", "chimera_config.json", "chimera.safetensors"} <= files.keys()
+    assert sum(path.stat().st_size for path in files.values()) <= 6_500_000
+    assert files["chimera.safetensors"].stat().st_size < 3_000_000
     assert b"/tmp" not in files["tokenizer.model"].read_bytes()
 
 
