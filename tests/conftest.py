@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: the large reference data, tiny models, and one compilation cache per run."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -68,6 +69,19 @@ def compilation_cache(tmp_path_factory):
         for name, value in settings.items():
             jax.config.update(name, value)
             os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Drops compiled programs before they are too many for a process: Linux allows it 65,530 mappings.
+
+    Each takes several, and where one more cannot be had, XLA aborts.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
