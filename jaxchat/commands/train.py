@@ -18,17 +18,19 @@ Trains a part of a model on conversations or texts: low-rank adapters (lora),
 new layers (blocks), the layers that a plan leaves (heal), or all of it (full);
 or heads that draft for it (chimera).
 
-  {program} --task lora -m assistant --data_path chats.jsonl --output_dir poet
+  {program} --task lora -m box --data_path chats.jsonl --output_dir poet
   {program} --task blocks -m box --data_path tales.jsonl \\
       --output_dir longer --layer_spec 0:8,7,7
   {program} --task heal -m box --data_path tales.jsonl --output_dir shorter \\
       --layer_spec 0:4,5:
   {program} --task chimera -m box --data_path chats.jsonl --output_dir heads
-  {program} --task lora -m assistant --data_path chats.jsonl --output_dir poet --resume
+  {program} --task lora -m box --data_path chats.jsonl --output_dir poet \\
+      --resume
 
-Data: JSON lines, or a JSON list, of {"text": ...}, {"messages": [...]} (OpenAI),
-{"conversations": [...]} (ShareGPT) or {"instruction": ..., "output": ...}
-(Alpaca); or a .txt file. Of conversations, what the assistant says is learnt.
+Data: JSON lines, or a JSON list, of {"text": ...}, {"messages": [...]}
+(OpenAI), {"conversations": [...]} (ShareGPT) or {"instruction": ...,
+"output": ...} (Alpaca); or a .txt file. Of conversations, what the assistant
+says is learnt.
 """
 _ONLY: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("lora_rank", "lora_alpha", "use_rslora", "lora_targets"), ("lora", "heal")),
