@@ -174,7 +174,7 @@ def read(request: type[R], given: Given) -> R:
     if missing:
         for field in fields:  # what is there, and wrong, is the nearer mistake
             if field.name in given.names and not field.flag.positional:
-                value = given.values[field.name].value
+                value: Any = given.values[field.name].value
                 _value(field, tuple(value) if field.flag.many else value)
         raise UsageError(f"{' and '.join(missing)} must be given; --help shows examples")
     return _filled(request, given, texts)

@@ -21,8 +21,8 @@ or heads that draft for it (chimera).
   {program} --task lora -m box --data_path chats.jsonl --output_dir poet
   {program} --task blocks -m box --data_path tales.jsonl \\
       --output_dir longer --layer_spec 0:8,7,7
-  {program} --task heal -m box --data_path tales.jsonl --output_dir shorter \\
-      --layer_spec 0:4,5:
+  {program} --task heal -m box --data_path tales.jsonl \\
+      --output_dir shorter --layer_spec 0:4,5:
   {program} --task chimera -m box --data_path chats.jsonl --output_dir heads
   {program} --task lora -m box --data_path chats.jsonl --output_dir poet \\
       --resume
