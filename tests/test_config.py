@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxchat.config import MAX_LAYERS, ModelConfig
@@ -266,6 +266,7 @@ def _places(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tupl
 _PLACES = [(case, place) for case in CASES for place in _places(CASES[case])]
 
 
+@example(("gemma3_text-plain", ("sliding_window_pattern",)), 0)
 @given(st.sampled_from(_PLACES), _WILD)
 @settings(max_examples=400, deadline=2000)
 def test_any_value_of_any_key_is_read_or_refused_by_the_name_of_the_file(where, value):

@@ -49,7 +49,7 @@ def gemma3_config(hf: HfConfig) -> ModelConfig:
     values = {**_GEMMA3_DEFAULTS, **_text_half(hf.values), "model_type": hf.values["model_type"]}
     hf = HfConfig(values, text.source if text else hf.source)
     num_layers = hf.layers("num_hidden_layers")
-    types = hf.layer_types(num_layers) or _pattern(num_layers, hf.integer("sliding_window_pattern", 6))
+    types = hf.layer_types(num_layers) or _pattern(num_layers, hf.length("sliding_window_pattern", 6))
     head_dim, max_position = head_dim_of(hf), hf.length("max_position_embeddings", 131072)
     nested = hf.section("rope_parameters") or HfConfig({}, hf.at("rope_parameters"))
     ropes = tuple(

@@ -114,7 +114,7 @@ def test_new_blocks_change_nothing_at_first_and_only_they_are_trained(base_of, t
     np.testing.assert_array_equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("heal_with", ["lora", "layers"])
+@pytest.mark.parametrize("heal_with", [*some(in_full, "lora"), "layers"])
 def test_healing_learns_what_the_whole_model_says(base_of, tmp_path, heal_with):
     base, data = base_of(plan="0,2"), random_texts(67)
     choices = dataclasses.replace(CHOICES, heal_with=heal_with)
