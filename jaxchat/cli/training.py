@@ -173,7 +173,7 @@ def _batches(request: TrainRequest, encoder: Encoder, mesh: Mesh | None) -> tupl
             )
 
     data = Batches(dataset(request.data_path), batch_size=size, packing=request.packing, **options)
-    if not request.eval_data_path or request.evaluation_strategy == "no":
+    if not request.eval_data_path or (request.evaluation_strategy == "no" and not request.eval_only):
         return data, None
     return data, Batches(dataset(request.eval_data_path), batch_size=held, shuffle=False, **options)
 

@@ -5,6 +5,7 @@ What can be asked for is in `cli/train_request.py`, what the tasks are in `train
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 
 from jaxchat.cli.command_line import Command, Conflict, catch_interrupts
 from jaxchat.cli.model_flags import BASE_NEEDS, MODEL_PATH_NEEDS
@@ -71,6 +72,8 @@ def _refuse(request: TrainRequest, given: frozenset[str]) -> None:
         )
     if request.eval_only and not request.eval_data_path:
         raise UsageError("--eval_only needs --eval_data_path: data to evaluate on")
+    if request.eval_only and not Path(request.output_dir, "run.json").exists():
+        raise UsageError(f"--eval_only: {request.output_dir} holds no run; train one there first")
     if request.task == "full" and request.frozen_quant:
         raise UsageError("--task full trains every weight; quantized ones cannot be: leave --quant out")
 

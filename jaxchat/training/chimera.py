@@ -167,7 +167,7 @@ class ChimeraTask:
         )
         whole = [forward.Run(tuple(range(self.config.num_layers)), {})]
         hidden = jax.lax.stop_gradient(forward.hidden_states(step, runs=whole))
-        states = drafted_states(self.chimera, trained, step, batch.tokens, hidden, starts=batch.starts)
+        states = drafted_states(self.chimera, trained, step, batch.tokens, hidden)
         # Marks from 1 on: beyond the ends of a row is no text.
         after, marks = _moved(batch.weights, -1), batch.starts + 1
         weights = tuple(

@@ -31,12 +31,12 @@ class Saved:
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, keep: int, resume: bool):
         self._directory = directory
         path = directory / RUN
-        if path.exists():
-            self._check(path, identity, resume)
-        else:
-            write_atomically(path, (json.dumps(dict(identity), indent=1) + "\n").encode())
         self._last = self._manager(LAST, keep)
         self._best = self._manager(BEST, 1)
+        if path.exists() and self._last.latest_step() is not None:
+            self._check(path, identity, resume)
+        else:  # nothing, or a run that failed before its first checkpoint
+            write_atomically(path, (json.dumps(dict(identity), indent=1) + "\n").encode())
 
     def _manager(self, name: str, keep: int) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)

@@ -341,7 +341,9 @@ class Trainer:
                     self._after_step(rate, learning_rate)
                     held.release()
         except BaseException:
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+            # Before the first step there is nothing to go on from, and another try may begin otherwise.
+            whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+            if whole and self.step:
                 self._save()
             raise
         self._save()

@@ -141,6 +141,7 @@ def test_chimera_is_trained_by_the_flags_of_its_authors(commands, data, tmp_path
         (["--task", "chimera", "--data_path", "DATA", "--chimera_num_layers", "2"], 2, "has one layer"),
         (["--task", "chimera", "--data_path", "DATA", "--chimera_losses", "mse"], 2, "'mse' is none"),
         (["--task", "lora", "--data_path", "DATA", "--eval_only"], 2, "needs --eval_data_path"),
+        (["--task", "lora", "--data_path", "DATA", "--eval_only", "--eval_data_path", "DATA"], 2, "no run"),
         (["--task", "lora", "--data_path", "DATA", "--max_steps", "1", "--max_minutes", "1"], 2, "give one"),
     ],
 )  # fmt: skip

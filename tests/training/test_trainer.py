@@ -169,6 +169,15 @@ def test_a_run_is_not_begun_over_another_one(tmp_path):
         run(tmp_path, max_steps=1, resume=True)
 
 
+def test_a_run_that_failed_before_its_first_step_can_be_begun_otherwise(tmp_path):
+    failed = run(tmp_path, data=numbers(bad=0))
+    with pytest.raises(JaxchatError, match="at step 1"):
+        failed.run()
+    failed.close()
+    (tmp_path / "run.json").write_text('{"task": "another"}')
+    assert run(tmp_path, max_steps=1).run().step == 1
+
+
 def test_a_broken_checkpoint_is_one_line(tmp_path):
     first = run(tmp_path, max_steps=2)
     first.run()
