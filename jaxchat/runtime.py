@@ -4,17 +4,18 @@ Joins the engine (token ids) with the tokenizer and chat template (text).
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import jax
+import numpy as np
 
 from jaxchat import arguments
 from jaxchat.adapter_use import AdapterLike, Uses, read_uses, refuse_recipe
 from jaxchat.chat.batch import ChatBatch
 from jaxchat.chat.conversation import Conversation
-from jaxchat.chat.replies import Batch, Result, Row, Score, TextStream, numbered
+from jaxchat.chat.replies import Batch, Likelihood, Result, Row, Score, TextStream, numbered
 from jaxchat.chat.session import ChatSession
 from jaxchat.chat.vocabulary import Vocabulary
 from jaxchat.checkpoints.adapter import common_replication, read_adapter, replicated_config
@@ -359,9 +360,49 @@ class Model:
         uses = self._uses(adapters, chosen)
         scores: dict[int, Score] = {}
         for group, session in self._groups(all_ids, chosen, uses, slots, batch_size):
-            for number, logprobs in zip(group, session.score_rows(range(len(group))), strict=True):
-                scores[number] = Score(list(all_ids[number]), logprobs.tolist())
+            for number, row in zip(group, session.score_rows(range(len(group))), strict=True):
+                scores[number] = Score(list(all_ids[number]), row.logprobs.tolist())
         return [scores[number] for number in range(len(all_ids))]
+
+    def loglikelihoods(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        batch_size: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Likelihood]:
+        """How probable continuations are, each after a context of its own; what contexts share runs once.
+
+        Args:
+          pairs: token ids, (context, continuation), of at least one token each. For texts see
+            `evaluation.likelihood.encode_pair`.
+          batch_size: how many are computed together.
+          progress: called with how many of how many are known.
+
+        Raises:
+          UsageError: a pair is empty, or longer than the context.
+
+        >>> model.loglikelihoods([(model.encode("Once upon a"), model.encode(" time"))])  # doctest: +SKIP
+        """
+        arguments.whole("batch_size", batch_size, 1)
+        for number, (context, continuation) in enumerate(pairs):
+            if not len(context) or not len(continuation):
+                raise UsageError(f"pairs[{number}] has an empty part; give at least one token of each")
+        found: dict[int, Likelihood] = {}
+        batch = min(batch_size, len(pairs))
+        session = self.engine.session(self.plan, batch=batch or 1, max_slots=self.max_slots, uses=self.uses)
+        for group in _runs([[*map(int, context), *map(int, more)] for context, more in pairs], batch):
+            starts = {}
+            for row, number in group.items():
+                context, continuation = pairs[number]
+                session.set_ids([*context, *continuation], row)
+                starts[row] = len(context)
+            scores = session.score_rows(list(group), starts)
+            for number, (logprobs, greedy) in zip(group.values(), scores, strict=True):
+                found[number] = Likelihood(float(np.sum(logprobs, dtype=np.float64)), bool(greedy.all()))
+            if progress is not None:
+                progress(len(found), len(pairs))
+        return [found[number] for number in range(len(pairs))]
 
     def _groups(
         self,
@@ -466,6 +507,18 @@ class Model:
                 f"{advice}, or it can continue a text: {other}"
             )
         return Conversation(self.template, self.tokenizer, **settings)
+
+
+def _runs(texts: Sequence[list[int]], batch: int) -> Iterator[dict[int, int]]:
+    """Texts in an order in which what a sequence of a batch holds is much of what it gets next.
+
+    Yields:
+      Sequence -> the number of its text.
+    """
+    order = sorted(range(len(texts)), key=lambda number: texts[number])
+    length = -(-len(order) // batch) if order else 0
+    for step in range(length):
+        yield {row: order[row * length + step] for row in range(batch) if row * length + step < len(order)}
 
 
 def load(

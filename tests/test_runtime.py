@@ -220,6 +220,41 @@ def test_requests_of_different_plans_give_in_order_what_each_gives_alone(model):
     assert len({result.text for result in model.generate(["hello"] * 4, plans=PLANS[1:], **GREEDY)}) == 3
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_continuation_is_as_likely_after_its_context_as_in_a_score_of_both(model, batch_size, rng):
+    shared = rng.integers(3, 200, 70).tolist()  # longer than a chunk
+    pairs = [
+        (shared[:40], [5]),
+        (shared[:40], shared[40:]),
+        (shared, [7, 8, 9]),
+        ([4], shared),
+        (shared, [9]),
+    ]
+    known = []
+    found = model.loglikelihoods(pairs, batch_size=batch_size, progress=lambda *at: known.append(at))
+    assert known[-1] == (5, 5)
+    for (context, continuation), likelihood in zip(pairs, found, strict=True):
+        score = model.score(token_ids=[context + continuation])[0]
+        assert likelihood.total == pytest.approx(sum(score.logprobs[len(context) - 1 :]), abs=1e-3)
+
+
+def test_a_continuation_is_greedy_where_the_model_would_say_it(model):
+    prompt = model.encode("hello")
+    said = model.generate(token_ids=[prompt], max_new_tokens=6)[0].token_ids
+    other = [*said[:-1], (said[-1] + 1) % 200]
+    assert [likely.greedy for likely in model.loglikelihoods([(prompt, said), (prompt, other)])] == [
+        True,
+        False,
+    ]
+    assert model.loglikelihoods([]) == []
+
+
+@pytest.mark.parametrize("pair", [([], [1]), ([1], [])])
+def test_a_continuation_needs_a_token_and_one_before_it(model, pair):
+    with pytest.raises(UsageError, match=r"pairs\[0\] has an empty part"):
+        model.loglikelihoods([pair])
+
+
 def test_scores_of_different_plans_are_what_each_gives_alone(model):
     scores = model.score(PROMPTS, plans=PLANS)
     for prompt, plan, score in zip(PROMPTS, PLANS, scores, strict=True):

@@ -6,7 +6,7 @@ Joins what the engine draws with healing and text; what they go on with is decid
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -110,6 +110,13 @@ class Score:
     def total(self) -> float:
         """Log-likelihood of the whole, in nats."""
         return float(np.sum(self.logprobs))
+
+
+class Likelihood(NamedTuple):
+    """How probable a continuation is: the natural logarithm, and whether each of its tokens is the likeliest."""
+
+    total: float
+    greedy: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ the cache is brought up to date by the next prefill.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +56,16 @@ class KVRows(NamedTuple):
     rope_regime: np.ndarray  # int64 [], `families.rope.regime` of the context the keys are rotated for
     k_scale: np.ndarray | None = None  # float32 [P, K, S], with int8: see `QuantizedRows`
     v_scale: np.ndarray | None = None  # float32 [P, K, S]
+
+
+class RowScores(NamedTuple):
+    """How probable some tokens of a sequence are, given those before them."""
+
+    logprobs: np.ndarray  # float32 [n]
+    greedy: np.ndarray  # bool [n], whether it is the most probable one
+
+
+_NO_SCORES = RowScores(np.zeros(0, np.float32), np.zeros(0, bool))
 
 
 class State(NamedTuple):
@@ -621,10 +631,16 @@ class Session:
         """Other objects after every call that writes to the cache, or sets the plan or adapters."""
         return State(self._cache, self._plan_arrays, self._adapters)
 
-    def score_rows(self, rows: Sequence[int]) -> list[np.ndarray]:
-        """Log-probability of each token of sequences given those before it, float32 [len(ids) - 1] each.
+    def score_rows(self, rows: Sequence[int], starts: Mapping[int, int] | None = None) -> list[RowScores]:
+        """How probable the tokens of sequences are, given those before them; computed together.
 
-        Recomputes them from their starts, together.
+        Args:
+          rows: the sequences.
+          starts: sequence -> its first token that counts, at least 1 (the default), whose predecessors may be
+            in the cache; without it a sequence is computed from its start.
+
+        Returns:
+          Of each sequence the scores of its tokens from there on.
         """
         ids = {row: self.ids[row] for row in rows}
         longest = max((len(tokens) for tokens in ids.values()), default=0)
@@ -636,26 +652,44 @@ class Session:
         for row in rows:
             self.contexts.follow_rotation(row)
         self._reserve(longest)
-        context = self.contexts.lengths(rows)
-        # Logits of a whole chunk are [B, T, V] float32: chunks are kept short.
-        limit = max(b for b in PREFILL_BUCKETS if b == PREFILL_BUCKETS[0] or b * self.padded_batch <= 256)
-        done = dict.fromkeys(rows, 0)
-        parts: dict[int, list[np.ndarray]] = {row: [np.zeros(0, np.float32)] for row in rows}
-        while left := max((len(ids[row]) - 1 - done[row] for row in rows), default=0):
-            chunk = min(_chunk_length(left), limit)
-            tokens, targets = np.zeros((2, self.padded_batch, chunk), np.int32)
-            new = {row: min(chunk, len(ids[row]) - 1 - done[row]) for row in rows}
+        first = {row: (starts or {}).get(row, 1) - 1 for row in rows}
+        done = {row: min(self.cached[row], first[row]) for row in rows}
+        self._fill(done, first)
+        parts: dict[int, list[RowScores]] = {row: [_NO_SCORES] for row in rows}
+        for tokens, targets, new in self._chunks(done, {row: len(ids[row]) - 1 for row in rows}):
+            step = self.step(tokens, self._array(done), self._array(new), self.contexts.lengths(rows))
+            scored, self._cache = steps.score(step, self._cache, targets)
+            logprobs, greedy = map(np.asarray, scored)
             for row, n in new.items():
-                at = done[row]
-                tokens[row, :n], targets[row, :n] = ids[row][at : at + n], ids[row][at + 1 : at + n + 1]
-            step = self.step(tokens, self._array(done), self._array(new), context)
-            logprobs, self._cache = steps.score(step, self._cache, targets)
-            for row, n in new.items():
-                parts[row].append(np.asarray(logprobs[row, :n]))
+                parts[row].append(RowScores(logprobs[row, :n], greedy[row, :n]))
                 done[row] += n
         for row in rows:
-            self.cached[row] = done[row]
-        return [np.concatenate(parts[row]) for row in rows]
+            self.cached[row] = max(done[row], 0)
+        return [RowScores(*map(np.concatenate, zip(*parts[row], strict=True))) for row in rows]
+
+    def _fill(self, done: dict[int, int], until: Mapping[int, int]) -> None:
+        """Computes sequences from `done` on, which it moves on, until a place of each, without logits."""
+        for tokens, _, new in self._chunks(done, until):
+            step = self.step(tokens, self._array(done), self._array(new), self.contexts.lengths(list(done)))
+            self._cache = steps.fill(step, self._cache)
+            for row, n in new.items():
+                done[row] += n
+
+    def _chunks(
+        self, done: Mapping[int, int], until: Mapping[int, int]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, int]]]:
+        """Tokens int32 [B, T] from `done` on, those after each, and how many are a sequence's own."""
+        # Logits of a whole chunk are [B, T, V] float32: chunks are kept short.
+        limit = max(b for b in PREFILL_BUCKETS if b == PREFILL_BUCKETS[0] or b * self.padded_batch <= 256)
+        while (left := max((until[row] - done[row] for row in done), default=0)) > 0:
+            chunk = min(_chunk_length(left), limit)
+            tokens, targets = np.zeros((2, self.padded_batch, chunk), np.int32)
+            new = {row: min(chunk, max(until[row] - done[row], 0)) for row in done}
+            for row, n in new.items():
+                at = done[row]
+                tokens[row, :n] = self.ids[row][at : at + n]
+                targets[row, :n] = self.ids[row][at + 1 : at + n + 1]
+            yield tokens, targets, new
 
     def _reserve(self, length: int) -> None:
         """Makes room for `length` rows of every slot: allocates the cache or grows it by powers of two."""

@@ -56,10 +56,21 @@ def decode(step: Step, cache: KVCache) -> tuple[jax.Array, KVCache]:
 
 
 @functools.partial(jax.jit, donate_argnums=1)
-def score(step: Step, cache: KVCache, targets: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Appends the step's tokens; float32 [B, T] log-probabilities of the `targets` after each, the cache."""
+def fill(step: Step, cache: KVCache) -> KVCache:
+    """Appends the step's tokens; nobody asks what comes after them."""
+    return model.forward(step, cache)[1]
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def score(step: Step, cache: KVCache, targets: jax.Array) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
+    """Appends the step's tokens; of the `targets` after each, [B, T]: how probable they are; and the cache.
+
+    It is float32 log-probabilities, and bool, whether nothing is more probable.
+    """
     hidden, cache = model.forward(step, cache)
-    return sampling.log_probability(model.logits(step, hidden), targets), cache
+    logits = model.logits(step, hidden)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return (sampling.log_probability(logits, targets), chosen >= logits.max(-1)), cache
 
 
 @jax.jit

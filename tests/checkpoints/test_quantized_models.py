@@ -353,7 +353,7 @@ def test_codes_and_scales_are_split_as_the_weight_and_between_groups(tmp_path: P
     def scores(params: Params, mesh: jax.sharding.Mesh | None) -> np.ndarray:
         session = Engine(config, params, kernels="reference", mesh=mesh).session()
         session.set_ids([1, 5, 7, 9, 4, 8])
-        return session.score_rows([0])[0]
+        return session.score_rows([0])[0].logprobs
 
     expected = scores(single, None)
     for sharded in (

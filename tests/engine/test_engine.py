@@ -807,7 +807,7 @@ def test_penalties_count_prompt_and_output_through_a_whole_generation(engine):
 def test_scores_are_the_log_softmax_of_the_logits_of_every_prefix(engine, plan):
     ids = random_ids(21)
     session = new_session(engine, ids, plan=plan)
-    (scores,) = session.score_rows([0])
+    ((scores, _),) = session.score_rows([0])
     assert scores.dtype == np.float32
     assert scores.shape == (20,)
     for i, score in enumerate(scores):
@@ -818,14 +818,14 @@ def test_scores_are_the_log_softmax_of_the_logits_of_every_prefix(engine, plan):
 
 
 def test_a_text_of_one_token_has_no_scores(engine):
-    assert new_session(engine, [5]).score_rows([0])[0].shape == (0,)
+    assert new_session(engine, [5]).score_rows([0])[0].logprobs.shape == (0,)
 
 
 def test_a_generated_token_carries_the_models_own_log_probability(engine):
     session = new_session(engine, PROMPT)
     params = SamplingParams.make(1, temperature=3.0, top_k=20, repetition_penalty=1.5)
     logprobs = [token.logprob for token in generate(session, max_new_tokens=6, params=params)]
-    assert logprobs == pytest.approx(session.score_rows([0])[0][-6:].tolist(), abs=1e-4)
+    assert logprobs == pytest.approx(session.score_rows([0])[0].logprobs[-6:].tolist(), abs=1e-4)
 
 
 def test_logits_that_are_not_finite_are_reported_and_leave_nothing_behind(engine):
