@@ -113,7 +113,7 @@ class Score:
 
 
 class Likelihood(NamedTuple):
-    """How probable a continuation is: the natural logarithm, and whether each of its tokens is the likeliest."""
+    """How probable a continuation is, in nats, and whether each of its tokens is the most probable one."""
 
     total: float
     greedy: bool
