@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     engine = common.make_engine(args)
     layers = engine.config.num_layers
     windows = analysis.cut_windows(common.random_prompts(engine.config, 1, args.tokens)[0], args.tokens)
-    compiled = _executables(sweep._nats)
+    compiled = _executables(sweep._outcome)
     started = time.perf_counter()
     sweeping = analysis.Sweep(engine, LayerPlan.identity(layers), windows, max_slots=2 * layers)
     sweeping.nats(LayerPlan.identity(layers))
@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         **common.model_fields(engine, args),
         "tokens": args.tokens,
         **measure_plans(sweeping, spread(layers, args.sample)),
-        "compilations": _executables(sweep._nats) - compiled,
+        "compilations": _executables(sweep._outcome) - compiled,
         "compile_s": compile_seconds,
         "hidden_state_bytes": sweeping.states.nbytes,
         "weight_bytes": sum(value.nbytes for value in engine.params.values()),

@@ -1,12 +1,13 @@
 """Plans evaluated on windows of text, from the hidden states of one base plan: what runs on the device.
 
-One executable scores every plan, from the base plan's residual stream after the slots that both share.
-What to evaluate, and what becomes of it, is `measure.py`'s.
+One executable scores every plan, from the residual stream after the slots that it shares with the base plan
+or with another one. What to evaluate, and what becomes of it, is `measure.py`'s.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax import lax
 from jaxchat import memory, model
 from jaxchat.engine.session import Engine
 from jaxchat.errors import UsageError, option
-from jaxchat.layer_plan import LayerPlan, PlanArrays
+from jaxchat.layer_plan import LayerPlan, PlanArrays, Slot
 from jaxchat.layers import attention
 from jaxchat.layers.block import run_slot
 from jaxchat.layers.cache import KVCache, empty_cache
@@ -33,11 +34,59 @@ class Windows(NamedTuple):
 
     tokens: np.ndarray  # int32 [B, T], padded with 0
     lengths: np.ndarray  # int32 [B], how many of the T tokens are real; 0 for a row of padding
+    scored: np.ndarray | None = None  # bool [B, T], which tokens count; None: all that have one before them
+
+    @property
+    def counted(self) -> np.ndarray:
+        """bool [B, T], the tokens whose probability is asked for."""
+        places = np.arange(self.tokens.shape[1])
+        real = (places > 0) & (places < self.lengths[:, None])
+        return real if self.scored is None else real & self.scored
 
     @property
     def predicted(self) -> int:
-        """How many tokens have one before them in their window: those a perplexity is over."""
-        return int(np.maximum(self.lengths - 1, 0).sum())
+        """How many tokens the figures are over."""
+        return int(self.counted.sum())
+
+
+class Outcome(NamedTuple):
+    """What came of the tokens that count, of each window, under a plan.
+
+    The last two are against the base plan; zeros where that was not asked for.
+    """
+
+    nats: np.ndarray  # float64 [B], the sum of their negative log-likelihoods
+    greedy: np.ndarray  # bool [B], whether each of them is the most probable one
+    kl: (
+        np.ndarray
+    )  # float64 [B], the sum of the divergences KL(base || plan) where they are predicted, in nats
+    agreed: np.ndarray  # int64 [B], where the most probable token is the base plan's
+
+
+class _Places(NamedTuple):
+    """The N places in windows whose next token counts, those of padding included."""
+
+    rows: jax.Array  # int32 [N], of the windows' B * T tokens
+    targets: jax.Array  # int32 [N], what follows there
+    owner: jax.Array  # int32 [N], the window
+    real: jax.Array  # bool [N]
+
+
+def _places(windows: Windows, room: int) -> _Places:
+    counted = windows.counted
+    owner, place = np.nonzero(counted)
+    padding = max(room - len(owner), 0)
+
+    def padded(part: np.ndarray, dtype: type = np.int32) -> np.ndarray:
+        return np.pad(part.astype(dtype), (0, padding))
+
+    found = (
+        padded(owner * counted.shape[1] + place - 1),
+        padded(windows.tokens[owner, place]),
+        padded(owner),
+        padded(np.ones(len(owner)), bool),
+    )
+    return _Places(*found)  # type: ignore[arg-type]
 
 
 def cut_windows(ids: Sequence[int], length: int, *, bos: int | None = None) -> Windows:
@@ -75,7 +124,16 @@ class Sweep:
       states: [P + 1, B, T, D], the residual stream before each of them and after the last.
     """
 
-    def __init__(self, engine: Engine, base: LayerPlan, windows: Windows, *, max_slots: int = 0):
+    def __init__(
+        self,
+        engine: Engine,
+        base: LayerPlan,
+        windows: Windows,
+        *,
+        max_slots: int = 0,
+        room: int | None = None,
+        against_base: bool = False,
+    ):
         """Reads the windows once under the base plan.
 
         Args:
@@ -83,6 +141,10 @@ class Sweep:
           base: the plan whose prefixes others share.
           windows: what is read; at most `engine.max_length` long.
           max_slots: room for longer plans than `base`; the executable is compiled for it.
+          room: for how many tokens that count; sweeps of one room and shape share their executable. Default
+            as many as the windows could have.
+          against_base: whether plans are compared with the base plan token by token, which takes the output
+            head once more.
 
         Raises:
           UsageError: a window is longer than the context, or holds an id beyond the vocabulary; or the model
@@ -110,7 +172,10 @@ class Sweep:
         self.base = base.executed()
         self.windows = windows
         self._capacity = max(len(self.base), max_slots)
-        tokens, lengths = (jax.device_put(array, engine.placement) for array in windows)
+        self._places = jax.device_put(
+            _places(windows, count * (length - 1) if room is None else room), engine.placement
+        )
+        tokens, lengths = (jax.device_put(array, engine.placement) for array in windows[:2])
         self._base_step = Step(
             config=engine.config,
             dtype=engine.dtype,
@@ -123,6 +188,7 @@ class Sweep:
             context=lengths,
         )
         self.states = _states(engine.stored_kv_dtype, len(self.base), self._base_step)
+        self._last = self.states[len(self.base)] if against_base else None
 
     def shared(self, plan: LayerPlan) -> int:
         """How many leading slots a plan has in common with the base plan."""
@@ -135,17 +201,46 @@ class Sweep:
           plan: at most as many executed slots as there is room for.
           start: how many leading slots to take from the base plan; default all they share.
         """
-        arrays = plan.arrays(self._capacity)
-        return self._nats(arrays, self.shared(plan) if start is None else start)
+        start = self.shared(plan) if start is None else start
+        return self._scored(plan.arrays(self._capacity), self.states[start], start).nats
+
+    def outcomes(self, plans: Sequence[LayerPlan]) -> Iterator[tuple[int, Outcome]]:
+        """What comes of each of several plans; slots that two begin with alike are run once for both.
+
+        Yields:
+          The number of a plan, and its outcome; in the order in which that is so.
+        """
+        slots = [plan.executed() for plan in plans]
+        order = sorted(range(len(plans)), key=lambda number: [_order(slot) for slot in slots[number]])
+        alike = [common_prefix(slots[a], slots[b]) for a, b in itertools.pairwise(order)]
+        forks: list[tuple[int, jax.Array]] = []  # (slots that have run, the residual stream after them)
+        for place, number in enumerate(order):
+            arrays, start = plans[number].arrays(self._capacity), common_prefix(slots[number], self.base)
+            x = self.states[start]
+            while forks and forks[-1][0] > alike[place - 1]:
+                forks.pop()
+            if forks and forks[-1][0] > start:
+                start, x = forks[-1]
+            for stop in _forks(alike[place:], start):
+                x = self._run(arrays, x, start, stop, score=False)[0]
+                forks.append((start := stop, x))
+            yield number, self._scored(arrays, x, start)
 
     def lens_nats(self, slots: int) -> np.ndarray:
         """The same if the final norm and head follow right after the first `slots` slots of the base plan."""
-        return self._nats(self._base_step.plan._replace(length=np.array(slots, np.int32)), slots)
+        plan = self._base_step.plan._replace(length=np.array(slots, np.int32))
+        return self._scored(plan, self.states[slots], slots).nats
 
-    def _nats(self, plan: PlanArrays, start: int) -> np.ndarray:
+    def _scored(self, plan: PlanArrays, x: jax.Array, start: int) -> Outcome:
+        nats, greedy, kl, agreed = map(np.asarray, self._run(plan, x, start, int(plan.length), score=True)[1])
+        return Outcome(nats.astype(np.float64), greedy, kl.astype(np.float64), agreed.astype(np.int64))
+
+    def _run(self, plan: PlanArrays, x: jax.Array, start: int, stop: int, *, score: bool) -> Any:
         step = dataclasses.replace(self._base_step, plan=plan)
-        out = _nats(self.engine.stored_kv_dtype, step, self.states, np.int32(start))
-        return np.asarray(out, np.float64)
+        bounds = np.int32(start), np.int32(stop)
+        return _outcome(
+            self.engine.stored_kv_dtype, step, x, *bounds, self._places, self._last, np.bool_(score)
+        )
 
     def influence(self) -> np.ndarray:
         """1 - cosine of each slot's input and output, summed over the tokens of each window, float64 [P, B].
@@ -183,6 +278,22 @@ class Sweep:
         return np.asarray(ids), np.asarray(logprobs)
 
 
+def _forks(alike: Sequence[int], start: int) -> list[int]:
+    """Where plans after this one, which have these slots in common with the one before, leave it."""
+    found: list[int] = []
+    for shared in itertools.accumulate(alike, min):
+        if shared <= start:
+            break
+        if not found or shared < found[-1]:
+            found.append(shared)
+    return found[::-1]
+
+
+def _order(slot: Slot) -> tuple[int, float, float]:
+    """What slots are sorted by."""
+    return slot.layer, slot.attn_scale, slot.mlp_scale
+
+
 def _states_bytes(engine: Engine, base: LayerPlan, count: int, length: int) -> int:
     slots = len(base.executed()) + 1
     return slots * count * length * engine.config.hidden_size * engine.dtype.itemsize
@@ -211,12 +322,36 @@ def _states(kv_dtype: jnp.dtype, slots: int, step: Step) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(kv_dtype: jnp.dtype, step: Step, states: jax.Array, start: jax.Array) -> jax.Array:
-    """The negative log-likelihood of each window, float32 [B], with the slots before `start` done already."""
-    x = _run(kv_dtype, step, states[start], start, step.plan.length)
-    targets = jnp.pad(step.tokens[:, 1:], ((0, 0), (0, 1)))
-    nats = _token_nats(step, x, targets)
-    return jnp.where(step.positions < step.new[:, None] - 1, nats, 0).sum(1)
+def _outcome(
+    kv_dtype: jnp.dtype,
+    step: Step,
+    x: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    places: _Places,
+    last: jax.Array | None,
+    score: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The residual stream after the slots [start, stop), and, if `score`, an `Outcome`.
+
+    `last` [B, T, D] is the base plan's after its last slot.
+    """
+    x = _run(kv_dtype, step, x, start, stop)
+    batch = x.shape[0]
+
+    def scored(x: jax.Array) -> tuple[jax.Array, ...]:
+        nats, greedy, kl, agreed = _token_outcomes(step, x, places, last)
+        add = functools.partial(jax.ops.segment_sum, segment_ids=places.owner, num_segments=batch)
+        real = places.real
+        nats, kl = (add(jnp.where(real, part, 0)) for part in (nats, kl))
+        missed, agreed = (add((real & part).astype(jnp.int32)) for part in (~greedy, agreed))
+        return nats, missed == 0, kl, agreed
+
+    def nothing(x: jax.Array) -> tuple[jax.Array, ...]:
+        zeros = jnp.zeros(batch, jnp.float32)
+        return zeros, zeros > 0, zeros, zeros.astype(jnp.int32)
+
+    return x, lax.cond(score, scored, nothing, x)
 
 
 def _run(kv_dtype: jnp.dtype, step: Step, x: jax.Array, start: jax.Array, stop: Any) -> jax.Array:
@@ -231,21 +366,42 @@ def _run(kv_dtype: jnp.dtype, step: Step, x: jax.Array, start: jax.Array, stop: 
     return lax.fori_loop(start, stop, body, (x, cache))[0]
 
 
-def _token_nats(step: Step, x: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log p(target), float32 [B, T], of a residual stream [B, T, D], from so many logits at a time."""
-    rows = targets.size
-    chunks = -(-rows // max(_LOGITS // step.config.vocab_size, 1))
-    chunk = -(-rows // chunks)  # as even as can be
-    padding = -rows % chunk
-    flat_x = jnp.pad(x.reshape(rows, -1), ((0, padding), (0, 0))).reshape(-1, chunk, x.shape[-1])
-    flat_targets = jnp.pad(targets.reshape(rows), (0, padding)).reshape(-1, chunk)
+def _token_outcomes(
+    step: Step, x: jax.Array, places: _Places, last: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """Of the tokens at `places`, [N] each: nats, greedy, KL and agreed; from so many logits at a time."""
+    count = places.rows.shape[0]
+    chunks = -(-count // max(_LOGITS // step.config.vocab_size, 1))
+    chunk = -(-count // chunks)  # as even as can be
+    padding = -count % chunk
 
-    def nats(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = model.logits(step, model.final_norm(step, part[0]))
-        chosen = jnp.take_along_axis(logits, part[1][:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+    def cut(part: jax.Array) -> jax.Array:
+        padded = jnp.pad(part, [(0, padding)] + [(0, 0)] * (part.ndim - 1))
+        return padded.reshape(chunks, chunk, *part.shape[1:])
 
-    return lax.map(nats, (flat_x, flat_targets)).reshape(-1)[:rows].reshape(targets.shape)
+    def rows(states: jax.Array) -> jax.Array:
+        return cut(states.reshape(-1, states.shape[-1])[places.rows])
+
+    def logits(x: jax.Array) -> jax.Array:
+        return model.logits(step, model.final_norm(step, x))
+
+    def outcome(part: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
+        x, targets, base_x = part
+        scores = logits(x)
+        chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+        total = jax.nn.logsumexp(scores, axis=-1)
+        greedy = chosen >= scores.max(-1)
+        if base_x is None:
+            return total - chosen, greedy, jnp.zeros_like(total), jnp.zeros_like(greedy)
+        base = logits(base_x)
+        base_total = jax.nn.logsumexp(base, axis=-1)
+        difference = (base - base_total[:, None]) - (scores - total[:, None])
+        kl = (jnp.exp(base - base_total[:, None]) * difference).sum(-1)
+        return total - chosen, greedy, kl, scores.argmax(-1) == base.argmax(-1)
+
+    base_rows = None if last is None else rows(last)
+    found = lax.map(outcome, (rows(x), cut(places.targets), base_rows))
+    return tuple(part.reshape(-1)[:count] for part in found)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -189,10 +189,10 @@ def test_a_sample_of_the_repeats_repeats_with_its_seed():
 def test_one_executable_serves_the_whole_analysis(load):
     loaded = load("llama")
     windows = analysis.cut_windows(random_ids(44), 11)  # a shape of its own: nothing was compiled for it
-    steps, states = sweep._nats._cache_size(), sweep._states._cache_size()
+    steps, states = sweep._outcome._cache_size(), sweep._states._cache_size()
     found = analysis.analyze(loaded.engine, loaded.plan, windows, batch=2)
     assert len(found.rys) == 6
-    assert sweep._nats._cache_size() == steps + 1
+    assert sweep._outcome._cache_size() == steps + 1
     assert sweep._states._cache_size() == states + 1
 
 
@@ -238,15 +238,95 @@ def test_hidden_states_are_held_for_as_many_windows_as_fit_the_budget(load):
 def test_logits_of_a_large_vocabulary_are_computed_in_parts(load, monkeypatch):
     engine = load("llama").engine
     x = jax.random.normal(jax.random.key(0), (2, 9, 24))
-    targets = jnp.arange(18).reshape(2, 9)
-    arguments = (step_of(engine.config, engine.params, *[None] * 5), x, targets)
-    expected = sweep._token_nats(*arguments)
+    places = sweep._places(analysis.Windows(np.arange(20).reshape(2, 10), np.array([10, 10])), 18)
+    arguments = (step_of(engine.config, engine.params, *[None] * 5), x, places, None)
+    expected = sweep._token_outcomes(*arguments)
     shapes = []
     monkeypatch.setattr(sweep, "_LOGITS", 67 * 7)  # at most seven of the 18 tokens at a time
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda *a: shapes.append(a[-1].shape) or logits(*a))
-    np.testing.assert_allclose(sweep._token_nats(*arguments), expected, rtol=1e-5)
+    for found, whole in zip(sweep._token_outcomes(*arguments), expected, strict=True):
+        np.testing.assert_allclose(found, whole, rtol=1e-5)
     assert shapes == [(6, 24)]
+
+
+# --- what comes of the tokens that count
+
+
+def counting(rng, share=0.4):
+    return WINDOWS._replace(scored=rng.random(WINDOWS.tokens.shape) < share)
+
+
+def logits_of(loaded, plan, row):
+    """float64 [T, V], of a window by itself."""
+    states = hidden_states(loaded, plan, row)[-1]
+    engine = loaded.engine
+    step = step_of(engine.config, engine.params, *[None] * 5)
+    return np.asarray(model.logits(step, model.final_norm(step, jnp.float32(states))), np.float64)
+
+
+def log_softmax(x):
+    return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+
+
+@pytest.mark.parametrize(("model_type", "spec"), [("llama", "0,1,1"), ("gemma2", SCALED), ("gpt2", "0,2")])
+def test_an_outcome_is_that_of_the_tokens_that_count_alone(load, rng, model_type, spec):
+    loaded, windows = load(model_type), counting(rng)
+    plan = LayerPlan.parse(spec, 3)
+    sweeping = analysis.Sweep(loaded.engine, loaded.plan, windows, max_slots=6, against_base=True)
+    ((_, found),) = sweeping.outcomes([plan])
+    for row, length in enumerate(windows.lengths):
+        tokens = windows.tokens[row, :length].tolist()
+        counted = [place for place in range(1, length) if windows.scored[row, place]]
+        base, other = (log_softmax(logits_of(loaded, one, tokens)) for one in (loaded.plan, plan))
+        before = [place - 1 for place in counted]
+        targets = windows.tokens[row, counted]
+        assert found.nats[row] == pytest.approx(-other[before, targets].sum(), abs=2e-3)
+        kl = (np.exp(base[before]) * (base[before] - other[before])).sum()
+        assert found.kl[row] == pytest.approx(kl, abs=2e-3)
+        assert found.agreed[row] == (base[before].argmax(-1) == other[before].argmax(-1)).sum()
+        assert found.greedy[row] == (other[before].argmax(-1) == targets).all()
+
+
+def test_a_plan_against_itself_has_no_divergence(load, rng):
+    loaded, windows = load("llama"), counting(rng)
+    sweeping = analysis.Sweep(loaded.engine, loaded.plan, windows, against_base=True)
+    ((_, found),) = sweeping.outcomes([loaded.plan])
+    np.testing.assert_allclose(found.kl, 0, atol=1e-5)
+    assert found.agreed.sum() == windows.predicted
+
+
+def test_slots_that_plans_begin_with_alike_are_run_once(load, rng, monkeypatch):
+    loaded, windows = load("llama"), counting(rng)
+    sweeping = analysis.Sweep(loaded.engine, loaded.plan, windows, max_slots=6)
+    specs = ["1,0,2,1,1", "0:3,2", "1,0,2,0", "1,0,2,1", "2", "0:3", "1,0,2,0"]
+    plans = [LayerPlan.parse(spec, 3) for spec in specs]
+    ran = []
+    run = sweeping._run
+
+    def noting(plan, x, start, stop, *, score):
+        ran.append(stop - start)
+        return run(plan, x, start, stop, score=score)
+
+    monkeypatch.setattr(sweeping, "_run", noting)
+    found = dict(sweeping.outcomes(plans))
+    assert sorted(found) == list(range(7))
+    # 0:3 and 0:3,2 add one slot to the base; 1,0,2 is run once, then 0, none, 1, 1; and 2.
+    assert sum(ran) == 1 + 3 + 1 + 1 + 1 + 1
+    for number, plan in enumerate(plans):
+        np.testing.assert_allclose(found[number].nats, sweeping.nats(plan, start=0), rtol=1e-5)
+
+
+def test_sweeps_of_one_room_share_their_executable(load):
+    loaded = load("llama")
+    few, many = (WINDOWS._replace(scored=np.arange(16)[None] < n * np.ones((4, 1))) for n in (4, 9))
+    for windows in (few, many):
+        sweeping = analysis.Sweep(loaded.engine, loaded.plan, windows, room=40)
+        sweeping.nats(loaded.plan)
+        compiled = sweep._outcome._cache_size()
+        sweeping.nats(LayerPlan.parse("2,1", 3))
+        assert sweep._outcome._cache_size() == compiled
+    assert sweeping._places.rows.shape == (40,)
 
 
 # --- hidden states
