@@ -103,6 +103,31 @@ def counting_bar(label: str, unit: str) -> Iterator[Report]:
 
 
 @contextlib.contextmanager
+def share_bar(label: str, unit: str) -> Iterator[Callable[[float, int], None]]:
+    """The part of a budget that is spent, what was done for it, its rate, and the time that remains."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn(label), BarColumn(), TextColumn("{task.percentage:.0f} %"),
+        TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True,
+        disable=not console.is_terminal,
+    )  # fmt: skip
+    started: tuple[int, float] | None = None
+
+    def report(spent: float, done: int) -> None:
+        nonlocal started
+        if started is None:  # what is done at the first report was done before, or compiled
+            started = done, time.monotonic()
+            bar.add_task("", total=1.0)
+        before, begun = started
+        rate = (done - before) / max(time.monotonic() - begun, 1e-9)
+        text = f"{done} {unit}" + (f", {rate:.3g} {unit}/s" if done > before else "")
+        bar.update(bar.tasks[0].id, completed=spent, description=text)
+
+    with bar:
+        yield report
+
+
+@contextlib.contextmanager
 def training_bar(*, every: int) -> Iterator[Callable[["StepReport"], None]]:
     """How much is done, with loss, tokens a second and the time that remains; a line where no terminal is.
 

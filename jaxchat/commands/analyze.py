@@ -8,14 +8,14 @@ import functools
 import hashlib
 import importlib.util
 import json
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from jaxchat.analysis.questions import Questions
-from jaxchat.cli.command_line import Command, Conflict, Ended, Need, catch_interrupts, complain, read_text
+from jaxchat.cli.command_line import Command, Conflict, Ended, Need, catch_interrupts, complain
 from jaxchat.cli.model_flags import RECIPE_NEEDS, BoxedModel, LoadFlags
+from jaxchat.cli.text_flags import TextFlags, given_text, read_windows, refuse_no_text
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import try_to_replace, write_atomically
 from jaxchat.options import Flag
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 JOURNAL = "journal.jsonl"
 """The file of results so far, in the output directory."""
 
-_WINDOW = 256
 _USAGE = """\
 usage: {program} [-m DIR] --text FILE --out DIR [...]
 
@@ -43,55 +42,18 @@ interrupted run goes on where it stopped.
       --parts influence,rys --rys_sample 100 --quant int4
 """
 
-_text = functools.partial(Flag, group="Text")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AnalyzeRequest(LoadFlags):
+class AnalyzeRequest(TextFlags, LoadFlags):
     """A model, a text, what to measure, and where to write it."""
 
     model: BoxedModel = None
-    text: Annotated[
-        str | None,
-        _text(
-            help="The text to measure on, a UTF-8 file, - for standard input",
-            example="--text story.txt",
-            value="FILE",
-        ),
-    ] = None
-    token_ids: Annotated[
-        str | None,
-        _text(
-            help="Instead of --text, token ids with blanks or commas between them; needs no tokenizer",
-            example="--token_ids ids.txt",
-            value="FILE",
-        ),
-    ] = None
-    special_tokens: Annotated[
-        bool,
-        _text(
-            help="Special tokens spelled out in the text are those; with --nospecial_tokens they are text",
-            example="--text chats.txt --nospecial_tokens",
-        ),
-    ] = True
-    window: Annotated[
-        int | None,
-        _text(
-            help="Read the text in windows of so many tokens, each by itself and beginning as texts do for "
-            f"the model (BOS); {_WINDOW} if not given, or the model's context if that is shorter",
-            example="--window 512",
-            low=2,
-        ),
-    ] = None
-    max_tokens: Annotated[
-        int,
-        _text(help="Use so many tokens from the beginning of the text", example="--max_tokens 20000", low=2),
-    ] = 4096
     batch: Annotated[
         int | None,
-        _text(
+        Flag(
             help="Read so many windows together; as many as have 256 MiB of hidden states if not given",
             example="--batch 4",
+            group="Text",
             low=1,
         ),
     ] = None
@@ -124,12 +86,11 @@ def _run(request: AnalyzeRequest, given: frozenset[str]) -> int:
     # Imports JAX, which --help and usage errors need not wait for.
     from jaxchat.cli.progress_bar import loading_bar
 
-    text = None if request.text is None else read_text(request.text, "text")
-    ids = None if request.token_ids is None else _token_ids(request.token_ids, chosen.config.vocab_size)
+    text, ids = given_text(request, chosen.config.vocab_size)
     with loading_bar() as progress:
         catch_interrupts()
         model = request.load(chosen, progress)
-    windows = _windows(model, request, text, ids)
+    windows = read_windows(model, request, text, ids)
     try:
         result = _measure(model, windows, request, out)
     except (KeyboardInterrupt, Ended):
@@ -203,10 +164,7 @@ def _token_text(tokenizer: "Tokenizer", token: int) -> str:
 
 def _refuse(request: AnalyzeRequest) -> None:
     example = "e.g. jaxchat analyze -m models/llama-3-8b --text story.txt --out analysis"
-    if request.text is None and request.token_ids is None:
-        raise UsageError(f"no text: give a file with --text, {example}")
-    if request.text is None and not request.special_tokens:
-        raise UsageError("--nospecial_tokens needs --text: token ids are what they are")
+    refuse_no_text(request, example)
     if request.out is None:
         raise UsageError(f"no --out: give the directory for the results, {example}")
     if request.plots and importlib.util.find_spec("matplotlib") is None:
@@ -224,71 +182,6 @@ def _output_directory(name: str) -> Path:
     except OSError as error:
         raise UsageError(f"--out {name}: {error.strerror}; give a directory to write to") from None
     return out
-
-
-def _token_ids(name: str, size: int) -> list[int]:
-    words = read_text(name, "token_ids").replace(",", " ").split()
-    for number, word in enumerate(words):
-        if not re.fullmatch(r"[0-9]{1,9}", word) or int(word) >= size:
-            raise UsageError(
-                f"--token_ids {name}: entry {number} is {word[:20]!r}; expected a token id of this "
-                f"model, 0 to {size - 1}"
-            )
-    return [int(word) for word in words]
-
-
-def _windows(model: "Model", request: AnalyzeRequest, text: str | None, given: list[int] | None) -> "Windows":
-    from jaxchat.analysis import cut_windows
-
-    special = request.special_tokens
-    ids = (
-        _first_ids(model, text, request.max_tokens, parse_special=special)
-        if text is not None
-        else given or []
-    )
-    _refuse_unreadable(model, request, text, ids)
-    length = request.window or min(_WINDOW, model.engine.max_length)
-    if length > model.engine.max_length:
-        raise UsageError(
-            f"--window is {length}, but the model's context holds {model.engine.max_length} tokens; "
-            "give fewer"
-        )
-    bos = model.tokenizer.bos_id if model.tokenizer is not None and text is not None else None
-    if not ids or ids[0] != bos:
-        bos = None
-    return cut_windows(ids[bos is not None : request.max_tokens], length, bos=bos)
-
-
-def _refuse_unreadable(model: "Model", request: AnalyzeRequest, text: str | None, ids: list[int]) -> None:
-    """Refuses a text that predicts nothing, and says so of one that the tokenizer hardly knows."""
-    from jaxchat.analysis import unknown
-
-    where = f"--token_ids {request.token_ids}" if text is None else f"--text {request.text}"
-    tokens = model.tokenizer
-    if tokens is None or text is None:
-        own, problem = ids, None
-    else:
-        own = ids[1:] if ids[:1] == [tokens.bos_id] else ids
-        problem = unknown.problem(tokens, text, own)
-    if len(ids) >= 2:
-        if problem is not None:
-            complain(f"warning: {where}: {problem}; what follows is mostly about that token")
-        return
-    found = problem or f"{len(ids)} {'token' if len(ids) == 1 else 'tokens'}, and predicting one takes two"
-    raise UsageError(f"{where}: {found}; give a {'longer text' if problem is None else 'text it can read'}")
-
-
-def _first_ids(model: "Model", text: str, count: int, *, parse_special: bool) -> list[int]:
-    """The first `count` or more token ids of a text, of which a tokenizer need not read gigabytes."""
-    length = 8 * count
-    if not text:
-        return []
-    while True:
-        ids = model.encode(text[:length], parse_special=parse_special)
-        # Where the text was cut, the last few tokens may be others than in the whole.
-        if length >= len(text) or len(ids) >= count + 64:
-            return ids
-        length *= 2
 
 
 def _dependencies(model: "Model", windows: "Windows", request: AnalyzeRequest, batch: int) -> dict[str, str]:

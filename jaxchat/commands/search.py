@@ -1,0 +1,319 @@
+"""`jaxchat search`: its flags, and the run from model and data to the report.
+
+Which plans are tried, and what is made of their scores, is `search/`'s.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from jaxchat import __version__
+from jaxchat.cli.command_line import Command, Conflict, Ended, Need, catch_interrupts, complain
+from jaxchat.cli.model_flags import RECIPE_NEEDS, BoxedModel, LoadFlags
+from jaxchat.cli.text_flags import TextFlags, given_text, read_windows, refuse_no_text
+from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.files import try_to_replace, write_atomically
+from jaxchat.options import SEEDS, Flag
+from jaxchat.values import Range
+
+if TYPE_CHECKING:
+    from jaxchat.runtime import Model
+    from jaxchat.search.run import Found, Question
+
+JOURNAL = "journal.jsonl"
+"""The file of scores so far, in the output directory."""
+_TEXT_OBJECTIVES = ("loss", "kl", "agreement")
+_USAGE = """\
+usage: {program} [-m DIR] --text FILE --out DIR [--minutes X] [...]
+
+Searches for the layer plan that is best for a text: blocks of layers run
+twice, left out, or run again with a half at less weight, and several of them
+together. Part of the text is for the search, the rest is for the validation:
+only what is better there, too, for certain, is said to beat the model as it
+is. An interrupted search goes on where it stopped.
+
+  {program} --text stories.txt --out found --minutes 10
+  {program} -m llama-3-8b --text code.txt --out found --plans 500
+  {program} --text stories.txt --out shorter --objective kl
+  jaxchat chat --layer_spec @found/best.json
+"""
+
+_search = functools.partial(Flag, group="Search")
+_SHARE = Range(float, 0.05, 0.95)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchRequest(TextFlags, LoadFlags):
+    """A model, what it is to be good at, and how long to look."""
+
+    model: BoxedModel = None
+    objective: Annotated[
+        str,
+        _search(
+            help="What is searched for: loss, the text's, in nats per token; or, among plans that cost less "
+            "than the base, kl, the divergence from what the base says, or agreement, how often the most "
+            "probable token is the base's, which is how often a draft would be accepted",
+            example="--objective kl",
+            value="WHAT",
+            choices=_TEXT_OBJECTIVES,
+        ),
+    ] = "loss"
+    minutes: Annotated[
+        float | None,
+        _search(
+            help="Search for so many minutes, those before an interruption counted; the validation comes on "
+            "top. If neither this nor --plans is given, 10",
+            example="--minutes 30",
+            limits=Range(float, sys.float_info.min, words="a number above 0"),
+        ),
+    ] = None
+    plans: Annotated[
+        int | None,
+        _search(
+            help="Score so many plans instead: the same command gives the same result, bit for bit",
+            example="--plans 500",
+            low=1,
+        ),
+    ] = None
+    search_share: Annotated[
+        float,
+        _search(
+            help="The part of the data that is for the search; the rest is for the validation",
+            example="--search_share 0.4",
+            limits=_SHARE,
+        ),
+    ] = 0.5
+    candidates: Annotated[
+        int,
+        _search(
+            help="Validate so many of the best; the more, the wider each interval",
+            example="--candidates 3",
+            low=1,
+            high=100,
+        ),
+    ] = 6
+    max_slots: Annotated[
+        int | None,
+        _search(
+            help="Try no plan of more slots; if not given, twice the model's",
+            example="--max_slots 40",
+            low=1,
+        ),
+    ] = None
+    max_cost: Annotated[
+        float | None,
+        _search(
+            help="Try no plan whose token costs more, in units of the base plan's: the bytes of weights that "
+            "it reads. 1 is as fast as the base",
+            example="--max_cost 1",
+            limits=Range(float, sys.float_info.min, words="a number above 0"),
+        ),
+    ] = None
+    surrogate: Annotated[
+        bool,
+        _search(
+            help="Let a surrogate model (Optuna's TPE, the extra `search`) propose plans with the last fifth "
+            "of the budget",
+            example="--surrogate",
+        ),
+    ] = False
+    seed: Annotated[int, _search(help="Of the surrogate", example="--seed 7", limits=SEEDS)] = 0
+    out: Annotated[
+        str | None,
+        Flag(
+            help=f"Where the files go; made if it is not there. {JOURNAL} in it holds the scores so far: the "
+            "same command goes on from there, also with more --minutes or --plans",
+            example="--out found",
+            group="Output",
+            value="DIR",
+        ),
+    ] = None
+    plots: Annotated[
+        bool,
+        Flag(
+            help="Draw PNG files, which needs matplotlib (the extra `analyze`)",
+            example="--noplots",
+            group="Output",
+        ),
+    ] = True
+
+
+def _run(request: SearchRequest, given: frozenset[str]) -> int:
+    _refuse(request)
+    request = request.or_boxed()
+    chosen = request.chosen()
+    out = _output_directory(str(request.out))
+    # Imports JAX, which --help and usage errors need not wait for.
+    from jaxchat.cli.progress_bar import loading_bar
+
+    text, ids = given_text(request, chosen.config.vocab_size)
+    with loading_bar() as progress:
+        catch_interrupts()
+        model = request.load(chosen, progress)
+    question = _question(model, request, read_windows(model, request, text, ids))
+    try:
+        found = _found(model, question, request, out)
+    except (KeyboardInterrupt, Ended):
+        complain(f"interrupted; the scores so far are in {out / JOURNAL}: run again to go on")
+        raise
+    _write(found, question, model, request, out)
+    return 0
+
+
+def _question(model: "Model", request: SearchRequest, windows: Any) -> "Question":
+    from jaxchat.layer_plan import LayerPlan
+    from jaxchat.search import sample
+    from jaxchat.search.decode_cost import relative_cost
+    from jaxchat.search.run import Question
+
+    base = LayerPlan(model.plan.executed(), model.plan.num_layers)
+    measure = sample.TEXT_MEASURES[request.objective]
+    searched, validated = sample.split_windows(windows, request.search_share)
+    return Question(
+        base=base,
+        searched=sample.text_sample(searched, measure),
+        validated=sample.text_sample(validated, measure),
+        probes={},
+        cost=relative_cost(model.engine, base),
+        max_slots=request.max_slots or 2 * len(base),
+        max_cost=request.max_cost or float("inf"),
+        candidates=request.candidates,
+        surrogate=request.seed if request.surrogate else None,
+    )
+
+
+def _found(model: "Model", question: "Question", request: SearchRequest, out: Path) -> "Found":
+    from jaxchat.analysis.journal import Journal
+    from jaxchat.cli.progress_bar import share_bar
+    from jaxchat.search.run import search
+    from jaxchat.search.trials import Budget
+
+    minutes = request.minutes if request.minutes or request.plans else 10.0
+    journal = Journal(out / JOURNAL, _dependencies(model, question, request))
+    try:
+        known = f"; {len(journal)} results are there already" if len(journal) else ""
+        complain(
+            f"{len(question.searched.items)} items for the search, {len(question.validated.items)} for the "
+            f"validation, {len(question.base)} slots{known}"
+        )
+        with share_bar("searching", "plans") as progress:
+            budget = Budget(plans=request.plans, minutes=minutes)
+            return search(model.engine, question, budget, journal, progress=progress)
+    finally:
+        journal.close()
+
+
+def _write(found: "Found", question: "Question", model: "Model", request: SearchRequest, out: Path) -> None:
+    from jaxchat.recipes.recipe import to_mergekit
+    from jaxchat.search import report
+
+    about = _about(model, question, request)
+    best = question.base if found.verdict.best is None else found.verdict.best.plan
+    files = {
+        "report.md": report.markdown(found, question, about).encode(),
+        "search.json": report.dumped(report.as_json(found, about)).encode(),
+        "plans.csv": report.plans_csv(found, question).encode(),
+        "best.json": report.best_json(found.verdict).encode(),
+    }
+    if request.recipe is None:
+        files["best.yml"] = to_mergekit(best, str(request.model)).encode()
+    if request.plots:
+        from jaxchat.search import plots
+
+        files |= plots.png_files(found, question, request.model_name)
+    for file, data in files.items():
+        write_atomically(out / file, data)
+    print(report.headline(found.verdict))
+    print(f"{out}: {', '.join(files)}")
+
+
+def _about(model: "Model", question: "Question", request: SearchRequest) -> dict[str, str]:
+    import jax
+
+    return {
+        "model": request.model_name,
+        "base plan": str(question.base),
+        "objective": f"{question.measure.name} ({question.measure.unit})",
+        "data": f"{request.text or request.token_ids}: {len(question.searched.items)} items of "
+        f"{question.searched.tokens:,} tokens for the search, {len(question.validated.items)} of "
+        f"{question.validated.tokens:,} for the validation",
+        "weights": fingerprint(model),
+        "versions": f"jaxchat {__version__}, jax {jax.__version__}, on {model.engine.platform}",
+        "command": shlex.join(["jaxchat", *sys.argv[1:]]),
+    }
+
+
+def fingerprint(model: "Model") -> str:
+    """A digest of the model's configuration and weights."""
+    import hashlib
+
+    from jaxchat.checkpoints.fingerprint import weights_fingerprint
+
+    text = repr((model.config, weights_fingerprint(model.engine.params)))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+# --- flags -> what they mean
+
+
+def _refuse(request: SearchRequest) -> None:
+    example = "e.g. jaxchat search -m models/llama-3-8b --text story.txt --out found"
+    refuse_no_text(request, example)
+    if request.out is None:
+        raise UsageError(f"no --out: give the directory for the results, {example}")
+    for wanted, package, extra in (
+        (request.plots, "matplotlib", "analyze"),
+        (request.surrogate, "optuna", "search"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            flag = "--noplots" if package == "matplotlib" else "no --surrogate"
+            raise JaxchatError(
+                f"this needs {package}, which is not installed; pip install 'jaxchat[{extra}]', or give "
+                f"{flag}"
+            )
+
+
+def _output_directory(name: str) -> Path:
+    out = Path(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        try_to_replace(out / JOURNAL)
+    except OSError as error:
+        raise UsageError(f"--out {name}: {error.strerror}; give a directory to write to") from None
+    return out
+
+
+def _dependencies(model: "Model", question: "Question", request: SearchRequest) -> dict[str, str]:
+    """What results depend on, by the flag that sets it."""
+    import hashlib
+
+    def digest(sample: Any) -> str:
+        return hashlib.blake2b(repr(sample.rows).encode(), digest_size=8).hexdigest()
+
+    return {
+        "--recipe" if request.model is None else "--model": fingerprint(model),
+        "--layer_spec": str(question.base),
+        "--objective": question.measure.name,
+        "--text": f"{digest(question.searched)} {digest(question.validated)}",
+        "--dtype": request.dtype or "as stored",
+        "--quant": request.quant or "as stored",
+        "--kernels": model.engine.kernels.name,
+        "--max_slots": str(question.max_slots),
+    }
+
+
+COMMAND = Command(
+    usage=_USAGE,
+    request=SearchRequest,
+    run=_run,
+    conflicts=(
+        Conflict("model", "recipe", "a recipe names its own models"),
+        Conflict("text", "token_ids", "give one"),
+        Conflict("minutes", "plans", "give one"),
+    ),
+    needs=(*RECIPE_NEEDS, Need("special_tokens", ("text",), "token ids are what they are")),
+)
