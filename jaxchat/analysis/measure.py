@@ -1,6 +1,6 @@
 """What the layers of a model do, measured on a text: which plans to evaluate, and what they amount to.
 
-The arithmetic is `sweep.py`'s, files are `journal.py`'s and `report.py`'s.
+The arithmetic is `sweep.py`'s, files are `report.py`'s.
 """
 
 import dataclasses

@@ -108,8 +108,8 @@ def share_bar(label: str, unit: str) -> Iterator[Callable[[float, int], None]]:
     console = Console(stderr=True)
     bar = Progress(
         TextColumn(label), BarColumn(), TextColumn("{task.percentage:.0f} %"),
-        TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True,
-        disable=not console.is_terminal,
+        TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     started: tuple[int, float] | None = None
 

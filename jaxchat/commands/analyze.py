@@ -102,8 +102,8 @@ def _run(request: AnalyzeRequest, given: frozenset[str]) -> int:
 
 def _measure(model: "Model", windows: "Windows", request: AnalyzeRequest, out: Path) -> "Analysis":
     from jaxchat import analysis
-    from jaxchat.analysis.journal import Journal
     from jaxchat.cli.progress_bar import counting_bar
+    from jaxchat.journal import Journal
 
     batch = request.batch or analysis.windows_at_once(model.engine, model.plan, windows)
     journal = Journal(out / JOURNAL, _dependencies(model, windows, request, batch))

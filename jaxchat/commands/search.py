@@ -187,8 +187,8 @@ def _question(model: "Model", request: SearchRequest, windows: Any) -> "Question
 
 
 def _found(model: "Model", question: "Question", request: SearchRequest, out: Path) -> "Found":
-    from jaxchat.analysis.journal import Journal
     from jaxchat.cli.progress_bar import share_bar
+    from jaxchat.journal import Journal
     from jaxchat.search.run import search
     from jaxchat.search.trials import Budget
 

@@ -63,9 +63,9 @@ def _explanation(verdict: Verdict) -> Iterator[str]:
     yield (
         f"The gain on the search's items is too good: the best of {verdict.tried:,} was picked by it. A "
         "search among as many plans that are no better than the base would find one that looks as good with "
-        f"a probability of {_p(verdict.luck)} (White's reality check). What counts is the validated gain; its "
-        f"intervals are of {_percent(verdict.confidence)} each, so that all {len(verdict.candidates)} hold "
-        f"together with {_percent(CONFIDENCE)}."
+        f"a probability of {_p(verdict.luck)} (White's reality check). What counts is the validated gain; "
+        f"its intervals are of {_percent(verdict.confidence)} each, so that all {len(verdict.candidates)} "
+        f"hold together with {_percent(CONFIDENCE)}."
     )
 
 

@@ -20,9 +20,9 @@ import pytest
 import jaxchat
 from jaxchat import analysis, analyze, model
 from jaxchat.analysis import report, sweep
-from jaxchat.analysis.journal import Journal
 from jaxchat.checkpoints.write import convert
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.journal import Journal
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.layers.cache import empty_cache
 from tests.support.steps import step_of
@@ -548,7 +548,7 @@ def test_a_journal_of_something_else_is_refused_by_name(tmp_path):
 
 def test_two_may_not_write_one_journal(tmp_path):
     first = Journal(tmp_path / "journal", {})
-    with pytest.raises(UsageError, match="another analysis is writing"):
+    with pytest.raises(UsageError, match="another run is writing"):
         Journal(tmp_path / "journal", {})
     first.close()
     Journal(tmp_path / "journal", {})
@@ -764,7 +764,7 @@ def test_results_of_another_model_are_not_mixed_in(chat_model, story, tmp_path, 
     assert main("-m", chat_model, *arguments) == 0
     before = (tmp_path / "out" / "journal.jsonl").read_bytes()
     assert main("-m", write_tiny_chat(tmp_path / "other", seed=5), *arguments) == 2
-    assert "results of another analysis: --model is" in capsys.readouterr().err
+    assert "results of another run: --model is" in capsys.readouterr().err
     assert main("-m", chat_model, *arguments, "--layer_spec", "::-1") == 2
     assert "--layer_spec is 2::-1 now and was all" in capsys.readouterr().err
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == before

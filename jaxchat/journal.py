@@ -1,4 +1,4 @@
-"""Results kept on disk while they are found, so that an interrupted analysis goes on where it stopped.
+"""Results kept on disk while they are found, so that an interrupted run goes on where it stopped.
 
 Knows neither models nor plans: names and JSON values, under a description of what they are results of.
 """
@@ -65,7 +65,7 @@ class Journal(collections.UserDict[str, Any]):
             opened.enter_context(locked(self.path.with_name(f".{self.path.name}.lock")))
         except BlockingIOError:
             raise UsageError(
-                f"another analysis is writing to {self.path.parent}; give {_another_place()}"
+                f"another run is writing to {self.path.parent}; give {_another_place()}"
             ) from None
 
     def _read(self, of: dict[str, str]) -> None:
@@ -95,7 +95,7 @@ class Journal(collections.UserDict[str, Any]):
         for key in (*of, *there):
             if there.get(key) != of.get(key):
                 raise UsageError(
-                    f"{self.path.parent} holds the results of another analysis: {key} is "
+                    f"{self.path.parent} holds the results of another run: {key} is "
                     f"{of.get(key, 'not given')} now and was {there.get(key, 'not given')}; give "
                     f"{_another_place()}, or delete {self.path} to start anew"
                 )
