@@ -77,6 +77,7 @@ def search(
     *,
     progress: Callable[[float, int], None] | None = None,
     scorers: Mapping[str, Scoring] | None = None,
+    alike: np.ndarray | None = None,
 ) -> Found:
     """Searches for a plan that is better than the base plan, and validates the best.
 
@@ -87,6 +88,7 @@ def search(
       results: what is known already, by name; filled as the search goes on. JSON values.
       progress: called with the part of the budget that is spent, and how many plans were tried.
       scorers: of `question.samples`, where it is not this process that scores.
+      alike: how much blocks change what they read, see `Ladder.distances`; default what `distances` says.
 
     Raises:
       JaxchatError: the base plan's scores are not finite.
@@ -96,7 +98,7 @@ def search(
     ladder = Ladder(
         base=question.base,
         measure=question.measure,
-        distances=distances(engine, question),
+        distances=distances(engine, question) if alike is None else alike,
         cost=question.cost,
         max_slots=question.max_slots,
         max_cost=question.max_cost,
