@@ -644,14 +644,14 @@ class Session:
         """
         ids = {row: self.ids[row] for row in rows}
         longest = max((len(tokens) for tokens in ids.values()), default=0)
-        if longest > self.engine.max_length:
+        if longest > self.engine.max_length + 1:  # the last one predicts nothing
             raise ContextOverflowError(
                 f"the text has {longest} tokens but the context holds {self.engine.max_length}",
                 f"score it in pieces or raise {option('max_length')}",
             )
         for row in rows:
             self.contexts.follow_rotation(row)
-        self._reserve(longest)
+        self._reserve(max(longest - 1, 1))
         first = {row: (starts or {}).get(row, 1) - 1 for row in rows}
         done = {row: min(self.cached[row], first[row]) for row in rows}
         self._fill(done, first)

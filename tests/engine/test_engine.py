@@ -737,7 +737,9 @@ def test_a_prompt_longer_than_the_context_is_an_error_that_says_what_to_do(make_
     session = new_session(make_engine(max_length=32), random_ids(33))
     with pytest.raises(ContextOverflowError, match=r"33 tokens but the context holds 32; .*truncate_oldest"):
         list(generate(session))
-    with pytest.raises(ContextOverflowError, match="33 tokens but the context holds 32"):
+    assert len(session.score_rows([0])[0].logprobs) == 32  # the last token is not read
+    session.set_ids(random_ids(34))
+    with pytest.raises(ContextOverflowError, match="34 tokens but the context holds 32"):
         session.score_rows([0])
 
 
