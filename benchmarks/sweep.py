@@ -29,10 +29,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     common.add_model_flags(parser)
     parser.set_defaults(shape="qwen2.5-0.5b")
     parser.add_argument("--tokens", type=int, default=256, help="of the text, read as one window")
+    parser.add_argument("--scored", type=int, help="score the last so many of them only; default all")
     parser.add_argument("--sample", type=int, help="measure so many plans of all, both ways; default all")
     parser.add_argument("--bandwidth_mib", type=int, default=1024, help="buffer for the read bandwidth, MiB")
     args = parser.parse_args(argv)
-    for name, least in (("tokens", 2), ("sample", 1), ("bandwidth_mib", 1)):
+    for name, least in (("tokens", 2), ("scored", 1), ("sample", 1), ("bandwidth_mib", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name} is {value}; it must be at least {least}")
@@ -44,14 +45,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     engine = common.make_engine(args)
     layers = engine.config.num_layers
     windows = analysis.cut_windows(common.random_prompts(engine.config, 1, args.tokens)[0], args.tokens)
+    scored = min(args.scored or args.tokens - 1, args.tokens - 1)
+    windows = windows._replace(scored=np.arange(args.tokens)[None] >= args.tokens - scored)
     compiled = _executables(sweep._outcome)
     started = time.perf_counter()
-    sweeping = analysis.Sweep(engine, LayerPlan.identity(layers), windows, max_slots=2 * layers)
+    base = LayerPlan.identity(layers)
+    sweeping = analysis.Sweep(engine, base, windows, max_slots=2 * layers, room=scored)
     sweeping.nats(LayerPlan.identity(layers))
     compile_seconds = time.perf_counter() - started
     return {
         **common.model_fields(engine, args),
         "tokens": args.tokens,
+        "scored": scored,
         **measure_plans(sweeping, spread(layers, args.sample)),
         "compilations": _executables(sweep._outcome) - compiled,
         "compile_s": compile_seconds,
@@ -140,7 +145,7 @@ def print_report(result: dict[str, Any]) -> None:
     common.print_table(
         [
             ("model", f"{common.model_line(r)}, {r['weight_bytes'] / 1e9:.2f} GB"),
-            ("sweep", f"{r['plans']} plans on {r['tokens']} tokens{scaled}"),
+            ("sweep", f"{r['plans']} plans on {r['tokens']} tokens, {r['scored']} of them scored{scaled}"),
             ("speed", f"{r['plans_per_s']:.3g} plans/s, {r['sweep_s']:.1f} s for all"),
             (
                 "no sharing",
