@@ -11,6 +11,7 @@ COMMANDS = {
     "show": "Print a model's shapes, layers, parameters and memory under a layer plan",
     "plan": "Convert layer plans between notations, and say what one costs",
     "analyze": "Measure what each layer of a model does",
+    "evaluate": "Score a model on tasks, with intervals, against another run",
     "train": "Train adapters, new layers or whole models on conversations or texts",
     "convert": "Convert model directories, and write layer plans and recipes as models of their own",
 }
