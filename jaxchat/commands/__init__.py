@@ -11,7 +11,8 @@ COMMANDS = {
     "show": "Print a model's shapes, layers, parameters and memory under a layer plan",
     "plan": "Convert layer plans between notations, and say what one costs",
     "analyze": "Measure what each layer of a model does",
-    "search": "Search for the layer plan that is best for a text, and validate it",
+    "evaluate": "Score a model on tasks, with intervals, against another run",
+    "search": "Search for the layer plan that is best for a text or a task, and validate it",
     "train": "Train adapters, new layers or whole models on conversations or texts",
     "convert": "Convert model directories, and write layer plans and recipes as models of their own",
 }
