@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,8 @@ from jaxchat.options import SEEDS, Flag
 from jaxchat.values import Range
 
 if TYPE_CHECKING:
+    from jaxchat.analysis import Windows
+    from jaxchat.evaluation.tasks import Prepared
     from jaxchat.runtime import Model
     from jaxchat.search.run import Found, Question
 
@@ -29,16 +32,19 @@ JOURNAL = "journal.jsonl"
 _TEXT_OBJECTIVES = ("loss", "kl", "agreement")
 _USAGE = """\
 usage: {program} [-m DIR] --text FILE --out DIR [--minutes X] [...]
+       {program} [-m DIR] --objective TASK --data DIR --out DIR [...]
 
-Searches for the layer plan that is best for a text: blocks of layers run
-twice, left out, or run again with a half at less weight, and several of them
-together. Part of the text is for the search, the rest is for the validation:
-only what is better there, too, for certain, is said to beat the model as it
-is. An interrupted search goes on where it stopped.
+Searches for the layer plan that is best for a text or a task: blocks of layers
+run twice, left out, or run again with a half at less weight, and several of
+them together. Part of the data is for the search, the rest is for the
+validation: only what is better there, too, for certain, is said to beat the
+model as it is. An interrupted search goes on where it stopped.
 
   {program} --text stories.txt --out found --minutes 10
   {program} -m llama-3-8b --text code.txt --out found --plans 500
   {program} --text stories.txt --out shorter --objective kl
+  {program} -m llama-3-8b --objective arc_easy --data evals --out found \\
+      --probe piqa,lambada --text stories.txt
   jaxchat chat --layer_spec @found/best.json
 """
 
@@ -56,12 +62,50 @@ class SearchRequest(TextFlags, LoadFlags):
         _search(
             help="What is searched for: loss, the text's, in nats per token; or, among plans that cost less "
             "than the base, kl, the divergence from what the base says, or agreement, how often the most "
-            "probable token is the base's, which is how often a draft would be accepted",
-            example="--objective kl",
+            "probable token is the base's, which is how often a draft would be accepted; or the score of a "
+            "task, named as for `jaxchat evaluate`, whose questions the likelihood of continuations answers",
+            example="--objective kl, --objective arc_easy --data evals",
             value="WHAT",
-            choices=_TEXT_OBJECTIVES,
         ),
     ] = "loss"
+    metric: Annotated[
+        str | None,
+        _search(
+            help="Which score of the task; its headline if not given. Those that do not count right answers "
+            "tell plans apart with fewer questions",
+            example="--objective arc_easy --metric bits_per_byte",
+            value="NAME",
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        _search(
+            help="The directory in which the files of tasks are",
+            example="--data evals",
+            value="DIR",
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        _search(help="Use the first so many questions of each task", example="--limit 500", low=2),
+    ] = None
+    few_shot: Annotated[
+        int | None,
+        _search(
+            help="Examples before each question of the objective; as the task has it if not given",
+            example="--few_shot 5",
+            low=0,
+        ),
+    ] = None
+    probe: Annotated[
+        str | None,
+        _search(
+            help="Also tell what becomes of these tasks, which the search does not look at; of a --text that "
+            "is given beside a task its loss is told, too",
+            example="--probe piqa,lambada",
+            value="TASK,...",
+        ),
+    ] = None
     minutes: Annotated[
         float | None,
         _search(
@@ -151,10 +195,12 @@ def _run(request: SearchRequest, given: frozenset[str]) -> int:
     from jaxchat.cli.progress_bar import loading_bar
 
     text, ids = given_text(request, chosen.config.vocab_size)
+    tasks = _tasks(request)
     with loading_bar() as progress:
         catch_interrupts()
         model = request.load(chosen, progress)
-    question = _question(model, request, read_windows(model, request, text, ids))
+    windows = None if text is None and ids is None else read_windows(model, request, text, ids)
+    question = _question(model, request, windows, tasks)
     try:
         found = _found(model, question, request, out)
     except (KeyboardInterrupt, Ended):
@@ -164,20 +210,47 @@ def _run(request: SearchRequest, given: frozenset[str]) -> int:
     return 0
 
 
-def _question(model: "Model", request: SearchRequest, windows: Any) -> "Question":
+def _tasks(request: SearchRequest) -> "list[Prepared]":
+    """The task to search for, if it is one, and those to probe with; read before the model is."""
+    from jaxchat.evaluation.tasks import names, prepare
+
+    asked = [] if request.objective in _TEXT_OBJECTIVES else names(request.objective)
+    if len(asked) > 1:
+        raise UsageError(f"--objective is {request.objective}; give one task, and others with --probe")
+    probes = names(request.probe or "")
+    common: dict[str, Any] = {"data": request.data, "limit": request.limit}
+    found = prepare(asked, few_shot=request.few_shot, **common) if asked else []
+    return found + (prepare(probes, **common) if probes else [])
+
+
+def _question(
+    model: "Model", request: SearchRequest, windows: "Windows | None", tasks: "Sequence[Prepared]"
+) -> "Question":
     from jaxchat.layer_plan import LayerPlan
     from jaxchat.search import sample
     from jaxchat.search.decode_cost import relative_cost
     from jaxchat.search.run import Question
+    from jaxchat.search.tasks import split_items, task_sample
 
     base = LayerPlan(model.plan.executed(), model.plan.num_layers)
-    measure = sample.TEXT_MEASURES[request.objective]
-    searched, validated = sample.split_windows(windows, request.search_share)
+    probes: dict[str, sample.Sample] = {}
+    if request.objective in _TEXT_OBJECTIVES:
+        assert windows is not None
+        parts = sample.split_windows(windows, request.search_share)
+        measure = sample.TEXT_MEASURES[request.objective]
+        searched, validated = (sample.text_sample(part, measure) for part in parts)
+    else:
+        whole = task_sample(model, tasks[0], request.metric)
+        searched, validated = split_items(whole, request.search_share, request.seed)
+        tasks = tasks[1:]
+        if windows is not None:
+            probes["loss"] = sample.text_sample(windows, sample.LOSS)
+    probes |= {task.name: task_sample(model, task) for task in tasks}
     return Question(
         base=base,
-        searched=sample.text_sample(searched, measure),
-        validated=sample.text_sample(validated, measure),
-        probes={},
+        searched=searched,
+        validated=validated,
+        probes=probes,
         cost=relative_cost(model.engine, base),
         max_slots=request.max_slots or 2 * len(base),
         max_cost=request.max_cost or float("inf"),
@@ -238,13 +311,19 @@ def _about(model: "Model", question: "Question", request: SearchRequest) -> dict
         "model": request.model_name,
         "base plan": str(question.base),
         "objective": f"{question.measure.name} ({question.measure.unit})",
-        "data": f"{request.text or request.token_ids}: {len(question.searched.items)} items of "
+        "data": f"{_data(request)}: {len(question.searched.items)} items of "
         f"{question.searched.tokens:,} tokens for the search, {len(question.validated.items)} of "
         f"{question.validated.tokens:,} for the validation",
         "weights": fingerprint(model),
         "versions": f"jaxchat {__version__}, jax {jax.__version__}, on {model.engine.platform}",
         "command": shlex.join(["jaxchat", *sys.argv[1:]]),
     }
+
+
+def _data(request: SearchRequest) -> str:
+    if request.objective in _TEXT_OBJECTIVES:
+        return str(request.text or request.token_ids)
+    return f"{request.objective}" + ("" if request.data is None else f" of {request.data}")
 
 
 def fingerprint(model: "Model") -> str:
@@ -262,7 +341,10 @@ def fingerprint(model: "Model") -> str:
 
 def _refuse(request: SearchRequest) -> None:
     example = "e.g. jaxchat search -m models/llama-3-8b --text story.txt --out found"
-    refuse_no_text(request, example)
+    if request.objective in _TEXT_OBJECTIVES:
+        refuse_no_text(request, example)
+        if request.metric is not None:
+            raise UsageError(f"--metric is for tasks; --objective {request.objective} has one")
     if request.out is None:
         raise UsageError(f"no --out: give the directory for the results, {example}")
     for wanted, package, extra in (
@@ -298,7 +380,10 @@ def _dependencies(model: "Model", question: "Question", request: SearchRequest) 
         "--recipe" if request.model is None else "--model": fingerprint(model),
         "--layer_spec": str(question.base),
         "--objective": question.measure.name,
-        "--text": f"{digest(question.searched)} {digest(question.validated)}",
+        "--text" if request.objective in _TEXT_OBJECTIVES else "--data": " ".join(
+            digest(sample) for name, sample in question.samples.items() if not name.startswith("probe")
+        ),
+        **{f"--probe {name}": digest(sample) for name, sample in question.probes.items()},
         "--dtype": request.dtype or "as stored",
         "--quant": request.quant or "as stored",
         "--kernels": model.engine.kernels.name,

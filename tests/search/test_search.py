@@ -1,6 +1,7 @@
 """Searches for layer plans: moves, scores, budgets, stages, and verdicts that do not believe in luck."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import jaxchat
 from jaxchat.analysis import cut_windows
 from jaxchat.errors import JaxchatError, UsageError
+from jaxchat.evaluation.run import evaluate
+from jaxchat.evaluation.tasks import prepare
 from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.search import ladder, report, sample, surrogate, validation
 from jaxchat.search.decode_cost import relative_cost
@@ -16,7 +19,9 @@ from jaxchat.search.moves import KINDS, Move, disjoint, neighbours, plan_of
 from jaxchat.search.run import Question, local_scorers, search
 from jaxchat.search.sample import KL, LOSS, TEXT_MEASURES, Item, Row, Sample, Scores
 from jaxchat.search.scorer import Scorer
+from jaxchat.search.tasks import split_items, task_sample
 from jaxchat.search.trials import Budget, Trials
+from tests.support.tiny_chat import write_tiny_chat
 
 BASE = LayerPlan.identity(6)
 
@@ -377,3 +382,54 @@ def test_equal_samples_share_a_scorer(model, rng):
     scorers = local_scorers(model.engine, asked)
     assert scorers["screen"] is scorers["search"]
     assert Trials(scorers, Budget(plans=1), {}).spent == 0
+
+
+# --- tasks
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    return jaxchat.load(write_tiny_chat(tmp_path_factory.mktemp("chat")))
+
+
+CHOICES = [
+    {"question": f"What is {n}?", "choices": ["it", "a letter" + "x" * (n % 5)], "answer": n % 2}
+    for n in range(12)
+]
+COMPLETIONS = [{"context": f"Of {n} it is", "continuation": " odd" if n % 2 else " even"} for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "metric"),
+    [
+        ("choice", CHOICES, "acc"),
+        ("choice", CHOICES, "acc_per_byte"),
+        ("choice", CHOICES, "bits_per_byte"),
+        ("completion", COMPLETIONS, "nats_per_token"),
+        ("completion", COMPLETIONS, "acc"),
+    ],
+)
+def test_items_of_a_task_score_as_in_an_evaluation(chat_model, tmp_path, kind, rows, metric):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (prepared,) = prepare(f"{kind}:{tmp_path / 'rows.jsonl'}")
+    plan = spec("0,0,2", 3)
+    scorer = Scorer(
+        chat_model.engine, chat_model.plan, task_sample(chat_model, prepared, metric), max_slots=6
+    )
+    (scores,) = scorer.scores([plan])
+    (measured,) = evaluate(chat_model.with_plan(plan), [prepared])
+    figures = [outcome.figures[metric] for outcome in measured.outcomes]
+    np.testing.assert_allclose(scores.values, [figure.value for figure in figures], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scores.weights, [figure.weight for figure in figures])
+
+
+def test_items_of_a_task_are_drawn_for_search_and_validation(chat_model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
+    (prepared,) = prepare(f"choice:{tmp_path / 'rows.jsonl'}")
+    whole = task_sample(chat_model, prepared)
+    first, second = split_items(whole, 0.25, seed=1)
+    assert len(first.items) == 3
+    assert {*first.items, *second.items} == {*whole.items}
+    assert split_items(whole, 0.25, seed=2)[0].items != first.items
+    with pytest.raises(UsageError, match="has 1 item"):
+        split_items(Sample(LOSS, whole.items[:1]), 0.5, seed=0)

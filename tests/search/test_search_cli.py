@@ -176,3 +176,68 @@ def test_what_is_not_installed_is_told_before_anything_is_loaded(
     arguments = ("search", "-m", chat_model, "--text", story, "--out", tmp_path / "out", *flag)
     assert f"this needs {package}, which is not installed" in commands.error(*arguments, code=1)
     assert not (tmp_path / "out").exists()
+
+
+# --- tasks
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    rows = [
+        {
+            "question": f"What is {number}?",
+            "choices": ["a number", "a letter " + "x" * (number % 5)],
+            "answer": number % 2,
+        }
+        for number in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_task_is_searched_for_with_probes_beside_it(commands, chat_model, story, questions, tmp_path):
+    out = tmp_path / "found"
+    task = f"choice:{questions}"
+    arguments = ("-m", chat_model, "--objective", task, "--out", out, "--plans", "20", "--noplots")
+    probes = ("--probe", f"completion:{completions(tmp_path)}", "--text", story, "--max_tokens", "99")
+    commands.output("search", *arguments, *probes, "--metric", "bits_per_byte", "--candidates", "2")
+    found = json.loads((out / "search.json").read_text())
+    assert found["higher_is_better"] is False
+    assert found["base_on_search"]["items"] == found["base_on_validation"]["items"] == 12
+    assert {probe["name"].split(":")[0] for probe in found["candidates"][0]["probes"]} == {
+        "loss",
+        "completion",
+    }
+
+
+def completions(folder):
+    path = folder / "completions.jsonl"
+    rows = [{"context": f"The number {n} is", "continuation": " odd" if n % 2 else " even"} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("--objective", "arc_esay", "--data", "DATA"), "did you mean arc_easy"),
+        (("--objective", "arc_easy"), "arc_easy: no data"),
+        (("--objective", "choice:QUESTIONS", "--metric", "nonsense"), "has no metric 'nonsense'"),
+        (("--objective", "loss", "--text", "STORY", "--metric", "acc"), "--metric is for tasks"),
+        (("--objective", "match:MATCH"), "is not scored by the likelihood of continuations"),
+        (("--objective", "choice:QUESTIONS,choice:QUESTIONS"), "give one task, and others with --probe"),
+    ],
+)
+def test_tasks_that_cannot_be_searched_for_are_refused(
+    commands, chat_model, story, questions, tmp_path, arguments, error
+):
+    match = tmp_path / "match.jsonl"
+    match.write_text("".join(json.dumps({"prompt": f"Say {n}", "answer": str(n)}) + "\n" for n in range(3)))
+    known = {"STORY": story, "DATA": tmp_path}
+    given = [
+        known.get(one) or str(one).replace("QUESTIONS", str(questions)).replace("MATCH", str(match))
+        for one in arguments
+    ]
+    out = tmp_path / "out"
+    assert error in commands.error("search", "-m", chat_model, *given, "--out", out, code=2)
