@@ -38,22 +38,24 @@ from jaxchat.quant import QuantFormat, QuantizedTensor, format_for
 REPEATS = 5
 """Every figure is the median of so many runs."""
 
+_TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "model_type": "llama",
-        "vocab_size": 101,
-        "hidden_size": 48,
-        "intermediate_size": 88,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-    },
+    "tiny": _TINY,
+    "tiny-80": {**_TINY, "num_hidden_layers": 80},
     "smollm2-135m": {
         "model_type": "llama",
         "vocab_size": 49152,

@@ -14,19 +14,23 @@ from jaxchat import demo
 from jaxchat.analysis import show
 
 PATH = Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
+ALL = sorted(PATH.parent.glob("*.ipynb"))
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(scope="module")
-def notebook():
-    return nbformat.read(PATH, as_version=nbformat.NO_CONVERT)
+@pytest.fixture(scope="module", params=ALL, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=nbformat.NO_CONVERT)
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The notebook after all its cells; a cell that fails fails the test with its traceback."""
-    directory = tmp_path_factory.mktemp("notebook")
-    ran = nbformat.read(PATH, as_version=4)
+    return execute(PATH, tmp_path_factory.mktemp("notebook"))
+
+
+def execute(path: Path, directory: Path) -> dict:
+    """A notebook's cells after all have run; one that fails fails the test with its traceback."""
+    ran = nbformat.read(path, as_version=4)
     client = NotebookClient(
         ran, kernel_name="python3", timeout=300, resources={"metadata": {"path": directory}}
     )
@@ -67,8 +71,9 @@ def test_is_committed_without_results(notebook):
             assert cell.execution_count is None, cell.id
 
 
-def test_names_no_place_on_the_machine_it_was_written_on():
-    found = re.findall(r"/(?:work|home|root|tmp|Users|mnt|opt)\b\S*", PATH.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_names_no_place_on_the_machine_it_was_written_on(path):
+    found = re.findall(r"/(?:work|home|root|tmp|Users|mnt|opt)\b\S*", path.read_text(encoding="utf-8"))
     assert found == []
 
 

@@ -229,34 +229,28 @@ def _question(
     from jaxchat.layer_plan import LayerPlan
     from jaxchat.search import sample
     from jaxchat.search.decode_cost import relative_cost
-    from jaxchat.search.run import Question
+    from jaxchat.search.run import Question, text_question
     from jaxchat.search.tasks import split_items, task_sample
 
     base = LayerPlan(model.plan.executed(), model.plan.num_layers)
-    probes: dict[str, sample.Sample] = {}
+    bounds: dict[str, Any] = {
+        "max_slots": request.max_slots or 2 * len(base),
+        "max_cost": request.max_cost or float("inf"),
+        "candidates": request.candidates,
+        "surrogate": request.seed if request.surrogate else None,
+    }
     if request.objective in _TEXT_OBJECTIVES:
         assert windows is not None
-        parts = sample.split_windows(windows, request.search_share)
-        measure = sample.TEXT_MEASURES[request.objective]
-        searched, validated = (sample.text_sample(part, measure) for part in parts)
-    else:
-        whole = task_sample(model, tasks[0], request.metric)
-        searched, validated = split_items(whole, request.search_share, request.seed)
-        tasks = tasks[1:]
-        if windows is not None:
-            probes["loss"] = sample.text_sample(windows, sample.LOSS)
-    probes |= {task.name: task_sample(model, task) for task in tasks}
-    return Question(
-        base=base,
-        searched=searched,
-        validated=validated,
-        probes=probes,
-        cost=relative_cost(model.engine, base),
-        max_slots=request.max_slots or 2 * len(base),
-        max_cost=request.max_cost or float("inf"),
-        candidates=request.candidates,
-        surrogate=request.seed if request.surrogate else None,
-    )
+        probes = {task.name: task_sample(model, task) for task in tasks}
+        text: dict[str, Any] = {"objective": request.objective, "share": request.search_share}
+        return text_question(model.engine, base, windows, probes=probes, **text, **bounds)
+    whole = task_sample(model, tasks[0], request.metric)
+    searched, validated = split_items(whole, request.search_share, request.seed)
+    probes = {task.name: task_sample(model, task) for task in tasks[1:]}
+    if windows is not None:
+        probes["loss"] = sample.text_sample(windows, sample.LOSS)
+    cost = relative_cost(model.engine, base)
+    return Question(base=base, searched=searched, validated=validated, probes=probes, cost=cost, **bounds)
 
 
 def _found(model: "Model", question: "Question", request: SearchRequest, out: Path) -> "Found":

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxchat.analysis.sweep import Windows
+from jaxchat.arguments import refused
 from jaxchat.engine.session import Engine
 from jaxchat.errors import JaxchatError
 from jaxchat.evaluation import statistics
 from jaxchat.layer_plan import LayerPlan
+from jaxchat.search.decode_cost import relative_cost
 from jaxchat.search.ladder import SCREEN, SEARCH, Ladder
-from jaxchat.search.sample import Measure, Sample, Scores
+from jaxchat.search.sample import TEXT_MEASURES, Measure, Sample, Scores, split_windows, text_sample
 from jaxchat.search.scorer import Scorer
 from jaxchat.search.trials import Budget, Scoring, Trials
 from jaxchat.search.validation import Candidate, Probe, Verdict, chosen, compared, luck, score_of
@@ -59,6 +62,37 @@ class Question:
         probes = {f"probe {name}": sample for name, sample in self.probes.items()}
         return {SCREEN: self.searched.part(SCREEN_TOKENS), SEARCH: self.searched,
                 VALIDATION: self.validated, **probes}  # fmt: skip
+
+
+def text_question(
+    engine: Engine,
+    base: LayerPlan,
+    windows: Windows,
+    *,
+    objective: str = "loss",
+    share: float = 0.5,
+    **bounds: Any,
+) -> Question:
+    """A question about a text, of which a part is searched on, and the rest validates.
+
+    Args:
+      engine: the model.
+      base: the plan to be beaten.
+      windows: of the text, from `analysis.cut_windows`.
+      objective: `loss`, `kl` or `agreement`, see `sample.TEXT_MEASURES`.
+      share: of the windows that is searched on.
+      **bounds: other fields of `Question`.
+
+    Raises:
+      UsageError: there is no such objective, or too little text.
+    """
+    if objective not in TEXT_MEASURES:
+        raise refused("objective", objective, f"one of {', '.join(TEXT_MEASURES)}")
+    base = LayerPlan(base.executed(), base.num_layers)
+    parts = split_windows(windows, share)
+    searched, validated = (text_sample(part, TEXT_MEASURES[objective]) for part in parts)
+    settings = {"probes": {}, "cost": relative_cost(engine, base), "max_slots": 2 * len(base), **bounds}
+    return Question(base=base, searched=searched, validated=validated, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
