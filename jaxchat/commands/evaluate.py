@@ -43,8 +43,8 @@ Writes evaluation.json, .md, .csv and .png, and items.jsonl, every answer; an
 interrupted run goes on where it stopped.
 
   {program} -m assistant --tasks arc_easy,piqa --data evals --out plain
-  {program} -m assistant --tasks arc_easy,piqa --data evals --out doubled \\
-      --layer_spec 0:16,12: --baseline plain/evaluation.json
+  {program} -m assistant --tasks arc_easy,piqa --data evals \\
+      --out longer --layer_spec 0:16,12: --baseline plain/evaluation.json
   {program} --tasks text:story.txt,choice:mine.jsonl --out mine
 
 Tasks whose files are found below --data:
@@ -56,7 +56,6 @@ Of a file of your own (.jsonl .json .csv .txt .arrow .parquet), by columns:
   match:FILE       prompt, answer (or several), regex that finds it (optional)
   text:FILE        text; or a .txt
 each with an id, if wanted. Code that a model writes is never run.
-
 """
 
 _what = functools.partial(Flag, group="Tasks")
@@ -111,9 +110,9 @@ class EvaluateRequest(LoadFlags):
     few_shot: Annotated[
         int | None,
         _how(
-            help="Show so many examples before each question: from the task's rows for that (train, dev), "
-            "else from its other questions. Drawn with --seed, the same for all; of MMLU the first ones. If not "
-            "given, what the task has: 5 of gsm8k, else 0",
+            help="Show so many examples before each question: from the task's rows for that "
+            "(train, dev), else from its other questions. Drawn with --seed, the same for all; of MMLU "
+            "the first ones. If not given, what the task has: 5 of gsm8k, else 0",
             example="--few_shot 5",
             elsewhere=("num_fewshot", "fewshot", "shots"),
             low=0,
@@ -127,7 +126,7 @@ class EvaluateRequest(LoadFlags):
             "--noapply_chat_template as text. If not given: ifeval, rys_* and match:FILE if there is a "
             "template, and no other task",
             example="--apply_chat_template",
-            elsewhere=("chat_template", "fewshot_as_multiturn"),
+            elsewhere=("fewshot_as_multiturn",),
         ),
     ] = None
     max_new_tokens: Annotated[
@@ -209,7 +208,10 @@ def _run(request: EvaluateRequest, given: frozenset[str]) -> int:
     request = request.or_boxed()
     chosen = request.chosen()
     chosen.check_max_length(request.max_length)
+    from jaxchat.evaluation.likelihood import windows_of  # numpy and others, which --help need not wait for
+
     tasks = _prepared(request, chosen)
+    windows_of(request.window, request.stride, request.max_length or chosen.config.max_position_embeddings)
     baseline = _baseline(request, tasks)
     out = _output_directory(str(request.out))
     # Imports JAX, which --help and usage errors need not wait for.
