@@ -94,7 +94,8 @@ class EvaluateRequest(LoadFlags):
     data: Annotated[
         str | None,
         _what(
-            help="The directory that the files of the tasks are found in, however deep, as published",
+            help="The directory that the files of tasks are found in, however deep, as published, and "
+            "those of your own that are not here",
             example="--data evals",
             value="DIR",
         ),
@@ -210,7 +211,10 @@ def _run(request: EvaluateRequest, given: frozenset[str]) -> int:
     chosen.check_max_length(request.max_length)
     from jaxchat.evaluation.likelihood import windows_of  # numpy and others, which --help need not wait for
 
+    if not chosen.has_tokenizer:
+        raise UsageError(f"{request.model_name}: has no tokenizer, and tasks are texts; add its files")
     tasks = _prepared(request, chosen)
+    _refuse_idle(given, tasks)
     windows_of(request.window, request.stride, request.max_length or chosen.config.max_position_embeddings)
     baseline = _baseline(request, tasks)
     out = _output_directory(str(request.out))
@@ -322,6 +326,20 @@ def _refuse(request: EvaluateRequest) -> None:
             "the picture needs matplotlib, which is not installed; pip install 'jaxchat[eval]', or give "
             "--noplots"
         )
+
+
+def _refuse_idle(given: frozenset[str], tasks: Sequence["Prepared"]) -> None:
+    """Refuses flags that say nothing about the tasks there are."""
+    from jaxchat.evaluation.items import Document, Generation
+
+    kinds = {type(item) for task in tasks for item in task.items}
+    for name, kind, what in (
+        ("max_new_tokens", Generation, "of which the replies are checked, such as gsm8k"),
+        ("window", Document, "of long texts, text:FILE"),
+        ("stride", Document, "of long texts, text:FILE"),
+    ):
+        if name in given and kind not in kinds:
+            raise UsageError(f"--{name} is for tasks {what}; there are none, leave it out")
 
 
 def _output_directory(name: str) -> Path:

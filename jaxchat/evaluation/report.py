@@ -23,6 +23,7 @@ from jaxchat.evaluation.statistics import (
     estimate,
     proportion,
 )
+from jaxchat.visible import visible
 
 _DRAWN = 20_000_000
 """Items drawn for an interval, all resamples together."""
@@ -336,7 +337,7 @@ def _told(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return " ".join(visible(text).replace("|", "\\|").split())
 
 
 def number(value: float) -> str:

@@ -46,7 +46,8 @@ def place(tmp_path_factory):
 
 
 ALL = "choice:choices.jsonl,completion:completions.jsonl,text:text.txt,match:matches.jsonl"
-SMALL = ("--max_new_tokens", "4", "--window", "48", "--batch", "1", "--noplots")
+SMALL = ("--batch", "1", "--noplots")
+SHORT = ("--max_new_tokens", "4", "--window", "48")
 
 
 def evaluate(commands, place, monkeypatch, *arguments, out, tasks="choice:choices.jsonl"):
@@ -59,7 +60,7 @@ def read(place, out, file="evaluation.json"):
 
 
 def test_every_kind_of_task_is_scored_and_written(commands, place, monkeypatch):
-    done = evaluate(commands, place, monkeypatch, "--plots", "--seed", "3", out="all", tasks=ALL)
+    done = evaluate(commands, place, monkeypatch, *SHORT, "--plots", "--seed", "3", out="all", tasks=ALL)
     assert done.code == 0, done.err
     assert "items: 40 of choice:choices.jsonl, 8 of completion:completions.jsonl" in done.err
     found = read(place, "all")
@@ -164,6 +165,8 @@ REFUSED = {
         "--tasks", "text:text.txt", "--out", "o", "--few_shot", "1",
     ],
     "leave --apply_chat_template out": ["--tasks", "text:text.txt", "--out", "o", "--apply_chat_template"],
+    "--window is for tasks of long texts": ["--tasks", "choice:choices.jsonl", "--out", "o", "--window", "9"],
+    "--max_new_tokens is for tasks": ["--tasks", "text:text.txt", "--out", "o", "--max_new_tokens", "9"],
     "--window is 97; expected 2 to 96": ["--tasks", "text:text.txt", "--out", "o", "--window", "97"],
     "--stride is 9, and --window 8": [
         "--tasks", "text:text.txt", "--out", "o", "--window", "8", "--stride", "9",
@@ -212,6 +215,15 @@ def test_a_template_is_asked_of_models_that_have_one(commands, place, monkeypatc
     assert done.code == 0, done.err
     assert read(place, "text")["tasks"][0]["chat_template"] is False
     assert "--noapply_chat_template" in read(place, "text")["command"]
+
+
+def test_a_model_without_a_tokenizer_is_refused(commands, place, monkeypatch, tiny_directory):
+    monkeypatch.chdir(place)
+    directory = tiny_directory("llama")
+    found = commands.error(
+        "evaluate", "-m", directory, "--tasks", "choice:choices.jsonl", "--out", "o", code=2
+    )
+    assert "has no tokenizer, and tasks are texts" in found
 
 
 def test_a_damaged_baseline_is_refused(tmp_path):
@@ -300,7 +312,8 @@ def test_names_with_bars_stay_in_their_cells():
 
 def command(folder):
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxchat", "evaluate", "-m", "model", "--tasks", ALL, "--out", "out", *SMALL],
+        [sys.executable, "-m", "jaxchat", "evaluate", "-m", "model", "--tasks", ALL, "--out", "out",
+         *SMALL, *SHORT],
         cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
 

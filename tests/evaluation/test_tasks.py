@@ -390,6 +390,11 @@ def test_instructions_that_are_not_known_are_refused(tmp_path):
             one("ifeval", data=tmp_path)
 
 
+def test_own_files_are_found_in_the_data_too(tmp_path):
+    write_lines(tmp_path / "deep" / "a.jsonl", [GOOD])
+    assert len(one("choice:deep/a.jsonl", data=tmp_path).items) == 1
+
+
 def test_names_of_tasks_may_be_those_of_files_with_commas(tmp_path):
     path = tmp_path / "a,b.txt"
     path.write_text("x")
