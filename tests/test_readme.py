@@ -79,6 +79,8 @@ def test_the_commands_run(
     asked = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello, poet"}
     for name in ("chats.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text(f"{json.dumps({'messages': asked})}\n" * 3)
+    quiz = [{"question": "do you like", "choices": ["music", "stone"], "answer": n % 2} for n in range(3)]
+    (tmp_path / "quiz.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in quiz))
     base, heads = load_params(model_path), ChimeraConfig(heads=3)
     write_chimera(tmp_path / "path/to/heads", heads, initial_params(heads, *base, jax.random.key(0)), *base)
     monkeypatch.chdir(tmp_path)
@@ -99,6 +101,7 @@ def test_the_commands_run(
         "back-to-hf/model.safetensors",
         "expanded/config.json",
         "report/layers.csv",
+        "longer/evaluation.json",
     ):
         assert (tmp_path / "out" / made).exists()
 

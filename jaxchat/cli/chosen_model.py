@@ -113,6 +113,11 @@ class ChosenModel:
         assert isinstance(words, ModelDirectory)
         return words
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it can read text."""
+        return self._words.tokenizer is not None
+
     def has_template(self, choice: str | None = None) -> bool:
         """Whether it has a chat template; raises what is wrong with one before weights are read for it.
 

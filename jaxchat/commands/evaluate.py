@@ -43,8 +43,8 @@ Writes evaluation.json, .md, .csv and .png, and items.jsonl, every answer; an
 interrupted run goes on where it stopped.
 
   {program} -m assistant --tasks arc_easy,piqa --data evals --out plain
-  {program} -m assistant --tasks arc_easy,piqa --data evals --out doubled \\
-      --layer_spec 0:16,12: --baseline plain/evaluation.json
+  {program} -m assistant --tasks arc_easy,piqa --data evals \\
+      --out longer --layer_spec 0:16,12: --baseline plain/evaluation.json
   {program} --tasks text:story.txt,choice:mine.jsonl --out mine
 
 Tasks whose files are found below --data:
@@ -56,7 +56,6 @@ Of a file of your own (.jsonl .json .csv .txt .arrow .parquet), by columns:
   match:FILE       prompt, answer (or several), regex that finds it (optional)
   text:FILE        text; or a .txt
 each with an id, if wanted. Code that a model writes is never run.
-
 """
 
 _what = functools.partial(Flag, group="Tasks")
@@ -95,7 +94,8 @@ class EvaluateRequest(LoadFlags):
     data: Annotated[
         str | None,
         _what(
-            help="The directory that the files of the tasks are found in, however deep, as published",
+            help="The directory that the files of tasks are found in, however deep, as published, and "
+            "those of your own that are not here",
             example="--data evals",
             value="DIR",
         ),
@@ -111,9 +111,9 @@ class EvaluateRequest(LoadFlags):
     few_shot: Annotated[
         int | None,
         _how(
-            help="Show so many examples before each question: from the task's rows for that (train, dev), "
-            "else from its other questions. Drawn with --seed, the same for all; of MMLU the first ones. If not "
-            "given, what the task has: 5 of gsm8k, else 0",
+            help="Show so many examples before each question: from the task's rows for that "
+            "(train, dev), else from its other questions. Drawn with --seed, the same for all; of MMLU "
+            "the first ones. If not given, what the task has: 5 of gsm8k, else 0",
             example="--few_shot 5",
             elsewhere=("num_fewshot", "fewshot", "shots"),
             low=0,
@@ -127,7 +127,7 @@ class EvaluateRequest(LoadFlags):
             "--noapply_chat_template as text. If not given: ifeval, rys_* and match:FILE if there is a "
             "template, and no other task",
             example="--apply_chat_template",
-            elsewhere=("chat_template", "fewshot_as_multiturn"),
+            elsewhere=("fewshot_as_multiturn",),
         ),
     ] = None
     max_new_tokens: Annotated[
@@ -209,7 +209,13 @@ def _run(request: EvaluateRequest, given: frozenset[str]) -> int:
     request = request.or_boxed()
     chosen = request.chosen()
     chosen.check_max_length(request.max_length)
+    from jaxchat.evaluation.likelihood import windows_of  # numpy and others, which --help need not wait for
+
+    if not chosen.has_tokenizer:
+        raise UsageError(f"{request.model_name}: has no tokenizer, and tasks are texts; add its files")
     tasks = _prepared(request, chosen)
+    _refuse_idle(given, tasks)
+    windows_of(request.window, request.stride, request.max_length or chosen.config.max_position_embeddings)
     baseline = _baseline(request, tasks)
     out = _output_directory(str(request.out))
     # Imports JAX, which --help and usage errors need not wait for.
@@ -320,6 +326,20 @@ def _refuse(request: EvaluateRequest) -> None:
             "the picture needs matplotlib, which is not installed; pip install 'jaxchat[eval]', or give "
             "--noplots"
         )
+
+
+def _refuse_idle(given: frozenset[str], tasks: Sequence["Prepared"]) -> None:
+    """Refuses flags that say nothing about the tasks there are."""
+    from jaxchat.evaluation.items import Document, Generation
+
+    kinds = {type(item) for task in tasks for item in task.items}
+    for name, kind, what in (
+        ("max_new_tokens", Generation, "of which the replies are checked, such as gsm8k"),
+        ("window", Document, "of long texts, text:FILE"),
+        ("stride", Document, "of long texts, text:FILE"),
+    ):
+        if name in given and kind not in kinds:
+            raise UsageError(f"--{name} is for tasks {what}; there are none, leave it out")
 
 
 def _output_directory(name: str) -> Path:

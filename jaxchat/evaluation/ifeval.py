@@ -2,7 +2,8 @@
 
 An instruction is a row of `INSTRUCTIONS`. Two of the reference's helpers are replaced: its sentences are cut
 by NLTK's trained model, ours by rules, and its words of capitals by NLTK's tokenizer, ours where blanks and
-punctuation are. Languages are told apart by langdetect (the extra `eval`), as there.
+punctuation are. A letter such as `#` is counted, where the reference takes another at random. Languages are
+told apart by langdetect (the extra `eval`), as there.
 """
 
 import functools

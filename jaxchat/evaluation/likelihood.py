@@ -42,18 +42,7 @@ class ModelProbe:
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        limit = self.limit
-        window = min(WINDOW, limit) if self.window is None else self.window
-        stride = window // 2 if self.stride is None else self.stride
-        if not 2 <= window <= limit:
-            raise UsageError(
-                f"{option('window')} is {window}; expected 2 to {limit:,}, what the model's context holds"
-            )
-        if not 1 <= stride < window:
-            raise UsageError(
-                f"{option('stride')} is {stride}, and {option('window')} {window}; expected 1 to {window - 1}: "
-                "a window sees at least one token of the one before"
-            )
+        window, stride = windows_of(self.window, self.stride, self.limit)
         object.__setattr__(self, "window", window)
         object.__setattr__(self, "stride", stride)
 
@@ -125,6 +114,26 @@ class ModelProbe:
                 )
             found.append(one)
         return found
+
+
+def windows_of(window: int | None, stride: int | None, limit: int) -> tuple[int, int]:
+    """The window and the stride that are asked for, in a context of `limit` tokens; see `ModelProbe`.
+
+    Raises:
+      UsageError: a window that the context does not hold, or a stride of a whole one.
+    """
+    window = min(WINDOW, limit) if window is None else window
+    stride = window // 2 if stride is None else stride
+    if not 2 <= window <= limit:
+        raise UsageError(
+            f"{option('window')} is {window}; expected 2 to {limit:,}, what the model's context holds"
+        )
+    if not 1 <= stride < window:
+        raise UsageError(
+            f"{option('stride')} is {stride}, and {option('window')} {window}; expected 1 to "
+            f"{window - 1}: a window sees at least one token of the one before"
+        )
+    return window, stride
 
 
 def _windows(

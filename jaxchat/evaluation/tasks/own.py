@@ -183,11 +183,19 @@ def _kind(
             about=f"{kind} of a file",
             read=read,
             metric=metric,
-            paths=(Path(name),),
+            paths=(_place(name, directory),),
             **settings,
         )
 
     return task
+
+
+def _place(name: str, directory: DataDirectory | None) -> Path:
+    """A file by its name here or, where there is none, in the directory of data."""
+    path = Path(name)
+    if directory is not None and not path.exists() and (directory.path / name).exists():
+        return directory.path / name
+    return path
 
 
 KINDS: Mapping[str, Callable[[str, DataDirectory | None], Task]] = {

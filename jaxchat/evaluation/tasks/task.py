@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from jaxchat.errors import UsageError, option
@@ -87,7 +87,6 @@ class Prepared:
     few_shot: int = 0
     chat: bool = False
     total: int = 0
-    notes: tuple[str, ...] = field(default_factory=tuple)
 
 
 def framed(example: Example, shots: Sequence[Example], *, chat: bool) -> Frame:
