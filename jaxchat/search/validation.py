@@ -117,11 +117,7 @@ def compared(measure: Measure, scores: Scores, base: Scores, confidence: float) 
         nothing = Estimate(-math.inf, math.nan, -math.inf, -math.inf, int(finite.sum()))
         return Comparison(nothing, 0, int((~finite).sum()), None)
     values, others = sign * scores.values[finite], sign * base.values[finite]
-    binary = np.isin(scores.values, (0, 1)).all() and np.isin(base.values, (0, 1)).all()
-    found = statistics.compare(values, others, base.weights[finite], confidence=confidence, seed=SEED)
-    if binary and found.p_value is None:  # of 0 and -1
-        found = found._replace(p_value=statistics.mcnemar(found.wins, found.losses))
-    return found
+    return statistics.compare(values, others, base.weights[finite], confidence=confidence, seed=SEED)
 
 
 def luck(measure: Measure, tried: Sequence[Scores], base: Scores) -> float:

@@ -79,6 +79,30 @@ def test_paired_items_are_compared_one_by_one(rng):
     assert not compare(hard, hard).difference.excludes_zero
 
 
+@pytest.mark.parametrize("count", [40, 200])
+@pytest.mark.parametrize("discordant", [0.02, 0.2])
+def test_the_interval_of_two_shares_covers_their_difference(count, discordant):
+    random = np.random.default_rng(0)
+    trials, covered = 1000, 0
+    for _ in range(trials):
+        kind = random.choice(
+            4, count, p=[discordant * 0.7, discordant * 0.3, 0.5 - discordant / 2, 0.5 - discordant / 2]
+        )
+        values, others = ((kind == 0) | (kind == 2)).astype(float), ((kind == 1) | (kind == 2)).astype(float)
+        found = compare(values, others, resamples=2).difference
+        covered += found.low <= 0.4 * discordant <= found.high
+    assert covered / trials >= 0.93
+
+
+def test_the_interval_of_two_shares_is_newcombes():
+    """Newcombe 1998, Statistics in Medicine 17, table II: 36, 12, 2, 0 of 50."""
+    values = np.repeat([1.0, 1, 0, 0], [36, 12, 2, 0])
+    others = np.repeat([1.0, 0, 1, 0], [36, 12, 2, 0])
+    found = compare(values, others).difference
+    assert found.value == pytest.approx(0.2)
+    assert (found.low, found.high) == pytest.approx((0.0569, 0.3404), abs=1e-4)
+
+
 def test_mcnemar_is_the_binomial_test_of_items_that_differ():
     right = np.array([1, 1, 1, 1, 1, 1, 0, 1, 0, 0.0])
     other = np.array([0, 0, 0, 0, 0, 0, 1, 1, 0, 0.0])
