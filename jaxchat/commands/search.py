@@ -87,7 +87,7 @@ class SearchRequest(TextFlags, LoadFlags):
     ] = None
     limit: Annotated[
         int | None,
-        _search(help="Use the first so many questions of each task", example="--limit 500", low=2),
+        _search(help="Use the first so many questions of the task", example="--limit 500", low=2),
     ] = None
     few_shot: Annotated[
         int | None,
@@ -105,6 +105,10 @@ class SearchRequest(TextFlags, LoadFlags):
             example="--probe piqa,lambada",
             value="TASK,...",
         ),
+    ] = None
+    probe_limit: Annotated[
+        int | None,
+        _search(help="Use the first so many questions of each probe", example="--probe_limit 200", low=2),
     ] = None
     minutes: Annotated[
         float | None,
@@ -218,9 +222,9 @@ def _tasks(request: SearchRequest) -> "list[Prepared]":
     if len(asked) > 1:
         raise UsageError(f"--objective is {request.objective}; give one task, and others with --probe")
     probes = names(request.probe or "")
-    common: dict[str, Any] = {"data": request.data, "limit": request.limit}
-    found = prepare(asked, few_shot=request.few_shot, **common) if asked else []
-    return found + (prepare(probes, **common) if probes else [])
+    searched: dict[str, Any] = {"limit": request.limit, "few_shot": request.few_shot}
+    found = prepare(asked, data=request.data, **searched) if asked else []
+    return found + (prepare(probes, data=request.data, limit=request.probe_limit) if probes else [])
 
 
 def _question(
@@ -394,5 +398,9 @@ COMMAND = Command(
         Conflict("text", "token_ids", "give one"),
         Conflict("minutes", "plans", "give one"),
     ),
-    needs=(*RECIPE_NEEDS, Need("special_tokens", ("text",), "token ids are what they are")),
+    needs=(
+        *RECIPE_NEEDS,
+        Need("special_tokens", ("text",), "token ids are what they are"),
+        Need("probe_limit", ("probe",), "it says how much of one"),
+    ),
 )
