@@ -100,8 +100,8 @@ class SearchRequest(TextFlags, LoadFlags):
     probe: Annotated[
         str | None,
         _search(
-            help="Also tell what becomes of these tasks, which the search does not look at; of a --text that "
-            "is given beside a task its loss is told, too",
+            help="Also tell what becomes of these tasks, which the search does not look at; of the task "
+            "itself the headline, on the questions that validate; of a --text beside a task the loss",
             example="--probe piqa,lambada",
             value="TASK,...",
         ),
@@ -248,9 +248,15 @@ def _question(
         probes = {task.name: task_sample(model, task) for task in tasks}
         text: dict[str, Any] = {"objective": request.objective, "share": request.search_share}
         return text_question(model.engine, base, windows, probes=probes, **text, **bounds)
-    whole = task_sample(model, tasks[0], request.metric)
-    searched, validated = split_items(whole, request.search_share, request.seed)
-    probes = {task.name: task_sample(model, task) for task in tasks[1:]}
+    task, share, seed = tasks[0], request.search_share, request.seed
+    searched, validated = split_items(task_sample(model, task, request.metric), share, seed)
+    probes = {
+        # Of the task itself what the search has not seen.
+        probe.name: split_items(task_sample(model, task), share, seed)[1]
+        if probe.name == task.name
+        else task_sample(model, probe)
+        for probe in tasks[1:]
+    }
     if windows is not None:
         probes["loss"] = sample.text_sample(windows, sample.LOSS)
     cost = relative_cost(model.engine, base)

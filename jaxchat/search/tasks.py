@@ -76,7 +76,7 @@ def split_items(sample: Sample, share: float, seed: int) -> tuple[Sample, Sample
             "others"
         )
     order = list(range(len(sample.items)))
-    random.Random(f"{seed} {sample.measure.name}").shuffle(order)
+    random.Random(seed).shuffle(order)  # the same for every metric of a task
     count = min(max(round(len(order) * share), 1), len(order) - 1)
     parts = sorted(order[:count]), sorted(order[count:])
     first, second = (Sample(sample.measure, tuple(sample.items[n] for n in part)) for part in parts)
