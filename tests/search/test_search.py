@@ -102,7 +102,7 @@ def test_scores_of_rows_of_any_length_are_those_of_continuations(model, rng):
     def nats(outcome, tokens):
         return float(outcome.nats.sum()), float(len(tokens))
 
-    pairs = [tuple(texts(rng, (a, b))) for a, b in rng.integers(1, 30, (40, 2)).tolist()]
+    pairs = [tuple(texts(rng, (a, b))) for a, b in rng.integers(1, 16, (40, 2)).tolist()]
     items = tuple(Item(tuple(Row(*pair) for pair in pairs[i : i + 2]), nats) for i in range(0, 40, 2))
     plans = [spec(text, 3) for text in ("1,2", "0,1,2,2")]
     for mebibytes in (1024, 0):
