@@ -305,10 +305,9 @@ def _write(results: list["Summary"], about: dict[str, Any], request: EvaluateReq
         files["evaluation.png"] = plots.png(results, f"{about['model']}, {about['layer_spec']}"[:90])
     for file, data in files.items():
         write_atomically(out / file, data)
-    console = Console(highlight=False)
-    for table in (report.headlines(results), report.differences(results)):
-        if len(table) > 2:
-            console.print(Markdown("\n".join(table)))
+    Console(highlight=False).print(Markdown("\n".join(report.headlines(results))))
+    for line in report.changes(results):
+        print(line)
     print(f"{out}: {', '.join(files)}")
 
 

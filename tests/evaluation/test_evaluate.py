@@ -111,6 +111,7 @@ def test_a_plan_is_compared_with_a_baseline_item_by_item(commands, place, monkey
         assert (pair["better"], pair["worse"]) == ((better, worse) if name == "acc" else (worse, better))
         assert pair["mcnemar_p"] == (mcnemar(better, worse) if name == "acc" else None)
     assert "McNemar p" in (place / "other" / "evaluation.md").read_text()
+    assert f"choice:choices.jsonl: acc {mine['compared']['acc']['difference']['value']:+.4f} from" in done.out
     assert read(place, "other")["baseline"] == {
         "file": "plain/evaluation.json",
         "model": "model",
