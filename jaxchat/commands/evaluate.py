@@ -305,10 +305,9 @@ def _write(results: list["Summary"], about: dict[str, Any], request: EvaluateReq
         files["evaluation.png"] = plots.png(results, f"{about['model']}, {about['layer_spec']}"[:90])
     for file, data in files.items():
         write_atomically(out / file, data)
-    console = Console(highlight=False)
-    for table in (report.headlines(results), report.differences(results)):
-        if len(table) > 2:
-            console.print(Markdown("\n".join(table)))
+    Console(highlight=False).print(Markdown("\n".join(report.headlines(results))))
+    for line in report.changes(results):
+        print(line)
     print(f"{out}: {', '.join(files)}")
 
 
@@ -357,7 +356,7 @@ def _dependencies(model: "Model", probe: Any, request: EvaluateRequest) -> dict[
     return {
         "--recipe" if request.model is None else "--model": _weights(model),
         "--layer_spec": str(model.plan),
-        "--adapter": _adapters(model, request),
+        "--adapter": _adapters(model),
         "--dtype": request.dtype or "as stored",
         "--quant": request.quant or "as stored",
         "--kv_dtype": model.engine.kv_dtype.name,
@@ -377,19 +376,11 @@ def _weights(model: "Model") -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def _adapters(model: "Model", request: EvaluateRequest) -> str:
-    """Names, strengths and a fingerprint of what adapters add."""
-    if not request.adapter:
+def _adapters(model: "Model") -> str:
+    """Digests of the adapters that are used, each with its strength and slot."""
+    if model.engine.adapters is None:
         return "none"
-    import jax
-    import numpy as np
-
-    from jaxchat.checkpoints.fingerprint import bytes_of
-
-    found = hashlib.blake2b(digest_size=8)
-    for leaf in jax.tree.leaves(model.engine.adapters):
-        found.update(bytes_of(np.asarray(leaf)))
-    return f"{' '.join(map(str, request.adapter))} {found.hexdigest()}"
+    return " ".join(model.engine.adapters.identity(model.uses)) or "none"
 
 
 def _about(

@@ -637,7 +637,9 @@ class Session:
         Args:
           rows: the sequences.
           starts: sequence -> its first token that counts, at least 1 (the default), whose predecessors may be
-            in the cache; without it a sequence is computed from its start.
+            in the cache; without it a sequence is computed from its start. The numbers do then not depend
+            on what was in the cache, nor on other sequences: all is computed in short chunks, as CPU kernels
+            round the activations of long ones otherwise.
 
         Returns:
           Of each sequence the scores of its tokens from there on.
@@ -654,9 +656,10 @@ class Session:
         self._reserve(max(longest - 1, 1))
         first = {row: (starts or {}).get(row, 1) - 1 for row in rows}
         done = {row: min(self.cached[row], first[row]) for row in rows}
-        self._fill(done, first)
+        limit = None if starts is None else PREFILL_BUCKETS[0]
+        self._fill(done, first, limit)
         parts: dict[int, list[RowScores]] = {row: [_NO_SCORES] for row in rows}
-        for tokens, targets, new in self._chunks(done, {row: len(ids[row]) - 1 for row in rows}):
+        for tokens, targets, new in self._chunks(done, {row: len(ids[row]) - 1 for row in rows}, limit):
             step = self.step(tokens, self._array(done), self._array(new), self.contexts.lengths(rows))
             scored, self._cache = steps.score(step, self._cache, targets)
             logprobs, greedy = map(np.asarray, scored)
@@ -667,20 +670,22 @@ class Session:
             self.cached[row] = max(done[row], 0)
         return [RowScores(*map(np.concatenate, zip(*parts[row], strict=True))) for row in rows]
 
-    def _fill(self, done: dict[int, int], until: Mapping[int, int]) -> None:
+    def _fill(self, done: dict[int, int], until: Mapping[int, int], limit: int | None) -> None:
         """Computes sequences from `done` on, which it moves on, until a place of each, without logits."""
-        for tokens, _, new in self._chunks(done, until):
+        for tokens, _, new in self._chunks(done, until, limit):
             step = self.step(tokens, self._array(done), self._array(new), self.contexts.lengths(list(done)))
             self._cache = steps.fill(step, self._cache)
             for row, n in new.items():
                 done[row] += n
 
     def _chunks(
-        self, done: Mapping[int, int], until: Mapping[int, int]
+        self, done: Mapping[int, int], until: Mapping[int, int], limit: int | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, int]]]:
         """Tokens int32 [B, T] from `done` on, those after each, and how many are a sequence's own."""
         # Logits of a whole chunk are [B, T, V] float32: chunks are kept short.
-        limit = max(b for b in PREFILL_BUCKETS if b == PREFILL_BUCKETS[0] or b * self.padded_batch <= 256)
+        limit = limit or max(
+            b for b in PREFILL_BUCKETS if b == PREFILL_BUCKETS[0] or b * self.padded_batch <= 256
+        )
         while (left := max((until[row] - done[row] for row in done), default=0)) > 0:
             chunk = min(_chunk_length(left), limit)
             tokens, targets = np.zeros((2, self.padded_batch, chunk), np.int32)

@@ -13,22 +13,30 @@ from matplotlib.figure import Figure
 from jaxchat.evaluation.metrics import metric
 from jaxchat.evaluation.report import Summary
 from jaxchat.evaluation.statistics import Estimate
+from jaxchat.visible import visible
 
 _DPI = 110
 _BLUE, _GREEN, _RED, _GREY = "#3b6fb6", "#3f8f5f", "#c0504d", "#7f8791"
 
 
 def png(results: Sequence[Summary], title: str) -> bytes:
-    """A PNG: the headlines with their 95 % intervals and, with a baseline, their differences."""
-    shown = [one for one in results if one.measured.task.metric in one.scores]
-    compared = any(one.compared for one in shown)
-    columns = 2 if compared else 1
-    figure = Figure(figsize=(6.4 * columns, 1.6 + 0.42 * len(shown)), layout="constrained")
+    """A PNG: the headlines with their 95 % intervals and, with a baseline, their differences.
+
+    Scores of one kind share an axis.
+    """
+    kinds: dict[str, list[Summary]] = {}
+    for one in results:
+        if one.measured.task.metric in one.scores:
+            kinds.setdefault(one.measured.task.metric, []).append(one)
+    columns = 2 if any(one.compared for own in kinds.values() for one in own) else 1
+    heights = [1 + len(own) for own in kinds.values()]
+    figure = Figure(figsize=(6.4 * columns, 0.6 + 0.5 * sum(heights)), layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    _scores(axes[0], shown)
-    if compared:
-        _differences(axes[1], shown)
+    axes = figure.subplots(len(kinds), columns, squeeze=False, height_ratios=heights)
+    for row, own in zip(axes, kinds.values(), strict=True):
+        _scores(row[0], own)
+        if columns == 2:
+            _differences(row[1], own)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=_DPI)
     return out.getvalue()
@@ -37,7 +45,7 @@ def png(results: Sequence[Summary], title: str) -> bytes:
 def _scores(axes: Axes, results: Sequence[Summary]) -> None:
     for row, one in enumerate(results):
         _point(axes, row, one.scores[one.measured.task.metric], _BLUE)
-    _label(axes, results, "score, with its 95 % interval")
+    _label(axes, results, "")
 
 
 def _differences(axes: Axes, results: Sequence[Summary]) -> None:
@@ -48,7 +56,7 @@ def _differences(axes: Axes, results: Sequence[Summary]) -> None:
             difference = one.compared[name].comparison.difference
             better = (difference.value > 0) == metric(name).higher_is_better
             _point(axes, row, difference, (_GREEN if better else _RED) if difference.excludes_zero else _GREY)
-    _label(axes, results, "difference from the baseline, with its 95 % interval")
+    _label(axes, results, ", difference from the baseline")
 
 
 def _point(axes: Axes, row: int, score: Estimate, color: str) -> None:
@@ -58,10 +66,11 @@ def _point(axes: Axes, row: int, score: Estimate, color: str) -> None:
 
 
 def _label(axes: Axes, results: Sequence[Summary], text: str) -> None:
-    names = [f"{one.measured.task.name[-40:]}\n{one.measured.task.metric}" for one in results]
+    names = [visible(one.measured.task.name)[-40:] for one in results]
     axes.set_yticks(range(len(results)), names, fontsize=8, parse_math=False)
     axes.set_ylim(len(results) - 0.5, -0.5)
-    axes.set_xlabel(text, fontsize=9)
+    axes.set_xlabel(f"{results[0].measured.task.metric}{text}, 95 % intervals", fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color="#e3e6ea", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

@@ -286,6 +286,23 @@ def headlines(results: Sequence[Summary]) -> list[str]:
     ]
 
 
+def changes(results: Sequence[Summary]) -> list[str]:
+    """A line a task: how its first score differs from the baseline's."""
+    lines = []
+    for one in results:
+        task = one.measured.task
+        if task.metric in one.compared:
+            pair = one.compared[task.metric]
+            found = pair.comparison
+            p_value = "" if found.p_value is None else f", McNemar p {found.p_value:.3g}"
+            lines.append(
+                f"{visible(task.name)}: {task.metric} {found.difference.value:+.4f} from "
+                f"{number(pair.other)} ({_interval(found.difference, signed=True)}), better on {found.wins} "
+                f"and worse on {found.losses} of {found.difference.items} items{p_value}"
+            )
+    return lines
+
+
 def differences(results: Sequence[Summary]) -> list[str]:
     """A Markdown table of what has changed from the baseline."""
     lines = [

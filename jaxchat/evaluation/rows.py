@@ -7,7 +7,7 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -30,12 +30,14 @@ class Row(NamedTuple):
       place: of the row in it, for messages: `test.jsonl:3`.
       name: its key in a JSON object of rows, else its number, from 0.
       values: by column.
+      number: where it is in the file, from 0.
     """
 
     path: Path
     place: str
     name: str
     values: Mapping[str, Any]
+    number: int = 0
 
     def read(self, kind: type[T]) -> T:
         """The row as a dataclass, whose fields are the columns.
@@ -66,7 +68,7 @@ def read_rows(path: Path) -> list[Row]:
         kind = "a directory" if path.is_dir() else "no such file"
         raise UsageError(f"{path}: {kind}; name a file ({', '.join(KINDS)})")
     try:
-        rows = list(reader(path))
+        rows = [row._replace(number=number) for number, row in enumerate(reader(path))]
     except UnreadableError as error:
         raise JaxchatError(f"{path}: {error}") from None
     except OSError as error:
@@ -74,6 +76,17 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise JaxchatError(f"{path}: no rows in it; expected at least one question")
     return rows
+
+
+def read_all(paths: Sequence[Path]) -> list[Row]:
+    """The rows of several files, as of one: where they have no names their numbers go on."""
+    found: list[Row] = []
+    for path in paths:
+        rows = read_rows(path)
+        if found and all(row.name == str(row.number) for row in rows):
+            rows = [row._replace(name=str(len(found) + row.number)) for row in rows]
+        found += rows
+    return found
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:

@@ -12,12 +12,14 @@ import time
 import numpy as np
 import pytest
 
+from jaxchat.checkpoints.directory import ModelDirectory
 from jaxchat.evaluation import report
 from jaxchat.evaluation.baseline import read_baseline
 from jaxchat.evaluation.items import Choice, Completion, Figure, Outcome, Request
 from jaxchat.evaluation.run import Measured
 from jaxchat.evaluation.statistics import mcnemar
 from jaxchat.evaluation.tasks import Prepared
+from tests.support.adapters import lora_tensors, projections, write_adapter
 from tests.support.commands import environment
 from tests.support.tiny_chat import write_tiny_chat
 
@@ -111,6 +113,7 @@ def test_a_plan_is_compared_with_a_baseline_item_by_item(commands, place, monkey
         assert (pair["better"], pair["worse"]) == ((better, worse) if name == "acc" else (worse, better))
         assert pair["mcnemar_p"] == (mcnemar(better, worse) if name == "acc" else None)
     assert "McNemar p" in (place / "other" / "evaluation.md").read_text()
+    assert f"choice:choices.jsonl: acc {mine['compared']['acc']['difference']['value']:+.4f} from" in done.out
     assert read(place, "other")["baseline"] == {
         "file": "plain/evaluation.json",
         "model": "model",
@@ -224,6 +227,28 @@ def test_a_model_without_a_tokenizer_is_refused(commands, place, monkeypatch, ti
         "evaluate", "-m", directory, "--tasks", "choice:choices.jsonl", "--out", "o", code=2
     )
     assert "has no tokenizer, and tasks are texts" in found
+
+
+def test_an_adapter_is_evaluated_and_told_from_another_strength(commands, place, monkeypatch):
+    modules = projections(ModelDirectory.at(place / "model").config)
+    write_adapter(place / "poet", lora_tensors(modules), target_modules="all-linear")
+    found = []
+    for number, flags in enumerate(([], ["--adapter", "poet"], ["--adapter", "poet=0.5"])):
+        done = evaluate(commands, place, monkeypatch, "--limit", "2", *flags, out=f"adapter{number}")
+        assert done.code == 0, done.err
+        found.append(read(place, f"adapter{number}"))
+    assert [one["adapters"] for one in found] == [[], ["poet"], ["poet=0.5"]]
+    assert len({one["tasks"][0]["scores"]["bits_per_byte"]["value"] for one in found}) == 3
+    refused = evaluate(commands, place, monkeypatch, "--adapter", "poet=0.2", out="adapter2")
+    assert (refused.code, "--adapter is" in refused.err) == (2, True)
+
+
+def test_tasks_and_reports_need_no_jax():
+    code = (
+        "import sys; from jaxchat.evaluation import baseline, likelihood, report, run, tasks; "
+        "sys.exit('jax' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_a_damaged_baseline_is_refused(tmp_path):

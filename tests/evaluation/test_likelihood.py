@@ -218,6 +218,16 @@ def test_an_evaluation_does_not_depend_on_the_batch_or_on_other_tasks(model):
                 assert figure == pytest.approx(theirs.figures[name], abs=1e-5), (item.id, name)
 
 
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantized_models_give_the_same_whatever_contexts_share(tmp_path, quant):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = jaxchat.load(write_tiny_chat(tmp_path, max_position_embeddings=160, **sizes), quant=quant)
+    context = " ".join(WORDS * 2)
+    requests = [Request(context[: 70 + 10 * n], f" {word}") for n, word in enumerate(WORDS[:4])]
+    probe = ModelProbe(model, 1)
+    assert probe.likelihoods(requests) == [probe.likelihoods([request])[0] for request in requests]
+
+
 def test_a_plan_is_what_is_evaluated(model):
     (task,) = prepared()[1:2]
     plain, other = (evaluate(m, [task])[0].outcomes for m in (model, model.with_plan("0,2")))

@@ -64,6 +64,14 @@ def test_few_items_say_how_little_they_tell():
     assert estimate(np.ones(9))[:4] == (1, 0, 1, 1)
 
 
+@pytest.mark.parametrize("count", [2, 5, 9])
+def test_of_few_items_the_interval_is_students(rng, count):
+    values = rng.normal(size=count)
+    one = estimate(values)
+    low, high = stats.t.interval(0.95, count - 1, values.mean(), stats.sem(values))
+    assert (one.low, one.high) == (pytest.approx(low), pytest.approx(high))
+
+
 @pytest.mark.parametrize("bad", [np.array([np.nan, 1]), np.ones((2, 2))])
 def test_what_is_no_list_of_numbers_is_refused(bad):
     with pytest.raises(ValueError, match="must be"):

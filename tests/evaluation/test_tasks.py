@@ -390,6 +390,17 @@ def test_instructions_that_are_not_known_are_refused(tmp_path):
             one("ifeval", data=tmp_path)
 
 
+def test_rows_of_several_files_are_numbered_on(tmp_path):
+    for number in range(2):
+        write_lines(
+            tmp_path / "lambada" / f"test-{number}.jsonl", [{"text": f"one {number}"}, {"text": "a b"}]
+        )
+    items = one("lambada", data=tmp_path).items
+    assert [(item.id, item.request.continuation) for item in items] == [
+        ("0", " 0"), ("1", " b"), ("2", " 1"), ("3", " b"),
+    ]  # fmt: skip
+
+
 def test_own_files_are_found_in_the_data_too(tmp_path):
     write_lines(tmp_path / "deep" / "a.jsonl", [GOOD])
     assert len(one("choice:deep/a.jsonl", data=tmp_path).items) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxchat.errors import JaxchatError, UsageError, option
 from jaxchat.evaluation.items import Generation
-from jaxchat.evaluation.rows import Row, read_rows
+from jaxchat.evaluation.rows import read_all
 from jaxchat.evaluation.tasks import arc, gsm8k, ifeval, lambada, mmlu, olmo, own, piqa, rys
 from jaxchat.evaluation.tasks.find import DataDirectory
 from jaxchat.evaluation.tasks.task import Example, Prepared, Task, framed, shots_of
@@ -156,7 +156,7 @@ def _prepared(
     max_new_tokens: int | None,
     seed: int,
 ) -> Prepared:
-    examples = task.read([row for file in files for row in read_rows(file)])
+    examples = task.read(read_all(files))
     _refuse_twice(task, examples)
     pools = _pools(task, examples, directory) if few_shot else {}
     items = []
@@ -192,7 +192,7 @@ def _pools(
 ) -> Mapping[str, list[Example]]:
     """What examples are taken from, by group: the task's own rows for that, else its questions."""
     files = directory.first(task.shots) if directory is not None else []
-    rows: list[Row] = [row for file in files for row in read_rows(file)]
+    rows = read_all(files)
     pools: dict[str, list[Example]] = {}
     for example in task.read(rows) if rows else examples:
         pools.setdefault(example.group, []).append(example)

@@ -49,7 +49,7 @@ def _example(row: Row) -> Example:
         question=f"{own.question.strip()}{listed}\nAnswer:",
         choices=tuple(_LETTERS),
         label=own.answer,
-        id=f"{own.subject}/{row.name}",
+        id=f"{own.subject}/{row.number}",
         group=own.subject,
         about=f"The following are multiple choice questions (with answers) about {subject}.\n\n",
     )

@@ -38,9 +38,9 @@ def _example(row: Row, labels: Sequence[str]) -> Example:
             raise row.wrong(
                 f"has no label, and there is no {_labels_of(row.path).name} beside it; get that file"
             )
-        text = labels[int(row.name)]
+        text = labels[row.number]
         if text not in ("0", "1"):
-            raise JaxchatError(f"{_labels_of(row.path)}:{int(row.name) + 1}: is {text!r}; expected 0 or 1")
+            raise JaxchatError(f"{_labels_of(row.path)}:{row.number + 1}: is {text!r}; expected 0 or 1")
         label = int(text)
     question = f"Question: {own.goal}\nAnswer:"
     return choice(row, question=question, choices=(own.sol1, own.sol2), label=label)

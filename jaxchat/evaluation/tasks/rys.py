@@ -61,9 +61,7 @@ def _dialogues(rows: Sequence[Row]) -> list[Example]:
             (right.emotion4, right.emotion4_score),
         )
         # The reply names a feeling of several words by the last of them, as EQ-Bench reads it.
-        check = Feelings(
-            tuple((re.findall(r"\w+", name)[-1] if name else "", value) for name, value in pairs)
-        )
+        check = Feelings(tuple(((re.findall(r"\w+", name) or [""])[-1], value) for name, value in pairs))
 
         def ask(frame: Frame) -> Generation:
             return Generation(row.name, frame(own.prompt), check, max_new_tokens=80)
