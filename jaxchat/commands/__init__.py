@@ -12,6 +12,7 @@ COMMANDS = {
     "plan": "Convert layer plans between notations, and say what one costs",
     "analyze": "Measure what each layer of a model does",
     "train": "Train adapters, new layers or whole models on conversations or texts",
+    "batch": "Answer every line of a file, and write the answers to another",
     "convert": "Convert model directories, and write layer plans and recipes as models of their own",
 }
 """What each is for, by its name. None is imported until it runs: `--help` is to be fast."""

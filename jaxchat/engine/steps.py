@@ -56,6 +56,12 @@ def decode(step: Step, cache: KVCache) -> tuple[jax.Array, KVCache]:
 
 
 @functools.partial(jax.jit, donate_argnums=1)
+def hidden(step: Step, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Appends the step's tokens; the normed hidden states after each, float32 [B, T, D], and the cache."""
+    return model.forward(step, cache)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
 def score(step: Step, cache: KVCache, targets: jax.Array) -> tuple[jax.Array, KVCache]:
     """Appends the step's tokens; float32 [B, T] log-probabilities of the `targets` after each, the cache."""
     hidden, cache = model.forward(step, cache)
