@@ -101,7 +101,8 @@ class BatchRequest(LoadFlags):
     max_inflight: Annotated[
         int,
         _job(
-            help="Decode so many sequences together. More are faster, as far as memory goes",
+            help="Decode so many sequences together, on a CPU 8 at most. More are faster, as far as memory "
+            "goes",
             example="--max_inflight 32",
             low=1,
             high=4096,

@@ -124,7 +124,7 @@ _OBJECTS: Mapping[str, tuple[str, str]] = {
     "chat": ("chatcmpl", "chat.completion"),
     "completion": ("cmpl", "text_completion"),
 }
-_NOTHING: Mapping[str, Any] = {
+_NOTHING: dict[str, Any] = {
     "text": None,
     "finish_reason": None,
     "prompt_tokens": None,

@@ -268,7 +268,7 @@ def _resources(ray: Any, count: int | None, address: str | None) -> tuple[int, d
     """How many workers there are to be, and what Ray gives each."""
     there = ray.cluster_resources()
     needs: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0}
-    kinds = {"GPU": {"num_gpus": 1}, "TPU": {"resources": {"TPU": 1}}}
+    kinds: dict[str, dict[str, Any]] = {"GPU": {"num_gpus": 1}, "TPU": {"resources": {"TPU": 1}}}
     kind = next((kind for kind in kinds if there.get(kind, 0) >= 1), None)
     most = int(there.get(kind or "CPU", 1))
     if kind is not None:
