@@ -196,7 +196,10 @@ def _messages(name: str, value: Any) -> list[Any]:
 
 def _ids(name: str, value: Any) -> list[list[int]]:
     with in_flags(False):
-        return [arguments.token_ids(name, value if isinstance(value, list) else None)]
+        try:
+            return [arguments.token_ids(name, value)]
+        except UsageError as error:
+            raise LineError(error, name) from None
 
 
 class _Several(list[Any]):
@@ -250,8 +253,17 @@ def _plan(name: str, value: Any) -> Any:
     return value
 
 
-def _option(name: str) -> _Field:
-    return _Field(f"settings.{name}", _any)
+def _option(option: str) -> _Field:
+    """One of `GenerateOptions`, under the name that the line has for it."""
+
+    def read(name: str, value: Any) -> Any:
+        with in_flags(False):
+            try:
+                return getattr(GenerateOptions(**{option: value}), option)
+            except UsageError as error:
+                raise LineError(name + str(error).removeprefix(option), name) from None
+
+    return _Field(f"settings.{option}", read)
 
 
 _SAMPLING = ("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty",
