@@ -49,10 +49,10 @@ _in_flags = False  # of the process, so that what fails in another thread is tol
 
 
 @contextlib.contextmanager
-def in_flags() -> Iterator[None]:
-    """Within it messages speak to somebody at a command line."""
+def in_flags(spoken: bool = True) -> Iterator[None]:
+    """Within it messages speak to somebody at a command line; with False, to one who names parameters."""
     global _in_flags
-    before, _in_flags = _in_flags, True
+    before, _in_flags = _in_flags, spoken
     try:
         yield
     finally:

@@ -14,6 +14,10 @@ _CGROUPS = (
 """Version 2 and 1: where a container's limit, use and what of that can be dropped are."""
 
 
+class TooLittleMemoryError(JaxchatError):
+    """What is asked for does not fit into the memory of this machine."""
+
+
 def require(needed: int, devices: Iterable[Any], *, what: str, advice: str) -> None:
     """Refuses what is more than the memory that is free on the devices together.
 
@@ -24,11 +28,11 @@ def require(needed: int, devices: Iterable[Any], *, what: str, advice: str) -> N
       advice: what to do.
 
     Raises:
-      JaxchatError: it does not fit; says how much is needed and how much there is.
+      TooLittleMemoryError: it does not fit; says how much is needed and how much there is.
     """
     total, free = memory_of(devices)
     if needed > free:
-        raise JaxchatError(
+        raise TooLittleMemoryError(
             f"{what} needs {_short(needed)}, and of this machine's {_short(total)} of memory "
             f"{_short(max(free, 0))} are free; {advice}"
         )

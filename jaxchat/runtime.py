@@ -404,6 +404,39 @@ class Model:
                 progress(len(found), len(pairs))
         return [found[number] for number in range(len(pairs))]
 
+    def embed(
+        self,
+        texts: str | Sequence[str] | None = None,
+        *,
+        token_ids: Sequence[Sequence[int]] | None = None,
+        plans: Sequence[PlanLike | None] | None = None,
+        adapters: Sequence[AdapterLike | Sequence[AdapterLike] | None] | None = None,
+        batch_size: int = 8,
+        parse_special: bool = True,
+    ) -> np.ndarray:
+        """A vector for each text: the mean over its tokens of the final, normed hidden states, of length 1.
+
+        That is what a decoder without a pooling head can give; cosines between such vectors tell texts of one
+        kind from those of another, less well than a model that was trained for it. A text's vector does not
+        depend on those that it is computed with, as far as rounding allows.
+
+        `plans`, `adapters` and `parse_special` are as in `generate`; `batch_size` texts run together.
+
+        Returns:
+          float32 [texts, D].
+
+        >>> model.embed(["a cat", "a dog"]).shape  # doctest: +SKIP
+        (2, 896)
+        """
+        arguments.whole("batch_size", batch_size, 1)
+        all_ids = self._prompt_ids("texts", texts, token_ids, parse_special)
+        chosen, slots = self._plans(plans, len(all_ids))
+        uses = self._uses(adapters, chosen)
+        vectors = np.zeros((len(all_ids), self.config.hidden_size), np.float32)
+        for group, session in self._groups(all_ids, chosen, uses, slots, batch_size):
+            vectors[group] = [unit(mean) for mean in session.mean_rows(range(len(group)))]
+        return vectors
+
     def _groups(
         self,
         ids: Sequence[Sequence[int]],
@@ -519,6 +552,12 @@ def _runs(texts: Sequence[list[int]], batch: int) -> Iterator[dict[int, int]]:
     length = -(-len(order) // batch) if order else 0
     for step in range(length):
         yield {row: order[row * length + step] for row in range(batch) if row * length + step < len(order)}
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    """The vector of length 1 in the same direction, float32 [D]; zeros stay zeros."""
+    length = np.sqrt(np.sum(np.square(vector, dtype=np.float64)))
+    return (vector / max(length, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
 def load(

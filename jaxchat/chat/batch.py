@@ -227,34 +227,9 @@ class ChatBatch:
             raise UsageError(f"{path}: {error}") from None
 
     def _row(self, number: int, turn: Turn, options: GenerateOptions) -> Row:
-        conversation = self.conversations[number]
         name = f"conversation {number}" if len(self.conversations) > 1 else "the conversation"
-        opening = self._fitting(conversation, turn.begin(conversation), options, name)
-        self._vocabulary.check((*opening.prompt, *opening.ids))
-        return Row(opening, options, conversation.thought_tags)
-
-    def _fitting(
-        self, conversation: Conversation, opened: Callable[[], Opening], options: GenerateOptions, name: str
-    ) -> Opening:
-        """An opening within the context; `truncate_oldest` drops oldest turns until a quarter is free."""
-        limit = self._engine.max_length
-        opening = opened()
-        if opening.length < limit:
-            return opening
-        while options.overflow == "truncate_oldest" and opening.length > limit * 3 // 4:
-            if not conversation.drop_oldest():
-                break
-            opening = opened()
-        if opening.length >= limit:
-            advice = f"shorten it or raise {option('max_length')}"
-            if options.overflow == "error":
-                advice = (
-                    f"start anew, raise {option('max_length')} or use {option('overflow', 'truncate_oldest')}"
-                )
-            raise ContextOverflowError(
-                f"{name} has {opening.length} tokens, too many for the context of {limit}", advice
-            )
-        return opening
+        conversation, limit = self.conversations[number], self._engine.max_length
+        return opened_row(conversation, turn, options, self._vocabulary, max_length=limit, name=name)
 
     def _finish(self, batch: Batch) -> None:
         """Adds what was drawn to the histories, and makes the cache hold them."""
@@ -305,3 +280,58 @@ class ChatBatch:
         if self._base_plan != LayerPlan.identity(plan.num_layers):  # whose slots plans in text count
             return f"give the {option('plan', flag='layer_spec')} or {option('recipe')} it was made with"
         return told(f"give plan={str(plan)!r}", f"give --layer_spec '{plan}'")
+
+
+def opened_row(
+    conversation: Conversation,
+    turn: Turn,
+    options: GenerateOptions,
+    vocabulary: Vocabulary,
+    *,
+    max_length: int,
+    name: str = "the conversation",
+) -> Row:
+    """What the model's next message of a conversation begins with: what `Batch` draws.
+
+    Args:
+      conversation: changed by the turn; with `truncate_oldest` its oldest turns go where it is too long.
+      turn: what it is to go on with.
+      options: how to reply.
+      vocabulary: of the model.
+      max_length: tokens that the context holds.
+      name: what to call the conversation in an error.
+
+    Raises:
+      ContextOverflowError: the conversation does not fit the context.
+      UsageError: the template refuses the conversation, or it cannot go on so.
+    """
+    opening = _fitting(conversation, turn.begin(conversation), options, max_length, name)
+    vocabulary.check((*opening.prompt, *opening.ids))
+    return Row(opening, options, conversation.thought_tags)
+
+
+def _fitting(
+    conversation: Conversation,
+    opened: Callable[[], Opening],
+    options: GenerateOptions,
+    limit: int,
+    name: str,
+) -> Opening:
+    """An opening within the context; `truncate_oldest` drops oldest turns until a quarter is free."""
+    opening = opened()
+    if opening.length < limit:
+        return opening
+    while options.overflow == "truncate_oldest" and opening.length > limit * 3 // 4:
+        if not conversation.drop_oldest():
+            break
+        opening = opened()
+    if opening.length >= limit:
+        advice = f"shorten it or raise {option('max_length')}"
+        if options.overflow == "error":
+            advice = (
+                f"start anew, raise {option('max_length')} or use {option('overflow', 'truncate_oldest')}"
+            )
+        raise ContextOverflowError(
+            f"{name} has {opening.length} tokens, too many for the context of {limit}", advice
+        )
+    return opening

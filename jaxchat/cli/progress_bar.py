@@ -159,6 +159,43 @@ def training_bar(*, every: int) -> Iterator[Callable[["StepReport"], None]]:
         yield report
 
 
+@contextlib.contextmanager
+def job_bar() -> Iterator[Callable[["JobReport"], None]]:
+    """Lines done of all, tokens a second and the time that remains."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TextColumn("lines"),
+        TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    started = time.monotonic()
+
+    def report(now: "JobReport") -> None:
+        if not bar.tasks:
+            bar.add_task("", total=now.total, completed=now.lines)
+        rate = now.tokens / max(time.monotonic() - started, 1e-9)
+        bar.update(bar.tasks[0].id, completed=now.lines, description=f"{rate:,.0f} tokens/s")
+
+    with bar:
+        yield report
+
+
+class JobReport(Protocol):
+    """How far a job is: see `jobs.job.Progress`."""
+
+    @property
+    def lines(self) -> int:
+        """That have an answer."""
+
+    @property
+    def total(self) -> int:
+        """Of all."""
+
+    @property
+    def tokens(self) -> int:
+        """Of this run."""
+
+
 class StepReport(Protocol):
     """How far a training is: see `training.trainer.Report`."""
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "Score a model on tasks, with intervals, against another run",
     "search": "Search for the layer plan that is best for a text or a task, and validate it",
     "train": "Train adapters, new layers or whole models on conversations or texts",
+    "batch": "Answer every line of a file, and write the answers to another",
     "convert": "Convert model directories, and write layer plans and recipes as models of their own",
 }
 """What each is for, by its name. None is imported until it runs: `--help` is to be fast."""

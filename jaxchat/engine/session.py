@@ -21,6 +21,7 @@ from jaxchat.draft_use import TreeShape
 from jaxchat.engine import steps
 from jaxchat.engine.acceptance import Kept
 from jaxchat.engine.adapters import AdapterSet, check_uses
+from jaxchat.engine.blocks import block_of
 from jaxchat.engine.drafts import Draft
 from jaxchat.engine.rows import Contexts
 from jaxchat.errors import AdvisedError, UsageError, option
@@ -695,6 +696,59 @@ class Session:
                 tokens[row, :n] = self.ids[row][at : at + n]
                 targets[row, :n] = self.ids[row][at + 1 : at + n + 1]
             yield tokens, targets, new
+
+    def prefill_alike(self, rows: Sequence[int]) -> None:
+        """Brings the cache up to date with all but the last token of sequences, each as it would be alone.
+
+        `prefill` takes chunks that the longest sequence chooses; these are each sequence's own, see `blocks`.
+        What is cached before has to be in such blocks, too.
+
+        Raises:
+          ContextOverflowError: a sequence is longer than the engine's `max_length`.
+        """
+        for step, _ in self._steps_alike({row: len(self.ids[row]) - 1 for row in rows}):
+            self._prefilled(step)
+
+    def mean_rows(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """The means of the normed hidden states over all tokens of sequences, float32 [D] each.
+
+        Recomputes them from their starts, each in its own blocks. The sums are of 64 bits, in order.
+        """
+        for row in rows:
+            self.contexts.forget(row, 0)
+        sums = {row: np.zeros((1, self.engine.config.hidden_size)) for row in rows}
+        for step, new in self._steps_alike({row: len(self.ids[row]) for row in rows}):
+            hidden, self._cache = steps.hidden(step, self._cache)
+            found = np.asarray(hidden)
+            for row, count in new.items():
+                parts = np.concatenate([sums[row], found[row, :count]])
+                sums[row] = np.add.reduce(parts, axis=0, keepdims=True)  # one after the other, as the axis is
+        return [(sums[row][0] / max(len(self.ids[row]), 1)).astype(np.float32) for row in rows]
+
+    def _steps_alike(self, ends: Mapping[int, int]) -> Iterator[tuple[Step, dict[int, int]]]:
+        """Steps that bring sequences up to so many tokens, and how many new ones each has in a step."""
+        longest = max((len(self.ids[row]) for row in ends), default=0)
+        if longest > self.engine.max_length:
+            raise ContextOverflowError(
+                f"the text has {longest} tokens but the context holds {self.engine.max_length}",
+                f"shorten it or raise {option('max_length')}",
+            )
+        for row in ends:
+            self.contexts.follow_rotation(row)
+        self._reserve(longest)
+        self._show_draft()
+        context = self.contexts.lengths(list(ends))
+        while left := {row: end - self.cached[row] for row, end in ends.items() if end > self.cached[row]}:
+            size = max(map(block_of, left.values()))
+            new = {row: min(size, count) for row, count in left.items() if block_of(count) == size}
+            tokens = np.zeros((self.padded_batch, size), np.int32)
+            for row, count in new.items():
+                at = self.cached[row]
+                tokens[row, :count] = self.ids[row][at : at + count]
+            before = self._array({row: self.cached[row] for row in new})
+            yield self.step(tokens, before, self._array(new), context), new
+            for row, count in new.items():
+                self.cached[row] += count
 
     def _reserve(self, length: int) -> None:
         """Makes room for `length` rows of every slot: allocates the cache or grows it by powers of two."""

@@ -62,6 +62,12 @@ def fill(step: Step, cache: KVCache) -> KVCache:
 
 
 @functools.partial(jax.jit, donate_argnums=1)
+def hidden(step: Step, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Appends the step's tokens; the normed hidden states after each, float32 [B, T, D], and the cache."""
+    return model.forward(step, cache)
+
+
+@functools.partial(jax.jit, donate_argnums=1)
 def score(step: Step, cache: KVCache, targets: jax.Array) -> tuple[tuple[jax.Array, jax.Array], KVCache]:
     """Appends the step's tokens; of the `targets` after each, [B, T]: how probable they are; and the cache.
 
