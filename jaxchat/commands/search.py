@@ -3,12 +3,13 @@
 Which plans are tried, and what is made of their scores, is `search/`'s.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,8 @@ from jaxchat.values import Range
 
 if TYPE_CHECKING:
     from jaxchat.analysis import Windows
+    from jaxchat.cli.chosen_model import ChosenModel
+    from jaxchat.engine.session import Engine
     from jaxchat.evaluation.tasks import Prepared
     from jaxchat.runtime import Model
     from jaxchat.search.run import Found, Question
@@ -49,6 +52,7 @@ model as it is. An interrupted search goes on where it stopped.
 """
 
 _search = functools.partial(Flag, group="Search")
+_cluster = functools.partial(Flag, group="Workers")
 _SHARE = Range(float, 0.05, 0.95)
 
 
@@ -170,6 +174,26 @@ class SearchRequest(TextFlags, LoadFlags):
         ),
     ] = False
     seed: Annotated[int, _search(help="Of the surrogate", example="--seed 7", limits=SEEDS)] = 0
+    workers: Annotated[
+        int | None,
+        _cluster(
+            help="Load the model in so many processes, which share the plans and the cores of this machine, "
+            "or the GPUs or TPUs of a cluster, one each. Needs Ray (the extra `ray`)",
+            example="--workers 4",
+            low=1,
+            high=4096,
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        _cluster(
+            help="The address of a Ray cluster whose machines score: auto, or what `ray start` says. They "
+            "need jaxchat, and the model and the data in the same places. Without --workers one worker a "
+            "GPU or TPU, or else a machine",
+            example="--ray 10.0.0.1:6379",
+            value="ADDRESS",
+        ),
+    ] = None
     out: Annotated[
         str | None,
         Flag(
@@ -198,13 +222,13 @@ def _run(request: SearchRequest, given: frozenset[str]) -> int:
     # Imports JAX, which --help and usage errors need not wait for.
     from jaxchat.cli.progress_bar import loading_bar
 
-    text, ids = given_text(request, chosen.config.vocab_size)
-    tasks = _tasks(request)
+    if request.workers is not None or request.ray is not None:
+        _leave_accelerators()
+    given_data = _given_data(request, chosen)
     with loading_bar() as progress:
         catch_interrupts()
         model = request.load(chosen, progress)
-    windows = None if text is None and ids is None else read_windows(model, request, text, ids)
-    question = _question(model, request, windows, tasks)
+    question = _asked(model, request, *given_data)
     try:
         found = _found(model, question, request, out)
     except (KeyboardInterrupt, Ended):
@@ -212,6 +236,32 @@ def _run(request: SearchRequest, given: frozenset[str]) -> int:
         raise
     _write(found, question, model, request, out)
     return 0
+
+
+def _given_data(request: SearchRequest, chosen: "ChosenModel") -> tuple[Any, ...]:
+    """Text, token ids and tasks, read before the model is."""
+    return *given_text(request, chosen.config.vocab_size), _tasks(request)
+
+
+def _asked(
+    model: "Model", request: SearchRequest, text: str | None, ids: list[int] | None, tasks: "list[Prepared]"
+) -> "Question":
+    windows = None if text is None and ids is None else read_windows(model, request, text, ids)
+    return _question(model, request, windows, tasks)
+
+
+def _built(request: SearchRequest) -> "tuple[Engine, Question]":
+    """What a worker needs, in its process."""
+    chosen = request.chosen()
+    model = request.load(chosen)
+    return model.engine, _asked(model, request, *_given_data(request, chosen))
+
+
+def _leave_accelerators() -> None:
+    """This process only deals out plans: its model is not to be where those of the workers are."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _tasks(request: SearchRequest) -> "list[Prepared]":
@@ -277,11 +327,24 @@ def _found(model: "Model", question: "Question", request: SearchRequest, out: Pa
             f"{len(question.searched.items)} items for the search, {len(question.validated.items)} for the "
             f"validation, {len(question.base)} slots{known}"
         )
-        with share_bar("searching", "plans") as progress:
-            budget = Budget(plans=request.plans, minutes=minutes)
-            return search(model.engine, question, budget, journal, progress=progress)
+        budget = Budget(plans=request.plans, minutes=minutes)
+        with _workers(request, question) as workers, share_bar("searching", "plans") as progress:
+            return search(model.engine, question, budget, journal, progress=progress, **workers)
     finally:
         journal.close()
+
+
+@contextlib.contextmanager
+def _workers(request: SearchRequest, question: "Question") -> Iterator[dict[str, Any]]:
+    """What scores, where it is not this process alone: as `search` takes it."""
+    if request.workers is None and request.ray is None:
+        yield {}
+        return
+    from jaxchat.search.cluster import RemoteScorers
+
+    build = functools.partial(_built, request)
+    with RemoteScorers(build, question, count=request.workers, address=request.ray) as remote:
+        yield {"scorers": remote.by_sample(), "workers": remote.count}
 
 
 def _write(found: "Found", question: "Question", model: "Model", request: SearchRequest, out: Path) -> None:
@@ -354,9 +417,10 @@ def _refuse(request: SearchRequest) -> None:
     for wanted, package, extra in (
         (request.plots, "matplotlib", "analyze"),
         (request.surrogate, "optuna", "search"),
+        (request.workers is not None or request.ray is not None, "ray", "ray"),
     ):
         if wanted and importlib.util.find_spec(package) is None:
-            flag = "--noplots" if package == "matplotlib" else "no --surrogate"
+            flag = {"matplotlib": "--noplots", "optuna": "no --surrogate", "ray": "no --workers"}[package]
             raise JaxchatError(
                 f"this needs {package}, which is not installed; pip install 'jaxchat[{extra}]', or give "
                 f"{flag}"

@@ -137,10 +137,12 @@ class Workers:
             )
         self._load, self._manner = load, manner
         self._identity: Mapping[str, str] | None = None
-        self._ray = _connected(address, count or 1)
+        self._ray = connected(address, count or 1)
         try:
-            chosen, self._needs = _resources(self._ray, count, address)
-            self._seats = [_Seat(_cores(place, chosen) if address is None else ()) for place in range(chosen)]
+            chosen, self._needs = resources(self._ray, count, address)
+            self._seats = [
+                _Seat(cores_of(place, chosen) if address is None else ()) for place in range(chosen)
+            ]
             for seat in self._seats:
                 self._fill(seat)
         except BaseException:
@@ -155,8 +157,7 @@ class Workers:
 
     def close(self) -> None:
         """Ends the workers."""
-        with _hushed(), contextlib.suppress(Exception):
-            self._ray.shutdown()
+        closed(self._ray)
 
     def ready(self) -> Mapping[str, str]:
         """What answers depend on, once the first model is loaded.
@@ -235,7 +236,7 @@ class Workers:
         if left:
             again.append(left)
         logger.warning(
-            "a worker has ended (%s); its %d unfinished lines go to another", _reason(error), len(left)
+            "a worker has ended (%s); its %d unfinished lines go to another", reason_of(error), len(left)
         )
         seat.restarts += 1
         if seat.restarts <= MAX_RESTARTS:
@@ -244,18 +245,18 @@ class Workers:
         self._seats.remove(seat)
         if not self._seats:
             raise JaxchatError(
-                f"the workers have ended {seat.restarts} times, the last one so: {_reason(error)}; "
+                f"the workers have ended {seat.restarts} times, the last one so: {reason_of(error)}; "
                 "give fewer --workers, or less to do at once with --max_inflight"
             )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first sentence of what Ray says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return shown(lines[0]) if lines else type(error).__name__
 
 
-def _cores(place: int, count: int) -> list[int]:
+def cores_of(place: int, count: int) -> list[int]:
     """The cores of one of several workers on this machine."""
     if not hasattr(os, "sched_getaffinity"):
         return []
@@ -264,7 +265,7 @@ def _cores(place: int, count: int) -> list[int]:
     return cores[place * share : (place + 1) * share] if share else [cores[place % len(cores)]]
 
 
-def _resources(ray: Any, count: int | None, address: str | None) -> tuple[int, dict[str, Any]]:
+def resources(ray: Any, count: int | None, address: str | None) -> tuple[int, dict[str, Any]]:
     """How many workers there are to be, and what Ray gives each."""
     there = ray.cluster_resources()
     needs: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0}
@@ -286,7 +287,7 @@ def _resources(ray: Any, count: int | None, address: str | None) -> tuple[int, d
 # --- Ray, which says nothing and does not hang
 
 
-def _connected(address: str | None, count: int) -> Any:
+def connected(address: str | None, count: int) -> Any:
     """The module `ray`, connected."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
@@ -307,11 +308,17 @@ def _connected(address: str | None, count: int) -> Any:
 
             ray.init(**settings)
     except Exception as error:
-        raise JaxchatError(f"Ray does not start: {_reason(error)}") from None
+        raise JaxchatError(f"Ray does not start: {reason_of(error)}") from None
     finally:
         for number, handler in handlers.items():  # Ray puts its own there
             signal.signal(number, handler)
     return ray
+
+
+def closed(ray: Any) -> None:
+    """Leaves the cluster, and ends it where this process began it."""
+    with _hushed(), contextlib.suppress(Exception):
+        ray.shutdown()
 
 
 _PROBE = """

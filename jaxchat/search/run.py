@@ -112,6 +112,7 @@ def search(
     progress: Callable[[float, int], None] | None = None,
     scorers: Mapping[str, Scoring] | None = None,
     alike: np.ndarray | None = None,
+    workers: int = 1,
 ) -> Found:
     """Searches for a plan that is better than the base plan, and validates the best.
 
@@ -122,13 +123,14 @@ def search(
       results: what is known already, by name; filled as the search goes on. JSON values.
       progress: called with the part of the budget that is spent, and how many plans were tried.
       scorers: of `question.samples`, where it is not this process that scores.
+      workers: how many score at once.
       alike: how much blocks change what they read, see `Ladder.distances`; default what `distances` says.
 
     Raises:
       JaxchatError: the base plan's scores are not finite.
     """
     scorers = scorers or local_scorers(engine, question)
-    trials = Trials(scorers, budget, results, progress)
+    trials = Trials(scorers, budget, results, progress, workers)
     ladder = Ladder(
         base=question.base,
         measure=question.measure,

@@ -37,6 +37,13 @@ class Budget:
         """The part of it that is used up."""
         return max(plans / self._plans, seconds / self._seconds)
 
+    def room(self, plans: int, until: float) -> int:
+        """How many plans may be tried before it is to be asked again: one call's, or all that are left."""
+        if math.isinf(self._plans) or math.isinf(until):
+            return AT_ONCE
+        # As if it were asked after every call: what is tried does not depend on how many are tried at once.
+        return max(-(-math.ceil(until * self._plans - plans) // AT_ONCE), 1) * AT_ONCE
+
 
 class Trials:
     """Plans tried so far on the samples of a search, by the sample's name.
@@ -51,7 +58,9 @@ class Trials:
         budget: Budget,
         results: MutableMapping[str, Any],
         progress: Callable[[float, int], None] | None = None,
+        workers: int = 1,
     ):
+        self._workers = workers
         self._scorers, self._budget, self._results = scorers, budget, results
         self._progress = progress or (lambda spent, plans: None)
         self._before = float(results.get(_SECONDS, 0.0))
@@ -79,8 +88,9 @@ class Trials:
         while todo:
             if self.spent >= until:
                 return False
-            self._try(sample, todo[:AT_ONCE], stage)
-            del todo[:AT_ONCE]
+            count = min(self._budget.room(len(self.stages), until), AT_ONCE * self._workers)
+            self._try(sample, todo[:count], stage)
+            del todo[:count]
         return True
 
     def _try(self, sample: str, plans: Sequence[LayerPlan], stage: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from tests.jobs.support import chat, openai, read_lines, write_lines
 from tests.support.commands import environment, run_process
+from tests.support.workers import workers_of
 
 LINES = [
     {"id": "one", "prompt": "Once upon a time", "max_new_tokens": 6},
@@ -227,25 +228,6 @@ def test_ctrl_c_says_how_to_go_on_and_other_settings_are_refused(tmp_path, comma
 
 
 # --- workers
-
-
-def workers_of(process):
-    """The processes of Ray's workers that a process has begun."""
-    parents, names = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                names[int(entry.name)] = (entry / "cmdline").read_bytes()
-            except OSError:  # has ended
-                continue
-
-    def descends(number):
-        while number not in (0, process.pid):
-            number = parents.get(number, 0)
-        return number != 0
-
-    return [number for number, name in names.items() if name.startswith(b"ray::_Worker") and descends(number)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")

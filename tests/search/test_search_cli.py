@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ import jaxchat
 from jaxchat.layer_plan import LayerPlan
 from tests.support.commands import environment
 from tests.support.tiny_chat import write_tiny_chat
+from tests.support.workers import workers_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -241,3 +244,37 @@ def test_tasks_that_cannot_be_searched_for_are_refused(
     ]
     out = tmp_path / "out"
     assert error in commands.error("search", "-m", chat_model, *given, "--out", out, code=2)
+
+
+# --- workers
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+def test_two_workers_find_the_same_though_one_is_killed(chat_model, story, tmp_path):
+    pytest.importorskip("ray", reason="needs Ray, the extra `ray`")
+    command = [sys.executable, "-m", "jaxchat", "search", "-m", str(chat_model), "--text", str(story), *SMALL]
+    command += ["--plans", "60", "--noplots", "--out"]
+    for name in ("alone", "together"):
+        process = subprocess.Popen(
+            [*command, str(tmp_path / name), *(("--workers", "2") if name == "together" else ())],
+            stderr=subprocess.PIPE, env=environment(),
+        )  # fmt: skip
+        journal = tmp_path / name / "journal.jsonl"
+        if name == "together":
+            while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+                time.sleep(0.01)
+            os.kill(workers_of(process)[0], signal.SIGKILL)
+        said = process.communicate(timeout=240)[1].decode()
+        assert process.returncode == 0, said
+    assert "a worker has ended" in said
+    alone, together = ((tmp_path / name / "plans.csv").read_text() for name in ("alone", "together"))
+    assert alone == together
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(commands, chat_model, story, tmp_path):
+    pytest.importorskip("ray", reason="needs Ray, the extra `ray`")
+    arguments = ("search", "-m", chat_model, "--text", story, "--out", tmp_path / "out", *SMALL, "--noplots")
+    done = commands(*arguments, "--ray", "127.0.0.1:1")
+    assert done.code == 1
+    assert "--ray 127.0.0.1:1: no cluster answers there (Connection refused)" in done.err.splitlines()[-1]
