@@ -273,8 +273,10 @@ def _tasks(request: SearchRequest) -> "list[Prepared]":
         raise UsageError(f"--objective is {request.objective}; give one task, and others with --probe")
     probes = names(request.probe or "")
     searched: dict[str, Any] = {"limit": request.limit, "few_shot": request.few_shot}
-    found = prepare(asked, data=request.data, **searched) if asked else []
-    return found + (prepare(probes, data=request.data, limit=request.probe_limit) if probes else [])
+    found = prepare(asked, data=request.data, called="objective", **searched) if asked else []
+    if probes:
+        found += prepare(probes, data=request.data, limit=request.probe_limit, called="probe")
+    return found
 
 
 def _question(

@@ -143,7 +143,7 @@ def test_an_interrupted_search_says_how_to_go_on(chat_model, story, tmp_path):
     [
         ((), "no text: give a file with --text"),
         (("--text", "STORY"), "no --out: give the directory"),
-        (("--text", "STORY", "--out", "OUT", "--objective", "x"), "no task 'x'"),
+        (("--text", "STORY", "--out", "OUT", "--objective", "x"), "--objective: no task 'x'"),
         (("--text", "STORY", "--out", "OUT", "--minutes", "0"), "--minutes is '0'"),
         (
             ("--text", "STORY", "--out", "OUT", "--minutes", "1", "--plans", "2"),

@@ -47,6 +47,7 @@ def prepare(
     has_template: bool = False,
     max_new_tokens: int | None = None,
     seed: int = 0,
+    called: str = "tasks",
 ) -> list[Prepared]:
     """Reads the questions of tasks, and makes the items that a model is asked.
 
@@ -59,18 +60,19 @@ def prepare(
       has_template: whether the model has a chat template.
       max_new_tokens: of replies; default the task's.
       seed: draws the examples.
+      called: what the caller calls `tasks`, for errors.
 
     Raises:
       UsageError, JaxchatError: a task is not known, or its files are missing or malformed; see the message.
     """
     listed = names(tasks) if isinstance(tasks, str) else [name for text in tasks for name in names(text)]
     if not listed:
-        raise UsageError(f"{option('tasks')} is empty; give names, such as arc_easy or choice:FILE")
+        raise UsageError(f"{option(called)} is empty; give names, such as arc_easy or choice:FILE")
     for number, name in enumerate(listed):
         if name in listed[:number]:
-            raise UsageError(f"{option('tasks')}: {name} is there twice; give it once")
+            raise UsageError(f"{option(called)}: {name} is there twice; give it once")
     directory = None if data is None else DataDirectory(Path(data))
-    found = [_found(name, directory) for name in listed]
+    found = [_found(name, directory, called) for name in listed]
     chosen = [_located(task, directory) for task in found]
     for task in found:
         _check(task, few_shot, chat, has_template)
@@ -89,7 +91,7 @@ def prepare(
     ]
 
 
-def _found(name: str, directory: DataDirectory | None) -> Task:
+def _found(name: str, directory: DataDirectory | None, called: str) -> Task:
     kind, colon, rest = name.partition(":")
     if colon and kind in KINDS:
         return KINDS[kind](rest, directory)
@@ -98,7 +100,7 @@ def _found(name: str, directory: DataDirectory | None) -> Task:
     known = [*TASKS, *(f"{kind}:" for kind in KINDS)]
     close = difflib.get_close_matches(name, known, 2, cutoff=0.5)
     advice = f"did you mean {' or '.join(close)}?" if close else f"there are {_listed()}"
-    raise UsageError(f"{option('tasks')}: no task {shown(name)}; {advice}")
+    raise UsageError(f"{option(called)}: no task {shown(name)}; {advice}")
 
 
 def _listed() -> str:
