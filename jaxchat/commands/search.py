@@ -160,11 +160,19 @@ class SearchRequest(TextFlags, LoadFlags):
         float | None,
         _search(
             help="Try no plan whose token costs more, in units of the base plan's: the bytes of weights that "
-            "it reads. 1 is as fast as the base",
+            "it reads, or see --measure_cost. 1 is as fast as the base",
             example="--max_cost 1",
             limits=Range(float, sys.float_info.min, words="a number above 0"),
         ),
     ] = None
+    measure_cost: Annotated[
+        bool,
+        _search(
+            help="Let the time of decode steps on this machine say what plans cost, instead of the bytes they "
+            "read; measured once, and kept with the scores",
+            example="--measure_cost",
+        ),
+    ] = False
     surrogate: Annotated[
         bool,
         _search(
@@ -230,7 +238,7 @@ def _run(request: SearchRequest, given: frozenset[str]) -> int:
         model = request.load(chosen, progress)
     question = _asked(model, request, *given_data)
     try:
-        found = _found(model, question, request, out)
+        found, question = _found(model, question, request, out)
     except (KeyboardInterrupt, Ended):
         complain(f"interrupted; the scores so far are in {out / JOURNAL}: run again to go on")
         raise
@@ -315,9 +323,13 @@ def _question(
     return Question(base=base, searched=searched, validated=validated, probes=probes, cost=cost, **bounds)
 
 
-def _found(model: "Model", question: "Question", request: SearchRequest, out: Path) -> "Found":
+def _found(
+    model: "Model", question: "Question", request: SearchRequest, out: Path
+) -> tuple["Found", "Question"]:
+    """What a search finds, and the question as it was asked in the end."""
     from jaxchat.cli.progress_bar import share_bar
     from jaxchat.journal import Journal
+    from jaxchat.search.decode_cost import measured_cost
     from jaxchat.search.run import search
     from jaxchat.search.trials import Budget
 
@@ -329,9 +341,13 @@ def _found(model: "Model", question: "Question", request: SearchRequest, out: Pa
             f"{len(question.searched.items)} items for the search, {len(question.validated.items)} for the "
             f"validation, {len(question.base)} slots{known}"
         )
+        if request.measure_cost:
+            cost = measured_cost(model.engine, question.base, journal)
+            question = dataclasses.replace(question, cost=cost)
         budget = Budget(plans=request.plans, minutes=minutes)
         with _workers(request, question) as workers, share_bar("searching", "plans") as progress:
-            return search(model.engine, question, budget, journal, progress=progress, **workers)
+            found = search(model.engine, question, budget, journal, progress=progress, **workers)
+            return found, question
     finally:
         journal.close()
 
@@ -458,6 +474,7 @@ def _dependencies(model: "Model", question: "Question", request: SearchRequest) 
         "--quant": request.quant or "as stored",
         "--kernels": model.engine.kernels.name,
         "--max_slots": str(question.max_slots),
+        "--measure_cost": str(request.measure_cost),
     }
 
 

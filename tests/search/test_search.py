@@ -13,8 +13,8 @@ from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.evaluation.run import evaluate
 from jaxchat.evaluation.tasks import prepare
 from jaxchat.layer_plan import LayerPlan, Slot
-from jaxchat.search import ladder, report, sample, surrogate, validation
-from jaxchat.search.decode_cost import relative_cost
+from jaxchat.search import decode_cost, ladder, report, sample, surrogate, validation
+from jaxchat.search.decode_cost import measured_cost, relative_cost
 from jaxchat.search.moves import KINDS, Move, disjoint, neighbours, plan_of
 from jaxchat.search.run import Question, local_scorers, search
 from jaxchat.search.sample import KL, LOSS, TEXT_MEASURES, Item, Row, Sample, Scores
@@ -152,6 +152,32 @@ def test_cost_counts_the_weights_that_a_token_reads(model):
     assert more == pytest.approx(less)
     halves = [cost(spec(text, 3)) - 1 for text in ("[0,1,2,[2,1,0]]", "[0,1,2,[2,0,1]]")]
     assert sum(halves) == pytest.approx(more)
+
+
+def test_measured_cost_is_a_time_for_every_half_that_runs_and_is_kept(model, monkeypatch):
+    seconds = {(1, 1): 0.1 + 3 * (0.2 + 0.5), (1, 0): 0.1 + 3 * 0.2, (0, 1): 0.1 + 3 * 0.5}
+
+    def stepper(engine, plan, context):
+        slot = plan.slots[0]
+        return lambda: seconds[slot.attn_scale, slot.mlp_scale]
+
+    monkeypatch.setattr(decode_cost, "_stepper", stepper)
+    results = {}
+    cost = measured_cost(model.engine, model.plan, results)
+    assert results["decode seconds"] == pytest.approx([0.1, 0.2, 0.5])
+    assert cost(model.plan) == 1
+    assert cost(spec("[0, 1, [2, 1, 0], 2, [1, 0, 1]]", 3)) == pytest.approx((0.1 + 4 * 0.2 + 4 * 0.5) / 2.2)
+    monkeypatch.setattr(decode_cost, "_measured", None)
+    assert measured_cost(model.engine, model.plan, results)(spec("0", 3)) == pytest.approx(0.8 / 2.2)
+    with pytest.raises(JaxchatError, match="decode seconds"):
+        measured_cost(model.engine, model.plan, {"decode seconds": [1, "x", 2]})
+
+
+def test_the_time_of_decode_steps_is_measured(model):
+    results = {}
+    cost = measured_cost(model.engine, model.plan, results)
+    assert all(value >= 0 for value in results["decode seconds"])
+    assert cost(model.plan) == 1
 
 
 # --- trials and their budget
