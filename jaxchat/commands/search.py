@@ -168,8 +168,8 @@ class SearchRequest(TextFlags, LoadFlags):
     measure_cost: Annotated[
         bool,
         _search(
-            help="Let the time of decode steps on this machine say what plans cost, instead of the bytes they "
-            "read; measured once, and kept with the scores",
+            help="Let the time of decode steps on this machine say what plans cost, instead of the bytes "
+            "they read; measured once, and kept with the scores",
             example="--measure_cost",
         ),
     ] = False
