@@ -10,18 +10,25 @@ from typing import Any
 from jaxchat.evaluation.statistics import CONFIDENCE, Comparison, Estimate
 from jaxchat.layer_plan import LayerPlan
 from jaxchat.search.run import Found, Question
-from jaxchat.search.validation import Candidate, Verdict
+from jaxchat.search.sample import AGREEMENT
+from jaxchat.search.validation import Candidate, Verdict, draft_gain
 
 
 def headline(verdict: Verdict) -> str:
     """What came of the search, in a sentence."""
-    tried = f"of {verdict.tried:,} plans tried"
-    if verdict.best is None:
+    tried, best, measure = f"of {verdict.tried:,} plans tried", verdict.best, verdict.measure
+    if measure.against_base:
+        if best is None:
+            return f"No plan that costs less than the base is near it, {tried}."
+        return (
+            f"{best.plan} is the nearest to the base, {tried}: {_number(best.validated)} {measure.unit}, at a "
+            f"cost of {best.cost:.2f}, on data that the search has not seen."
+        )
+    if best is None:
         return f"No plan beats the base at {_percent(CONFIDENCE)}, {tried}."
-    best = verdict.best
     return (
         f"{best.plan} beats the base at {_percent(CONFIDENCE)}, {tried}: it gains "
-        f"{_interval(best.gain.difference)} {verdict.measure.unit} on data that the search has not seen."
+        f"{_interval(best.gain.difference)} {measure.unit} on data that the search has not seen."
     )
 
 
@@ -60,6 +67,13 @@ def _explanation(verdict: Verdict) -> Iterator[str]:
         f"{verdict.validated.items} of the validation."
     )
     yield ""
+    if measure.against_base:
+        yield (
+            "Candidates cost less than the base plan, and are chosen for being near it and for being cheap. A "
+            "gain is how much nearer to it than itself, which is never above 0; the validated one is of data "
+            "that no candidate was chosen by."
+        )
+        return
     yield (
         f"The gain on the search's items is too good: the best of {verdict.tried:,} was picked by it. A "
         "search among as many plans that are no better than the base would find one that looks as good with "
@@ -70,12 +84,19 @@ def _explanation(verdict: Verdict) -> Iterator[str]:
 
 
 def _candidate_rows(verdict: Verdict) -> list[tuple[str, ...]]:
+    against = verdict.measure.against_base
+    last = "as a draft, at best" if verdict.measure is AGREEMENT else "" if against else "beats the base"
     header = ("--layer_spec", "found by", "cost", "gain on the search's items", "validated gain",
-              "better : worse", "beats the base")  # fmt: skip
-    return [header, *map(_candidate_row, verdict.candidates)]
+              "better : worse", last)  # fmt: skip
+    rows = [header, *(_candidate_row(verdict, candidate) for candidate in verdict.candidates)]
+    return rows if last else [row[:-1] for row in rows]
 
 
-def _candidate_row(candidate: Candidate) -> tuple[str, ...]:
+def _candidate_row(verdict: Verdict, candidate: Candidate) -> tuple[str, ...]:
+    last = "yes" if candidate.wins else "no"
+    if verdict.measure is AGREEMENT:
+        gain, count = draft_gain(candidate.validated, candidate.cost)
+        last = f"x{gain:.2f} ({count} tokens)"
     p = "" if candidate.gain.p_value is None else f", McNemar p {_p(candidate.gain.p_value)}"
     return (
         f"`{candidate.plan}`",
@@ -84,7 +105,7 @@ def _candidate_row(candidate: Candidate) -> tuple[str, ...]:
         _interval(candidate.optimistic.difference),
         _interval(candidate.gain.difference),
         f"{candidate.gain.wins} : {candidate.gain.losses}{p}",
-        "yes" if candidate.wins else "no",
+        last,
     )
 
 

@@ -82,9 +82,31 @@ class Verdict:
 
     @property
     def best(self) -> Candidate | None:
-        """The best of those that win; None if no plan beats the base plan."""
-        wins = [candidate for candidate in self.candidates if candidate.wins]
-        return max(wins, key=lambda candidate: candidate.gain.difference.value, default=None)
+        """The best of those that win; None if no plan beats the base plan.
+
+        Where the base plan is the measure of all, the one that is nearest to it.
+        """
+        good = [one for one in self.candidates if one.wins or self.measure.against_base]
+        finite = [one for one in good if math.isfinite(one.gain.difference.value)]
+        return max(finite, key=lambda one: one.gain.difference.value, default=None)
+
+
+def draft_gain(acceptance: float, cost: float, most: int = 16) -> tuple[float, int]:
+    """How much faster a draft at best makes decoding, and with how many tokens at once.
+
+    Leviathan et al. 2023 (arXiv 2211.17192), theorem 3.8, with a verification that costs as much as a step.
+
+    Args:
+      acceptance: how often one of its tokens is kept.
+      cost: of its tokens, in units of the model's.
+      most: tokens that are drafted at once.
+    """
+
+    def gain(count: int) -> float:
+        kept = count + 1 if acceptance >= 1 else (1 - acceptance ** (count + 1)) / (1 - acceptance)
+        return kept / (count * cost + 1)
+
+    return max((gain(count), count) for count in range(1, most + 1))
 
 
 def chosen(

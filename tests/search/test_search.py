@@ -361,6 +361,15 @@ def test_right_or_wrong_items_are_compared_by_mcnemar():
     assert compared.p_value == pytest.approx(2 * 0.5**20)
 
 
+@pytest.mark.parametrize(("acceptance", "cost"), [(0.8, 0.5), (0.3, 0.9), (0.95, 0.1)])
+def test_a_draft_gains_what_its_tokens_save(acceptance, cost, rng):
+    """Against draws of how many tokens of a draft are kept."""
+    gain, count = validation.draft_gain(acceptance, cost)
+    kept = (np.cumprod(rng.random((20_000, count)) < acceptance, 1)).sum(1) + 1
+    assert gain == pytest.approx(kept.mean() / (count * cost + 1), rel=0.03)
+    assert validation.draft_gain(1, cost, 4) == (pytest.approx(5 / (4 * cost + 1)), 4)
+
+
 # --- with a model
 
 

@@ -92,7 +92,11 @@ def test_cheaper_plans_are_searched_for_that_say_the_same(commands, chat_model, 
     arguments = ("-m", chat_model, "--text", story, "--out", out, "--objective", objective)
     commands.output("search", *arguments, *SMALL, "--noplots")
     found = json.loads((out / "search.json").read_text())
-    assert found["best"] is None
+    best = max(found["candidates"], key=lambda one: one["validation_gain"]["value"])
+    assert found["best"] == best["layer_spec"]
+    assert found["headline"].startswith(f"{best['layer_spec']} is the nearest to the base, of")
+    assert str(LayerPlan.parse(f"@{out / 'best.json'}", 3)) == best["layer_spec"]
+    assert ("as a draft, at best" in (out / "report.md").read_text()) == (objective == "agreement")
     assert found["base_on_validation"]["value"] == pytest.approx(float(objective == "agreement"), abs=1e-5)
     assert all(candidate["cost"] < 1 for candidate in found["candidates"])
 
