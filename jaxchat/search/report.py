@@ -21,8 +21,8 @@ def headline(verdict: Verdict) -> str:
         if best is None:
             return f"No plan that costs less than the base is near it, {tried}."
         return (
-            f"{best.plan} is the nearest to the base, {tried}: {_number(best.validated)} {measure.unit}, at a "
-            f"cost of {best.cost:.2f}, on data that the search has not seen."
+            f"{best.plan} is the nearest to the base, {tried}: {_number(best.validated)} {measure.unit}, at "
+            f"a cost of {best.cost:.2f}, on data that the search has not seen."
         )
     if best is None:
         return f"No plan beats the base at {_percent(CONFIDENCE)}, {tried}."
@@ -69,9 +69,9 @@ def _explanation(verdict: Verdict) -> Iterator[str]:
     yield ""
     if measure.against_base:
         yield (
-            "Candidates cost less than the base plan, and are chosen for being near it and for being cheap. A "
-            "gain is how much nearer to it than itself, which is never above 0; the validated one is of data "
-            "that no candidate was chosen by."
+            "Candidates cost less than the base plan, and are chosen for being near it and for being cheap. "
+            "A gain is how much nearer to it than itself, which is never above 0; the validated one is of "
+            "data that no candidate was chosen by."
         )
         return
     yield (
