@@ -79,6 +79,8 @@ def test_the_commands_run(
     asked = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello, poet"}
     for name in ("chats.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text(f"{json.dumps({'messages': asked})}\n" * 3)
+    (questions,) = blocks("jsonl")
+    (tmp_path / "questions.jsonl").write_text(questions)
     base, heads = load_params(model_path), ChimeraConfig(heads=3)
     write_chimera(tmp_path / "path/to/heads", heads, initial_params(heads, *base, jax.random.key(0)), *base)
     monkeypatch.chdir(tmp_path)
