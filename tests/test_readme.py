@@ -81,6 +81,8 @@ def test_the_commands_run(
         (tmp_path / name).write_text(f"{json.dumps({'messages': asked})}\n" * 3)
     quiz = [{"question": "do you like", "choices": ["music", "stone"], "answer": n % 2} for n in range(3)]
     (tmp_path / "quiz.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in quiz))
+    (questions,) = blocks("jsonl")
+    (tmp_path / "questions.jsonl").write_text(questions)
     base, heads = load_params(model_path), ChimeraConfig(heads=3)
     write_chimera(tmp_path / "path/to/heads", heads, initial_params(heads, *base, jax.random.key(0)), *base)
     monkeypatch.chdir(tmp_path)

@@ -263,6 +263,17 @@ def test_scores_of_different_plans_are_what_each_gives_alone(model):
         assert score.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
 
 
+def test_vectors_are_of_length_1_and_of_each_text_under_its_own_plan(model):
+    vectors = model.embed(PROMPTS, plans=PLANS)
+    assert (vectors.shape, vectors.dtype) == ((len(PROMPTS), model.config.hidden_size), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    for prompt, plan, vector in zip(PROMPTS, PLANS, vectors, strict=True):
+        alone = model.with_plan(plan or "all").embed(token_ids=[model.encode(prompt)])
+        np.testing.assert_allclose(vector, alone[0], atol=1e-5)
+    with pytest.raises(UsageError, match="give either texts or token_ids"):
+        model.embed()
+
+
 def test_requests_of_different_plans_compile_nothing_new(model):
     def compiled():
         every = steps.prefill, steps.decode, steps.score, steps.sample

@@ -115,6 +115,11 @@ class _Seat:
         self.restarts = 0
         self.lines: dict[int, Line] = {}
 
+    @property
+    def working(self) -> bool:
+        """Whether it is to say more about its lines."""
+        return self.loaded and self.promise is not None
+
 
 class Workers:
     """Models that load at once, and answer the lines of one job.
@@ -180,17 +185,22 @@ class Workers:
             source, record, lambda left: max(min(math.ceil(left / (4 * count)), WINDOW), together)
         )
         again: deque[list[Line]] = deque()
+        left = next(fresh, None)
         while True:
             for seat in self._seats:
-                if seat.loaded and seat.promise is None:
-                    lines = again.popleft() if again else next(fresh, None)
-                    if lines is None:
-                        break
-                    seat.lines = {line.number: line for line in lines}
-                    seat.promise = seat.actor.work.remote(lines)
-            if not any(seat.lines for seat in self._seats) and not again:
+                if seat.loaded and seat.promise is None and (again or left is not None):
+                    lines = again.popleft() if again else left
+                    if lines is left:
+                        left = next(fresh, None)
+                    self._begin(seat, lines or [])
+            # Of workers that still load nobody has to wait when all is done.
+            if not again and left is None and not any(seat.working for seat in self._seats):
                 return
             yield from self._receive(again)
+
+    def _begin(self, seat: _Seat, lines: Sequence[Line]) -> None:
+        seat.lines = {line.number: line for line in lines}
+        seat.promise = seat.actor.work.remote(lines)
 
     def _receive(self, again: deque[list[Line]]) -> list[Finished]:
         """Waits for what a worker says; lines of one that died are to be done again."""
@@ -211,7 +221,7 @@ class Workers:
             seat.loaded = True
         for finished in reply.answers:
             seat.lines.pop(finished.number, None)
-        if seat.loaded and reply.identity is None and not reply.over:
+        if reply.identity is None and not reply.over:
             seat.promise = seat.actor.work.remote(None)
         return reply.answers
 
@@ -342,22 +352,47 @@ def _probe(address: str) -> None:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error) or "no answer"
             raise JaxchatError(f"--ray {address}: no cluster answers there ({reason}); {advice}") from None
+    mode, said = _tried(address)
+    if mode is None:
+        raise JaxchatError(f"--ray {address}: no cluster answers there ({said}); {advice}")
+    os.environ[_AUTH] = mode
+
+
+_AUTH = "RAY_AUTH_MODE"
+"""Whether clusters are told a token: Ray asks for one where it has made one, and may not send it itself."""
+
+
+def _tried(address: str) -> tuple[str | None, str]:
+    """The mode of authentication in which a cluster answers; None and why, if it does in none."""
+    modes = [os.environ[_AUTH]] if _AUTH in os.environ else ["disabled", "token"]
+    processes = {mode: _probing(address, mode) for mode in modes}
+    until = time.monotonic() + CONNECT_SECONDS
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROBE, address],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=CONNECT_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise JaxchatError(
-            f"--ray {address}: no cluster answers there within {CONNECT_SECONDS} s; {advice}"
-        ) from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise JaxchatError(f"--ray {address}: no cluster answers there ({shown(last)}); {advice}")
+        while time.monotonic() < until:
+            codes = {mode: process.poll() for mode, process in processes.items()}
+            if found := next((mode for mode, code in codes.items() if code == 0), None):
+                return found, ""
+            if None not in codes.values():
+                said = processes[modes[0]].communicate()[1].strip().splitlines()
+                return None, shown(said[-1]) if said else "no answer"
+            time.sleep(0.05)
+        return None, f"nothing within {CONNECT_SECONDS} s"
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.communicate()
+
+
+def _probing(address: str, mode: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROBE, address],
+        env={**os.environ, _AUTH: mode},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from jaxchat.chat.identity import fingerprint_of
 from jaxchat.checkpoints.fingerprint import weights_fingerprint
+from jaxchat.errors import JaxchatError
 from jaxchat.jobs.answering import Answerer, Manner
 from jaxchat.jobs.answers import Finished
 from jaxchat.jobs.input_file import InputFile, Line
@@ -76,6 +77,11 @@ def keep(answers: Iterator[Finished], source: InputFile, record: Record, report:
         record.add(finished)
         tokens += finished.prompt_tokens + finished.completion_tokens
         report(Progress(len(record), len(source), tokens))
+    if len(record) < len(source):
+        raise JaxchatError(
+            f"{len(source) - len(record)} lines have no answer, which is an error of jaxchat; the others are "
+            f"kept in {record.path}: the same command with --resume goes on"
+        )
 
 
 def asked(source: InputFile, manner: Manner) -> dict[str, str]:
