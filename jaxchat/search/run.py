@@ -22,6 +22,8 @@ from jaxchat.search.trials import Budget, Scoring, Trials
 from jaxchat.search.validation import Candidate, Probe, Verdict, chosen, compared, luck, score_of
 
 VALIDATION = "validation"
+KEPT_MEBIBYTES = 512
+"""Of the base plan's hidden states, for each sample that is searched on."""
 SCREEN_TOKENS = 1024
 """Tokens of the sample that all blocks are tried on."""
 
@@ -154,7 +156,12 @@ def local_scorers(engine: Engine, question: Question) -> dict[str, Scoring]:
     found: dict[str, Scoring] = {}
     for name, sample in question.samples.items():
         same = (scorer for scorer in found.values() if scorer.sample is sample)
-        found[name] = next(same, None) or Scorer(engine, question.base, sample, max_slots=question.max_slots)
+        # The others are asked once, for a few plans together.
+        kept = KEPT_MEBIBYTES if name in (SCREEN, SEARCH) else 0
+        slots = question.max_slots
+        found[name] = next(same, None) or Scorer(
+            engine, question.base, sample, max_slots=slots, mebibytes=kept
+        )
     return found
 
 
