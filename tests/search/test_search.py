@@ -266,6 +266,16 @@ def test_minutes_of_earlier_runs_count():
     assert "No plan beats the base" in report.headline(found.verdict)
 
 
+def test_a_search_whose_time_is_up_finds_again_what_it_had_found():
+    results = {}
+    whole, _, asked = made_search(per_slot, Budget(minutes=0.001), results, noise=0.3)
+    assert whole.trials.spent >= 1
+    again, scorers, _ = made_search(per_slot, Budget(minutes=0.001), results, noise=0.3)
+    assert not any(made.asked for made in scorers.values())
+    assert report.as_json(again, {}) == report.as_json(whole, {})
+    assert report.plans_csv(again, asked) == report.plans_csv(whole, asked)
+
+
 def test_a_result_that_is_none_is_refused_by_name():
     with pytest.raises(JaxchatError, match=r"the result 'screen all' is no list of scores"):
         made_search(per_slot, results={"screen all": [[1, 2], [1]]})
