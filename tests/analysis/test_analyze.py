@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
@@ -24,18 +23,13 @@ from jaxchat.checkpoints.write import convert
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.journal import Journal
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.layers.cache import empty_cache
+from tests.analysis.models import SCALED, cosine, hidden_states, log_softmax, logits_of, random_ids
 from tests.support.steps import step_of
 from tests.support.tiny_chat import write_tiny_chat
 
 COMMAND = [sys.executable, "-m", "jaxchat.analyze"]
-SCALED = "[0, 2, [1, 0.5, 1.0], [2, 0.0, 0.0], [1, 1.0, 0.0], 0]"  # a slot without effect, halves, repeats
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def random_ids(count, vocabulary=67, seed=3):
-    return np.random.default_rng(seed).integers(3, vocabulary, count).tolist()
 
 
 WINDOWS = analysis.cut_windows(random_ids(50), 16)  # the last of the four has two tokens
@@ -67,29 +61,6 @@ def scored(loaded, plan, windows=WINDOWS):
     rows = [row[:length] for row, length in zip(windows.tokens.tolist(), windows.lengths, strict=True)]
     scores = loaded.with_plan(plan).score(token_ids=rows)
     return -sum(score.total for score in scores) / windows.predicted
-
-
-def hidden_states(loaded, plan, row):
-    """float64 [P + 1, T, D]: the residual stream of a window, by running every prefix of a plan."""
-    engine, slots = loaded.engine, len(plan.executed())
-    tokens, count = np.array([row], np.int32), np.array([len(row)], np.int32)
-    states = []
-    for stop in range(slots + 1):
-        prefix = plan.arrays(slots)._replace(length=np.array(stop, np.int32))
-        states.append(run_prefix(engine.config, engine.params, prefix, tokens, count)[0])
-    return np.array(states, np.float64)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def run_prefix(config, params, prefix, tokens, count):
-    slots, length = len(prefix.layer), tokens.shape[1]
-    cache = empty_cache(config, slots=slots, batch=1, capacity=length, dtype=jnp.float32)
-    step = step_of(config, params, prefix, tokens, jnp.zeros(1, jnp.int32), count, count)
-    return model.run_plan(step, model.embed(step), cache)[0]
-
-
-def cosine(a, b):
-    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
 # --- the text
@@ -257,18 +228,6 @@ def counting(rng, share=0.4):
     return WINDOWS._replace(scored=rng.random(WINDOWS.tokens.shape) < share)
 
 
-def logits_of(loaded, plan, row):
-    """float64 [T, V], of a window by itself."""
-    states = hidden_states(loaded, plan, row)[-1]
-    engine = loaded.engine
-    step = step_of(engine.config, engine.params, *[None] * 5)
-    return np.asarray(model.logits(step, model.final_norm(step, jnp.float32(states))), np.float64)
-
-
-def log_softmax(x):
-    return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
-
-
 @pytest.mark.parametrize(("model_type", "spec"), [("llama", "0,1,1"), ("gemma2", SCALED), ("gpt2", "0,2")])
 def test_an_outcome_is_that_of_the_tokens_that_count_alone(load, rng, model_type, spec):
     loaded, windows = load(model_type), counting(rng)
@@ -326,7 +285,7 @@ def test_sweeps_of_one_room_share_their_executable(load):
         compiled = sweep._outcome._cache_size()
         sweeping.nats(LayerPlan.parse("2,1", 3))
         assert sweep._outcome._cache_size() == compiled
-    assert sweeping._places.rows.shape == (40,)
+    assert sweeping.places.rows.shape == (40,)
 
 
 # --- hidden states
