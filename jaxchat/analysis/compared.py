@@ -33,6 +33,7 @@ class Compared:
       windows: int [N], the window of each token.
       places: int [N], where in its window it stands.
       tokens: int [N].
+      given: int [W], the token that each window begins with, which nothing predicts.
       base_nats: float64 [N], its negative log-likelihood under the base plan.
       nats: float64 [N], the same under the plan; NaN where its logits are not finite.
       kl: float64 [N], the divergence KL(base || plan) of what is predicted there, in nats.
@@ -44,6 +45,7 @@ class Compared:
     windows: np.ndarray
     places: np.ndarray
     tokens: np.ndarray
+    given: np.ndarray
     base_nats: np.ndarray
     nats: np.ndarray
     kl: np.ndarray
@@ -137,6 +139,7 @@ def read(plan: LayerPlan, windows: Windows, parts: Sequence[Any], k: int) -> Com
         windows=owners,
         places=places,
         tokens=windows.tokens[owners, places],
+        given=windows.tokens[:, 0],
         base_nats=base_nats,
         nats=nats,
         kl=np.maximum(kl, 0),  # rounding makes some of those that are 0 negative

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxchat.analysis.measure import Analysis, perplexity, repeated
+from jaxchat.analysis.scales import TokenText
 
 SHOWN = 10
 """Layers that the most and the least important are."""
 REPEATS = 5
 """Repeats that are listed."""
-
-TokenText = Callable[[int], str]
-"""A token id -> its text."""
 
 
 def csv_files(result: Analysis, text_of: TokenText | None = None) -> dict[str, str]:
