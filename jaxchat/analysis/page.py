@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
-from jaxchat.analysis import page_figures, scales
+from jaxchat.analysis import page_figures, page_words, scales
 from jaxchat.analysis.compared import Candidates, Compared
+from jaxchat.analysis.contributions import Contributions
 from jaxchat.analysis.measure import Analysis, perplexity
-from jaxchat.analysis.page_figures import Figure, interval_text, shortened, whole
+from jaxchat.analysis.page_figures import Figure, interval_text, is_bounded, shortened, whole
 from jaxchat.analysis.report import number
 from jaxchat.analysis.scales import TokenText, percent
 
@@ -90,71 +91,40 @@ def _sections(result: Analysis, text_of: TokenText, figures: dict[str, Figure]) 
     yield Section("plans", "Plans compared", _plans(result, names, drawn))
     for place, (name, compared) in enumerate(zip(names, result.compared, strict=True)):
         body = _disagreements(compared, place, text_of)
-        yield Section(f"text-{place}", f"Where {_escaped(shortened(name, 30))} disagrees", body)
+        yield Section(f"text-{place}", f"On the text: {_escaped(shortened(name, 30))}", body)
     if result.influence is not None:
-        how = (
-            "Block influence: 1 \N{MINUS SIGN} the cosine of each layer's input and output, mean over tokens; "
-            "no unit. Near 0, a layer hardly turns its input."
-        )
-        yield Section("influence", "Influence", _p(how) + drawn("influence", page_figures.influence(result)))
+        body = _p(page_words.INFLUENCE) + drawn("influence", page_figures.influence(result))
+        yield Section("influence", "Influence", body)
     if result.skip:
-        how = (
-            f"How much the perplexity of the text (the plan's own: {own}) changes without a layer's attention, "
-            "its MLP, or both. The scale is in proportion up to 1 % and logarithmic beyond; a cross is a plan "
-            "whose logits are not finite. Tall bars are layers that the model cannot do without."
-        )
-        yield Section("skip", "Layers left out", _p(how) + drawn("skip", page_figures.skip(result)))
+        body = _p(page_words.SKIP.format(own=own)) + drawn("skip", page_figures.skip(result))
+        yield Section("skip", "Layers left out", body)
     if result.contributions is not None:
-        body = _contributions(result) + drawn("halves", page_figures.halves(result))
+        body = _contributions(result.contributions) + drawn("halves", page_figures.halves(result))
         yield Section("halves", "What halves add", body)
     if result.rys:
-        how = (
-            "Each cell is the plan with its slots i to j \N{MINUS SIGN} 1 run twice (RYS): its perplexity "
-            f"against the plan's own, {own}. Blue is better, red worse; cells beyond the scale have its last "
-            f"colour. {len(result.rys)} of {result.rys_total} pairs were tried."
-        )
+        how = page_words.RYS.format(own=own, tried=len(result.rys), total=result.rys_total)
         yield Section("rys", "Repeats", _p(how) + drawn("rys", page_figures.rys(result), square=True))
     if result.angular is not None:
-        how = (
-            "How much a block of layers turns the residual stream at the last token of each window: the angle "
-            "between its input and its output over \N{GREEK SMALL LETTER PI}; 0.5 is orthogonal. Bright blocks "
-            "change little, and are the first to be left out."
-        )
-        yield Section(
-            "angular",
-            "Angular distance",
-            _p(how) + drawn("angular", page_figures.angular(result), square=True),
-        )
+        body = _p(page_words.ANGULAR) + drawn("angular", page_figures.angular(result), square=True)
+        yield Section("angular", "Angular distance", body)
     if result.lens is not None:
-        how = (
-            "The most probable next token if the final norm and the head followed right after each slot; the "
-            "colour is its probability, bold is right about what follows. At the right the perplexity of the "
-            "whole text read there. \N{MIDDLE DOT} is a blank, \N{RETURN SYMBOL} a line break."
-        )
-        figure = page_figures.lens(result, text_of)
-        yield Section("lens", "Logit lens", _p(how) + drawn("lens", figure))
+        body = _p(page_words.LENS) + drawn("lens", page_figures.lens(result, text_of))
+        yield Section("lens", "Logit lens", body)
 
 
 # --- plans compared
 
 
 def _plans(result: Analysis, names: Sequence[str], drawn: Any) -> str:
-    how = (
-        "Perplexity is exp of the mean of nats a token. Intervals hold the true value with 95 % (bootstrap-t "
-        "over windows, each of the weight of its tokens); those of changes are paired: both plans read the "
-        "same windows. A change whose interval excludes 0 % is more than luck on texts like this one."
-    )
     if not names:
-        own = f"The plan's own perplexity is {number(perplexity(result.base))}."
-        return _p(f"{own} No plan is compared with it: --compare SPEC adds one, with intervals and a text coloured "
-                  "by how much the two disagree.")  # fmt: skip
+        return _p(page_words.NO_PLANS.format(own=number(perplexity(result.base))))
     header = ("plan", "perplexity", "95 % interval", "change", "95 % interval", "windows", "better / worse",
               "KL (nats a token)", "same next token")  # fmt: skip
     rows = [_base_row(result), *(_row(n, c) for n, c in zip(names, result.compared, strict=True))]
     figure = ""
     if any(compared.intervals for compared in result.compared):
         figure = drawn("plans", page_figures.comparison(result, names))
-    return _p(how) + _table(header, rows) + figure
+    return _p(page_words.PLANS) + _table(header, rows) + figure
 
 
 def _base_row(result: Analysis) -> tuple[str, ...]:
@@ -169,18 +139,22 @@ def _row(name: str, compared: Compared) -> tuple[str, ...]:
     found = compared.intervals
     if found is None:
         return (name, "not finite", "", "", "", windows, "", "", "")
-    change = found.difference
-    sure = "one window: none" if change.items < 2 else interval_text(change)
     return (
-        name, number(perplexity(found.plan.value)), _perplexities(found.plan), percent(math.exp(change.value)),
-        sure, windows, f"{found.better} / {found.worse}", f"{compared.kl.mean():.4f}",
+        name,
+        number(perplexity(found.plan.value)),
+        _perplexities(found.plan),
+        percent(perplexity(found.difference.value)),
+        interval_text(found.difference),
+        windows,
+        f"{found.better} / {found.worse}",
+        f"{compared.kl.mean():.4f}",
         f"{100 * compared.agreed.mean():.1f} %",
-    )  # fmt: skip
+    )
 
 
 def _perplexities(estimate: Any) -> str:
-    if estimate.items < 2:
-        return "one window: none"
+    if not is_bounded(estimate):
+        return "none: too few windows"
     return f"{number(perplexity(estimate.low))} to {number(perplexity(estimate.high))}"
 
 
@@ -192,21 +166,25 @@ def _name(compared: Compared) -> str:
 
 
 def _disagreements(compared: Compared, place: int, text_of: TokenText) -> str:
-    how = (
-        "The text, each token coloured by the divergence KL(base || plan) of what is predicted in its place, in "
-        "nats; underlined where the most probable token is another one, framed where that happens first. "
-        "Hovering shows what both think most probable."
-    )
     limit = ""
     if len(compared.tokens) > STRIP:
         limit = _p(f"The first {STRIP:,} of {len(compared.tokens):,} tokens are shown; the list is of all.")
     legend = (
-        f'<div class="legend">0 <i style="background: linear-gradient(90deg, rgb(255,255,255), '
-        f'rgb(255,120,50))"></i> {_most(compared):.3g} nats and more (square root) '
-        "<b>another token</b> <u>the first</u></div>"
+        '<div class="legend">0 <i></i> '
+        f"{_most(compared):.3g} nats and more (in proportion to the square root) "
+        '<b>another token</b> <u>the first</u> <s class="lost">not finite</s></div>'
     )
     strip = f'<div class="strip" data-strip="{place}"></div>'
-    return _p(how) + _first(compared, text_of) + limit + legend + strip + _largest(compared, text_of)
+    first, largest = _first(compared, text_of), _largest(compared, text_of)
+    parts = (
+        _p(page_words.DISAGREEMENTS),
+        first,
+        limit,
+        "" if compared.lost.all() else legend,
+        strip,
+        largest,
+    )
+    return "".join(parts)
 
 
 def _first(compared: Compared, text_of: TokenText) -> str:
@@ -221,10 +199,8 @@ def _first(compared: Compared, text_of: TokenText) -> str:
         f"{whole(text_of, best.ids[first, 0])} ({100 * math.exp(best.logprobs[first, 0]):.1f} %)"
         for best in (compared.base_best, compared.best)
     )
-    there = whole(text_of, compared.tokens[first])
-    return _p(
-        f"{plan} They first disagree at {where}: the base says {base}, the plan {other}; the text has {there}."
-    )
+    said = f"the base says {base}, the plan {other}; the text has {whole(text_of, compared.tokens[first])}"
+    return _p(f"{plan} They first disagree at {where}: {said}.")
 
 
 def _largest(compared: Compared, text_of: TokenText) -> str:
@@ -262,10 +238,11 @@ def _strip(compared: Compared) -> dict[str, Any]:
         pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
         return [[id_, _probability(-logprob)] for id_, logprob in pairs]
 
-    tokens = [
+    tokens: list[dict[str, Any]] = [
         {
             "id": int(compared.tokens[token]), "window": int(compared.windows[token]),
-            "place": int(compared.places[token]), "differs": not compared.agreed[token],
+            "place": int(compared.places[token]),
+            "differs": not (compared.agreed[token] or compared.lost[token]),
             "kl": None if compared.lost[token] else float(f"{compared.kl[token]:.4g}"),
             "own": [_probability(float(nats[token])) for nats in (compared.base_nats, compared.nats)],
             "base": candidates(compared.base_best, token), "plan": candidates(compared.best, token),
@@ -291,18 +268,10 @@ def _ids_of(strip: Mapping[str, Any]) -> Iterator[int]:
 # --- what halves add
 
 
-def _contributions(result: Analysis) -> str:
-    found = result.contributions
-    assert found is not None
+def _contributions(found: Contributions) -> str:
     halves = {half: float(values.sum()) for half, values in found.logit.items()}
     bias = f", the final norm's bias {found.bias:+.3f}" if found.bias else ""
-    return _p(
-        "What each half adds to the residual stream: its norm against that of the stream it is added to, its "
-        "cosine with that stream (means over tokens; below 0 it takes away), and its direct effect on the logit "
-        "of the right next token, less the mean over the vocabulary, with the scale of the final norm held "
-        "(direct logit attribution; mean over predicted tokens). Later layers read what a half adds, and what "
-        "they make of it counts as theirs."
-    ) + _p(
+    return _p(page_words.HALVES) + _p(
         f"The logit is {found.total:+.3f}: the embedding adds {found.embedding:+.3f}, attention "
         f"{halves['attention']:+.3f}, MLPs {halves['mlp']:+.3f}{bias}."
     )

@@ -14,6 +14,7 @@ from jaxchat.analysis import scales
 from jaxchat.analysis.measure import HALVES, Analysis, perplexity, repeated
 from jaxchat.analysis.report import number
 from jaxchat.analysis.scales import TokenText, percent
+from jaxchat.evaluation.statistics import Estimate
 
 Figure = dict[str, Any]
 """`data`, `layout` and `height`, in pixels, as plotly.js takes them."""
@@ -100,17 +101,15 @@ def influence(result: Analysis) -> Figure:
     """Bars: Block Influence."""
     assert result.influence is not None
     values = result.influence.tolist()
-    hover = [
-        lines(label, f"block influence {value:.4f}")
-        for label, value in zip(_labels(result), values, strict=True)
-    ]
+    pairs = zip(_labels(result), values, strict=True)
+    hover = [lines(label, f"block influence {value:.4f}") for label, value in pairs]
     layout = _layout(_slot_title(result), "1 \N{MINUS SIGN} cos(input, output)")
     layout["xaxis"] |= _slot_ticks(result)
     return {"data": [_bars(values, hover, "influence", _BLUE)], "layout": layout, "height": 320}
 
 
 def skip(result: Analysis) -> Figure:
-    """Bars: the change of perplexity without a slot, or half of it; in proportion to 1 %, then logarithmic."""
+    """Bars: the change of perplexity without a slot, or half of it; logarithmic beyond 1 %."""
     data, lost, drawn = [], [], [0.0]
     for half in HALVES:
         nats = result.skip[half].tolist()
@@ -141,8 +140,8 @@ def halves(result: Analysis) -> Figure:
     found = result.contributions
     assert found is not None
     rows = (
-        (found.norm, "norm added / stream", "norm of what it adds, against the stream: {:.4f}"),
-        (found.cosine, "cosine with stream", "cosine of what it adds and the stream: {:+.4f}"),
+        (found.norm, "norm ratio", "norm of what it adds, against the stream: {:.4f}"),
+        (found.cosine, "cosine", "cosine of what it adds and the stream: {:+.4f}"),
         (found.logit, "effect on logit", "direct effect on the right token's logit: {:+.4f}"),
     )
     data = []
@@ -155,13 +154,13 @@ def halves(result: Analysis) -> Figure:
                 for label, value in zip(_labels(result), numbers.tolist(), strict=True)
             ]
             bars = _bars(numbers.tolist(), hover, _NAMES[half], _COLORS[half])
-            data.append(
-                bars | {"xaxis": "x", "yaxis": f"y{axis}", "legendgroup": half, "showlegend": row == 0}
-            )
+            bars |= {"yaxis": f"y{axis}", "legendgroup": half, "showlegend": row == 0}
+            data.append(bars)
         low = 1 - (row + 1) / 3 + 0.03
         layout[f"yaxis{axis}"] = _axis(title) | {"domain": [low, low + 0.27], "zeroline": True}
+    layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
     layout["xaxis"] |= {**_slot_ticks(result), "title": {"text": _slot_title(result)}, "anchor": "y3"}
-    return {"data": data, "layout": layout | {"barmode": "group"}, "height": 620}
+    return {"data": data, "layout": layout | {"barmode": "group"}, "height": 680}
 
 
 def lens(result: Analysis, text_of: TokenText) -> Figure:
@@ -182,12 +181,15 @@ def lens(result: Analysis, text_of: TokenText) -> Figure:
     heat = _heat(np.exp(found.logprobs[..., 0]), hover, range(columns), range(rows), _PROBABILITY)
     heat |= {"text": cells, "texttemplate": "%{text}", "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1}
     heat |= {"colorbar": _bar("probability"), "textfont": {"size": 12}}
-    layout = _layout(
-        f"token that is read, positions {found.positions[0]} to {found.positions[-1]}", "read after"
-    )
+    where = f"positions {found.positions[0]} to {found.positions[-1]}"
+    layout = _layout(f"token that is read, {where}", "read after")
     layout["xaxis"] |= _ticks(range(columns), names) | {"domain": [0, 0.77], "showgrid": False}
     layout["yaxis"] |= _ticks(range(rows), labels) | {"showgrid": False}
-    layout["xaxis2"] = _axis("perplexity of the text") | {"domain": [0.8, 1], "type": "log", "nticks": 4}
+    layout["xaxis2"] = _axis("perplexity of the text") | {
+        "domain": [0.8, 1],
+        "type": "log",
+        "exponentformat": "power",
+    }
     layout["showlegend"] = False
     return {"data": [heat, _depths(result, labels)], "layout": layout, "height": 150 + _ROW * rows}
 
@@ -195,53 +197,55 @@ def lens(result: Analysis, text_of: TokenText) -> Figure:
 def _lens_hover(result: Analysis, label: str, row: int, column: int, k: int, text_of: TokenText) -> str:
     found = result.lens
     assert found is not None
-    target = found.targets[column]
     guesses = [
-        f"{100 * math.exp(found.logprobs[row, column, rank]):5.1f} %  {whole(text_of, found.ids[row, column, rank])}"
-        for rank in range(min(k, 10))
+        f"{100 * math.exp(logprob):.1f} % {whole(text_of, token)}"
+        for token, logprob in zip(
+            found.ids[row, column, : min(k, 10)], found.logprobs[row, column], strict=False
+        )
     ]
+    target = found.targets[column]
     follows = "nothing: the window ends" if target is None else whole(text_of, target)
     read = whole(text_of, found.inputs[column])
     return lines(f"{label}, position {found.positions[column]}: {read}", *guesses, f"what follows: {follows}")
 
 
 def whole(text_of: TokenText, token: int) -> str:
-    """A token in a sentence."""
-    return f"\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}{shortened(scales.whole_token(text_of(int(token))), 40)}\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
+    """A token in a sentence, in quotation marks that are rare in texts."""
+    text = shortened(scales.whole_token(text_of(int(token))), 40)
+    return (
+        f"\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}{text}\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
+    )
 
 
 def _depths(result: Analysis, labels: Sequence[str]) -> dict[str, Any]:
     assert result.lens_nats is not None
     values = result.lens_nats.tolist()
-    known = [math.isfinite(nats) and nats < 300 for nats in values]  # beyond it a browser has no number
+    pairs = zip(labels, values, strict=True)
+    hover = [lines(f"read after {label}", *_score_lines(result, nats)) for label, nats in pairs]
     return {
         "type": "scatter", "mode": "lines+markers", "xaxis": "x2", "yaxis": "y",
-        "x": [perplexity(nats) if fits else None for nats, fits in zip(values, known, strict=True)],
-        "y": list(range(len(values))), "line": {"color": _BLUE}, "hoverinfo": "text",
-        "hovertext": [
-            lines(f"read after {label}", *_score_lines(result, nats)) for label, nats in zip(labels, values, strict=True)
-        ],
+        # Beyond exp(700) a browser has no number.
+        "x": [perplexity(nats) if nats < 700 else None for nats in values],
+        "y": list(range(len(values))), "line": {"color": _BLUE}, "hoverinfo": "text", "hovertext": hover,
     }  # fmt: skip
 
 
 def comparison(result: Analysis, names: Sequence[str]) -> Figure:
-    """A forest plot: the perplexity of each plan compared, in units of the base's, with its interval."""
-    known = [(name, c.intervals) for name, c in zip(names, result.compared, strict=True) if c.intervals]
+    """A forest plot: how each plan compared changes the perplexity, with its interval."""
+    known = [(n, c.intervals.difference) for n, c in zip(names, result.compared, strict=True) if c.intervals]
     rows = range(len(known))
-    values = [intervals.difference.value for _, intervals in known]
-    sure = [intervals.difference.items > 1 for _, intervals in known]
-    arms = {
-        "array": [100 * (math.exp(min(i.difference.high, 50)) - math.exp(v)) if ok else 0 for (_, i), v, ok in zip(known, values, sure, strict=True)],
-        "arrayminus": [100 * (math.exp(v) - math.exp(i.difference.low)) if ok else 0 for (_, i), v, ok in zip(known, values, sure, strict=True)],
-    }  # fmt: skip
+    ends = [_percents(found) for _, found in known]
     hover = [
-        lines(name, f"perplexity {number(perplexity(i.plan.value))}, {percent(math.exp(i.difference.value))}",
-              f"95 % interval {interval_text(i.difference)}" if ok else "one window: no interval",
-              f"{i.difference.items} windows")
-        for (name, i), ok in zip(known, sure, strict=True)
+        lines(name, f"change {percent(perplexity(found.value))}", f"95 % interval {interval_text(found)}",
+              f"{found.items} {'window' if found.items == 1 else 'windows'}")
+        for name, found in known
     ]  # fmt: skip
+    arms = {
+        "array": [high - value for _, value, high in ends],
+        "arrayminus": [value - low for low, value, _ in ends],
+    }
     points = {
-        "type": "scatter", "mode": "markers", "x": [100 * math.expm1(min(v, 50)) for v in values], "y": list(rows),
+        "type": "scatter", "mode": "markers", "x": [value for _, value, _ in ends], "y": list(rows),
         "error_x": {"type": "data", "symmetric": False, "thickness": 2, "width": 6, **arms},
         "marker": {"size": 10, "color": _BLUE}, "hoverinfo": "text", "hovertext": hover,
     }  # fmt: skip
@@ -252,8 +256,23 @@ def comparison(result: Analysis, names: Sequence[str]) -> Figure:
     return {"data": [points], "layout": layout, "height": 120 + 40 * len(known)}
 
 
-def interval_text(difference: Any) -> str:
+def _percents(difference: Estimate) -> tuple[float, float, float]:
+    """Low, value and high of a difference of nats as changes in percent; without bounds, the value itself."""
+    value = difference.value
+    ends = (difference.low, value, difference.high) if is_bounded(difference) else (value, value, value)
+    low, value, high = (100 * math.expm1(min(nats, 50)) for nats in ends)
+    return low, value, high
+
+
+def is_bounded(estimate: Estimate) -> bool:
+    """Whether there is an interval: of one window there is none."""
+    return math.isfinite(estimate.low) and math.isfinite(estimate.high)
+
+
+def interval_text(difference: Estimate) -> str:
     """The interval of a difference of nats as one of changes of perplexity."""
+    if not is_bounded(difference):
+        return "none: too few windows"
     return f"{percent(perplexity(difference.low))} to {percent(perplexity(difference.high))}"
 
 
@@ -265,7 +284,7 @@ def _score_lines(result: Analysis, nats: float) -> tuple[str, ...]:
         return ("not finite: the logits hold NaN or infinity",)
     ratio = result.ratio(nats)
     return (
-        f"perplexity {number(perplexity(nats))}, {percent(ratio)} ({scales.times(ratio)} times the plan's own)",
+        f"perplexity {number(perplexity(nats))}, {percent(ratio)} ({scales.times(ratio)} times)",
         f"{nats:.4f} nats a token",
     )
 
@@ -312,8 +331,8 @@ def _numbers(grid: np.ndarray) -> list[list[float | None]]:
 
 def _bars(values: Sequence[float | None], hover: Sequence[str], name: str, color: str) -> dict[str, Any]:
     return {
-        "type": "bar", "x": list(range(len(values))), "y": list(values), "name": name, "hovertext": list(hover),
-        "hoverinfo": "text", "marker": {"color": color},
+        "type": "bar", "x": list(range(len(values))), "y": list(values), "name": name, "hoverinfo": "text",
+        "hovertext": list(hover), "marker": {"color": color},
     }  # fmt: skip
 
 

@@ -70,8 +70,8 @@ class AnalyzeRequest(TextFlags, LoadFlags):
     compare: Annotated[
         tuple[str, ...],
         Flag(
-            help="A layer plan to compare with the model's: perplexities with 95 % intervals over windows, and "
-            "where on the text the two disagree; may be given more than once",
+            help="A layer plan to compare with the model's: perplexities with 95 % intervals over windows, "
+            "and where on the text the two disagree; may be given more than once",
             example="--compare 0:8,4:",
             group="What to measure",
             value="SPEC",
@@ -99,8 +99,8 @@ class AnalyzeRequest(TextFlags, LoadFlags):
     html: Annotated[
         bool,
         Flag(
-            help=f"Write {PAGE}, one interactive page of 2 MB and more that a browser shows without a network; "
-            "needs plotly (the extra `analyze`)",
+            help=f"Write {PAGE}, one interactive page of 2 MB and more that a browser shows without a "
+            "network; needs plotly (the extra `analyze`)",
             example="--nohtml",
             group="Output",
         ),
