@@ -17,9 +17,8 @@ from jaxchat.analysis import page_figures, page_words, scales
 from jaxchat.analysis.compared import Candidates, Compared
 from jaxchat.analysis.contributions import Contributions
 from jaxchat.analysis.measure import Analysis, perplexity
-from jaxchat.analysis.page_figures import Figure, interval_text, is_bounded, shortened, whole
-from jaxchat.analysis.report import number
-from jaxchat.analysis.scales import TokenText, percent
+from jaxchat.analysis.page_figures import Figure, shortened, whole
+from jaxchat.analysis.scales import TokenText, interval_text, is_bounded, number, percent
 
 STRIP = 4096
 """Tokens of a text that are shown coloured; the figures are of all of it."""

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from jaxchat.analysis import scales
+from jaxchat.analysis.cells import finite
 from jaxchat.analysis.measure import HALVES, Analysis, perplexity, repeated
-from jaxchat.analysis.report import number
-from jaxchat.analysis.scales import TokenText, percent
+from jaxchat.analysis.scales import TokenText, interval_text, is_bounded, number, percent
 from jaxchat.evaluation.statistics import Estimate
 
 Figure = dict[str, Any]
@@ -158,8 +158,13 @@ def halves(result: Analysis) -> Figure:
             data.append(bars)
         low = 1 - (row + 1) / 3 + 0.03
         layout[f"yaxis{axis}"] = _axis(title) | {"domain": [low, low + 0.27], "zeroline": True}
-    layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
-    layout["xaxis"] |= {**_slot_ticks(result), "title": {"text": _slot_title(result)}, "anchor": "y3"}
+    steps = [float(f"{digit}e{power}") for power in range(-4, 5) for digit in (1, 2, 5)]
+    layout["yaxis"] |= {"type": "log", **_ticks(steps, (f"{step:g}" for step in steps))}
+    layout["xaxis"] |= {
+        **_slot_ticks(result),
+        "title": {"text": _slot_title(result), "standoff": 10},
+        "anchor": "y3",
+    }
     return {"data": data, "layout": layout | {"barmode": "group"}, "height": 680}
 
 
@@ -264,18 +269,6 @@ def _percents(difference: Estimate) -> tuple[float, float, float]:
     return low, value, high
 
 
-def is_bounded(estimate: Estimate) -> bool:
-    """Whether there is an interval: of one window there is none."""
-    return math.isfinite(estimate.low) and math.isfinite(estimate.high)
-
-
-def interval_text(difference: Estimate) -> str:
-    """The interval of a difference of nats as one of changes of perplexity."""
-    if not is_bounded(difference):
-        return "none: too few windows"
-    return f"{percent(perplexity(difference.low))} to {percent(perplexity(difference.high))}"
-
-
 # --- pieces
 
 
@@ -331,8 +324,8 @@ def _numbers(grid: np.ndarray) -> list[list[float | None]]:
 
 def _bars(values: Sequence[float | None], hover: Sequence[str], name: str, color: str) -> dict[str, Any]:
     return {
-        "type": "bar", "x": list(range(len(values))), "y": list(values), "name": name, "hoverinfo": "text",
-        "hovertext": list(hover), "marker": {"color": color},
+        "type": "bar", "x": list(range(len(values))), "y": list(map(finite, values)), "name": name,
+        "hoverinfo": "text", "hovertext": list(hover), "marker": {"color": color},
     }  # fmt: skip
 
 

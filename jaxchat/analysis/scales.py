@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxchat.analysis.measure import Analysis, perplexity
+from jaxchat.evaluation.statistics import Estimate
 
 TokenText = Callable[[int], str]
 """A token id -> its text."""
@@ -87,3 +88,20 @@ def whole_token(text: str) -> str:
     """A token's text with blanks, line breaks and what has no form of its own made visible."""
     visible = text.replace(" ", "\N{MIDDLE DOT}").replace("\n", "\N{RETURN SYMBOL}").replace("\t", "\\t")
     return "".join(c if unicodedata.category(c)[0] not in "CZ" else f"\\x{ord(c):02x}" for c in visible)
+
+
+def is_bounded(estimate: Estimate) -> bool:
+    """Whether there is an interval: of one window there is none."""
+    return math.isfinite(estimate.low) and math.isfinite(estimate.high)
+
+
+def interval_text(difference: Estimate) -> str:
+    """The interval of a difference of nats as one of changes of perplexity."""
+    if not is_bounded(difference):
+        return "none: too few windows"
+    return f"{percent(perplexity(difference.low))} to {percent(perplexity(difference.high))}"
+
+
+def number(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:,.0f}" if 1e3 <= value < 1e7 else f"{value:#.4g}"

@@ -43,9 +43,10 @@ class Browser:
         down, self._write = os.pipe()
         self._read, up = os.pipe()
         command = [
-            chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
-            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}", f"--window-size={width},{height}",
+            chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--no-first-run", "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
+            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}",
+            f"--window-size={width},{height}",
         ]  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-c", _AS_3_AND_4, str(down), str(up), *command],
@@ -62,7 +63,13 @@ class Browser:
             self.send(f"{domain}.enable")
         self.send("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1,
                   uploadThroughput=-1)  # fmt: skip
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
 
     def send(self, method, **params):
         """Calls a method of the protocol."""
