@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import re
@@ -399,7 +400,7 @@ def found(load):
 
 
 def rows_of(text):
-    return list(csv.DictReader(text.splitlines()))
+    return list(csv.DictReader(io.StringIO(text)))
 
 
 def test_csv_holds_every_figure(found):
@@ -571,7 +572,7 @@ def test_files_tables_and_a_second_run_that_computes_nothing(chat_model, story, 
     assert re.search(r"(The best repeats|No repeat improves .* least harmful), of all \(i, j\)", first.out)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"journal.jsonl", "layers.csv", "rys.csv", "lens.csv", "lens_tokens.csv", "analysis.json",
-                     "skip.png", "rys.png", "lens.png"}  # fmt: skip
+                     "skip.png", "rys.png", "lens.png", "report.html"}  # fmt: skip
     values = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert values["model"] == "tiny-chat"
     assert len(values["rys"]) == 6
@@ -707,6 +708,19 @@ def test_token_ids_need_no_tokenizer(tiny_directory, tmp_path, capsys):
         (["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--layer_spec", "9"], "layer 9 is out of range"),
         (["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--widnow", "9"], "did you mean --window?"),
         (["-m", "MODEL", "STORY"], "unexpected argument"),
+        (
+            ["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--compare", "0:2", "--compare", "0:x"],
+            "--compare '0:x': ",
+        ),
+        (
+            ["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--compare", "0,9"],
+            "--compare '0,9': layer 9 is out of range",
+        ),
+        (["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--compare", ""], "--compare '': "),
+        (
+            ["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--compare", "@nowhere"],
+            "--compare '@nowhere': ",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, error, chat_model, story, tmp_path, capsys):
@@ -729,16 +743,60 @@ def test_results_of_another_model_are_not_mixed_in(chat_model, story, tmp_path, 
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == before
 
 
-def test_without_matplotlib_one_line_says_so_before_anything_is_loaded(
-    chat_model, story, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize(
+    ("missing", "flag", "what"),
+    [
+        ("matplotlib", "--noplots", "the plots need matplotlib"),
+        ("plotly", "--nohtml", "report.html needs plotly"),
+    ],
+)
+def test_without_an_extra_one_line_says_so_before_anything_is_loaded(
+    chat_model, story, tmp_path, capsys, monkeypatch, missing, flag, what
 ):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else known(name))
     arguments = ("-m", chat_model, "--text", story, "--out", tmp_path / "out", "--parts", "influence")
     assert main(*arguments) == 1
-    assert "pip install 'jaxchat[analyze]', or give --noplots" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert what in error
+    assert f"pip install 'jaxchat[analyze]', or give {flag}" in error
     assert not (tmp_path / "out").exists()
-    assert main(*arguments, "--noplots") == 0
+    assert main(*arguments, flag) == 0
     assert "layers.csv" in capsys.readouterr().out
+
+
+def test_plans_compared_are_in_files_and_tables_and_are_not_measured_twice(
+    chat_model, story, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    arguments = ("-m", chat_model, "--text", story, "--out", out, "--window", "32", "--noplots", "--nohtml")
+    arguments = (*arguments, "--parts", "halves", "--compare", "::-1")
+    assert main(*arguments) == 0
+    capsys.readouterr()
+    # Longer than any repeat; one twice, spelled in two ways.
+    assert main(*arguments, "--compare", "2,1,0", "--compare", "0:3,0:3,0:3") == 0
+    captured = capsys.readouterr()
+    assert "; 3 results are there already" in captured.err
+    assert "jaxchat: 1 results in" in captured.err
+    rows = rows_of((out / "compare.csv").read_text())
+    assert [row["layer_spec"] for row in rows] == ["2::-1", "0:3,0:3,0:3"]
+    values = json.loads((out / "analysis.json").read_text())
+    for row, compared in zip(rows, values["compared"], strict=True):
+        assert row["windows"] == "41"
+        assert float(row["ratio_low"]) < float(row["ratio"]) < float(row["ratio_high"])
+        assert math.exp(compared["difference"]["low"]) == float(row["ratio_low"])
+        assert compared["first_disagreement"]["position"] == int(row["first_position"])
+        assert len(compared["largest_divergences"]) == 10
+        assert re.search(rf"^ .* {row['first_window']}:{row['first_position']}  {row['layer_spec']} *$",
+                         captured.out, re.MULTILINE)  # fmt: skip
+    tokens = rows_of((out / "compare_tokens.csv").read_text())
+    assert len(tokens) == 2 * 1249
+    mean = sum(float(row["nats"]) for row in tokens[:1249]) / 1249
+    assert mean == pytest.approx(values["compared"][0]["nats_per_token"]["value"], rel=1e-6)
+    slots = values["slots"]
+    added = sum(slot[f"{half}_direct_logit"] for slot in slots for half in ("attention", "mlp"))
+    direct = values["direct_logit"]
+    assert added + direct["embedding"] + direct["bias"] == pytest.approx(direct["total"], abs=1e-4)
 
 
 def test_an_interrupted_or_killed_analysis_goes_on_where_it_stopped(chat_model, story, tmp_path):

@@ -105,8 +105,8 @@ def test_plotly_knows_every_attribute_of_the_figures():
 
 def test_what_was_not_asked_for_is_not_there():
     whole = analysis_of(3, compared=())
-    bare = dataclasses.replace(whole, influence=None, angular=None, skip={}, rys={}, lens_nats=None, lens=None,
-                               contributions=None)  # fmt: skip
+    nothing = dict.fromkeys(("influence", "angular", "lens_nats", "lens", "contributions"))
+    bare = dataclasses.replace(whole, skip={}, rys={}, **nothing)
     text = page(bare, {"model": "tiny"})
     assert re.findall(r"<h2>(.*?)</h2>", text) == ["Plans compared"]
     assert "perplexity is 33.12. No plan is compared with it: --compare SPEC adds one" in text
@@ -179,25 +179,16 @@ def test_a_browser_draws_what_the_command_writes_without_a_network(browser, tmp_
     model = write_tiny_chat(tmp_path / "tiny-chat")
     story = tmp_path / "story.txt"
     story.write_text((HOSTILE.replace("\x00", "") + "Once upon a time there was a little model. ") * 4)
-    arguments = [
-        "-m",
-        model,
-        "--text",
-        story,
-        "--out",
-        tmp_path / "out",
-        "--window",
-        "48",
-        "--compare",
-        "::-1",
-    ]
-    arguments += ["--compare", "[0, [1, 3e38, 3e38], [1, 3e38, 3e38]]", "--noplots"]
+    arguments = ["-m", model, "--text", story, "--out", tmp_path / "out", "--window", "48", "--noplots"]
+    arguments += ["--compare", "::-1", "--compare", "[0, [1, 3e38, 3e38], [1, 3e38, 3e38]]"]
     assert analyze.main(["analyze", *map(str, arguments)]) == 0
     assert re.search(r"report\.html \(2\.\d MB\)\n$", capsys.readouterr().out)
     shown(browser, tmp_path / "out" / "report.html")
     assert browser.run("document.title") == "tiny-chat: what its layers do"
-    assert browser.run("document.querySelectorAll('.js-plotly-plot .main-svg .plot').length") >= 7
-    assert browser.run("document.querySelectorAll('.figure:not(.js-plotly-plot)').length") == 0
+    drawn = "[...document.querySelectorAll('.js-plotly-plot')].map((f) => f.querySelectorAll(MARKS).length)"
+    marks = browser.run(drawn.replace("MARKS", "'.heatmaplayer image, .point'"))
+    assert len(marks) == 7
+    assert all(marks)
     assert browser.run("document.querySelectorAll('img, section a, svg a').length") == 0
     assert HOSTILE[:30] in browser.run("document.querySelector('.strip').textContent")
     assert browser.run("document.querySelectorAll('.strip .first').length") == 2

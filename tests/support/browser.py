@@ -44,9 +44,9 @@ class Browser:
         self._read, up = os.pipe()
         command = [
             chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            "--no-first-run", "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
-            "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}",
-            f"--window-size={width},{height}",
+            "--no-first-run", "--disable-background-networking", "--disable-component-update",
+            "--remote-debugging-pipe", "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={profile}", f"--window-size={width},{height}",
         ]  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-c", _AS_3_AND_4, str(down), str(up), *command],
