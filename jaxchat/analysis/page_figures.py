@@ -60,6 +60,8 @@ def rys(result: Analysis) -> Figure:
     }
     lost = [(j, i) for (i, j), nats in result.rys.items() if not math.isfinite(nats)]
     layout = _layout("j: where the repeated block ends", "i: where the repeated block begins")
+    layout["xaxis"] |= _whole_ticks(1, slots)
+    layout["yaxis"] |= _whole_ticks(0, slots)
     data = [heat, *_crosses(lost, [hover[i][j - 1] for j, i in lost]), *_best(result, hover)]
     return {"data": data, "layout": layout, "height": _square(slots)}
 
@@ -90,11 +92,10 @@ def angular(result: Analysis) -> Figure:
     heat = _heat(grid, hover, range(slots), range(1, slots + 1), "Viridis")
     heat |= {"reversescale": True, "colorbar": _bar("angular distance")}
     unit = _unit(result)
-    return {
-        "data": [heat],
-        "layout": _layout(f"first {unit} of the block", f"length of the block ({unit}s)"),
-        "height": _square(slots),
-    }
+    layout = _layout(f"first {unit} of the block", f"length of the block ({unit}s)")
+    layout["xaxis"] |= _whole_ticks(0, slots)
+    layout["yaxis"] |= _whole_ticks(1, slots)
+    return {"data": [heat], "layout": layout, "height": _square(slots)}
 
 
 def influence(result: Analysis) -> Figure:
@@ -185,11 +186,12 @@ def lens(result: Analysis, text_of: TokenText) -> Figure:
     names = [lines(scales.short_token(text_of(token))) for token in found.inputs]
     heat = _heat(np.exp(found.logprobs[..., 0]), hover, range(columns), range(rows), _PROBABILITY)
     heat |= {"text": cells, "texttemplate": "%{text}", "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1}
-    heat |= {"colorbar": _bar("probability"), "textfont": {"size": 12}}
+    top = {"lenmode": "pixels", "len": min(220, 60 + _ROW * rows), "y": 1, "yanchor": "top"}
+    heat |= {"colorbar": _bar("probability") | top, "textfont": {"size": 12}}
     where = f"positions {found.positions[0]} to {found.positions[-1]}"
     layout = _layout(f"token that is read, {where}", "read after")
     layout["xaxis"] |= _ticks(range(columns), names) | {"domain": [0, 0.77], "showgrid": False}
-    layout["yaxis"] |= _ticks(range(rows), labels) | {"showgrid": False}
+    layout["yaxis"] |= _ticks(range(rows), labels) | {"showgrid": False, "range": [-0.5, rows - 0.5]}
     layout["xaxis2"] = _axis("perplexity of the text") | {
         "domain": [0.8, 1],
         "type": "log",
@@ -304,6 +306,13 @@ def _slot_ticks(result: Analysis) -> dict[str, Any]:
 
 def _ticks(places: Any, names: Any) -> dict[str, Any]:
     return {"tickmode": "array", "tickvals": list(places), "ticktext": list(names)}
+
+
+def _whole_ticks(first: int, count: int) -> dict[str, Any]:
+    """Of so many whole numbers from `first` on, as many as there is room for."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**6) if count <= 20 * step)
+    places = [place for place in range(first, first + count) if step == 1 or place % step == 0]
+    return _ticks(places, map(str, places))
 
 
 def _square(slots: int) -> int:

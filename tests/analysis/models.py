@@ -17,13 +17,16 @@ def random_ids(count, vocabulary=67, seed=3):
     return np.random.default_rng(seed).integers(3, vocabulary, count).tolist()
 
 
-def hidden_states(loaded, plan, row):
-    """float64 [P + 1, T, D]: the residual stream of a window, by running every prefix of a plan."""
+def hidden_states(loaded, plan, row, room=0):
+    """float64 [P + 1, T, D]: the residual stream of a window, by running every prefix of a plan.
+
+    Plans up to `room` slots share what is compiled.
+    """
     engine, slots = loaded.engine, len(plan.executed())
     tokens, count = np.array([row], np.int32), np.array([len(row)], np.int32)
     states = []
     for stop in range(slots + 1):
-        prefix = plan.arrays(slots)._replace(length=np.array(stop, np.int32))
+        prefix = plan.arrays(max(slots, room))._replace(length=np.array(stop, np.int32))
         states.append(run_prefix(engine.config, engine.params, prefix, tokens, count)[0])
     return np.array(states, np.float64)
 
