@@ -119,7 +119,10 @@ def _plans(result: Analysis, names: Sequence[str], drawn: Any) -> str:
         return _p(page_words.NO_PLANS.format(own=number(perplexity(result.base))))
     header = ("plan", "perplexity", "95 % interval", "change", "95 % interval", "windows", "better / worse",
               "KL (nats a token)", "same next token")  # fmt: skip
-    rows = [_base_row(result), *(_row(n, c) for n, c in zip(names, result.compared, strict=True))]
+    rows = [
+        _base_row(result),
+        *(_row(shortened(n, 120), c) for n, c in zip(names, result.compared, strict=True)),
+    ]
     figure = ""
     if any(compared.intervals for compared in result.compared):
         figure = drawn("plans", page_figures.comparison(result, names))
@@ -130,7 +133,8 @@ def _base_row(result: Analysis) -> tuple[str, ...]:
     known = next((c.intervals for c in result.compared if c.intervals), None)
     interval = "" if known is None else _perplexities(known.base)
     own = number(perplexity(result.base))
-    return (f"{result.plan} (base)", own, interval, "", "", str(result.windows), "", "", "")
+    plan = f"{shortened(str(result.plan), 120)} (base)"
+    return (plan, own, interval, "", "", str(result.windows), "", "", "")
 
 
 def _row(name: str, compared: Compared) -> tuple[str, ...]:

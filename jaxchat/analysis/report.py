@@ -105,7 +105,7 @@ def tables(result: Analysis) -> Group:
         parts += [_repeats_table(result, (better or best)[:REPEATS])]
     if result.compared:
         parts += [
-            _title("Plans compared: the change's interval, and where they first disagree (window:place)"),
+            _title("Plans compared, and where they first disagree (window:position)"),
             compared_report.table(result),
         ]
     return Group(*parts)

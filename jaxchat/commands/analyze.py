@@ -200,8 +200,8 @@ def _facts(result: "Analysis", model: "Model", request: AnalyzeRequest, source: 
     engine = model.engine
     return {
         "model": request.model_name,
-        "plan": f"{result.plan}, {len(result.plan)} slots",
-        "text": f"{source}: {result.predicted:,} predicted tokens in {result.windows:,} windows",
+        "plan": f"{result.plan} (slots: {len(result.plan)})",
+        "text": f"{source} (predicted tokens: {result.predicted:,}, windows: {result.windows:,})",
         "weights": f"{request.quant or request.dtype or 'as stored'}; KV cache {engine.kv_dtype.name}",
         "versions": f"jaxchat {__version__}, jax {jax.__version__}, on {engine.platform}",
         "command": shlex.join(["jaxchat", *sys.argv[1:]]),
