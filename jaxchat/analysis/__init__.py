@@ -1,4 +1,4 @@
-"""What the layers of a model do: influence, distances, skips, repeats, halves, the logit lens; other plans beside.
+"""What the layers of a model do, on a text: influence, skips, repeats, halves, a lens; and plans compared.
 
     windows = cut_windows(model.encode(text), 256)
     result = analyze(model.engine, model.plan, windows)
