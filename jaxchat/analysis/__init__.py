@@ -1,4 +1,4 @@
-"""What the layers of a model do: influence, angular distance, skips, repeats and the logit lens, on a text.
+"""What the layers of a model do, on a text: influence, skips, repeats, halves, a lens; and plans compared.
 
     windows = cut_windows(model.encode(text), 256)
     result = analyze(model.engine, model.plan, windows)

@@ -1,3 +1,5 @@
+from .compared import Compared
+from .contributions import Contributions
 from .measure import (
     HALVES,
     Analysis,
@@ -16,6 +18,8 @@ __all__ = [
     "HALVES",
     "PARTS",
     "Analysis",
+    "Compared",
+    "Contributions",
     "KnownResultError",
     "Lens",
     "Questions",

@@ -7,16 +7,19 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxchat.analysis import compared, contributions
+from jaxchat.analysis.compared import Compared
+from jaxchat.analysis.contributions import Contributions
 from jaxchat.analysis.questions import Questions
 from jaxchat.analysis.sweep import Sweep, Windows, windows_at_once
 from jaxchat.engine.session import Engine
 from jaxchat.errors import JaxchatError, UsageError, option
-from jaxchat.layer_plan import LayerPlan, Slot
+from jaxchat.layer_plan import LayerPlan, Slot, as_plan
 from jaxchat.visible import shown
 
 HALVES = ("attention", "mlp", "both")
@@ -58,6 +61,8 @@ class Analysis:
       rys_total: how many (i, j) there are.
       lens_nats: nats per token read before each slot and after the last, float64 [P + 1].
       lens: None if not asked.
+      contributions: of the halves of each slot; None if not asked.
+      compared: other plans against this one, token by token.
     """
 
     plan: LayerPlan
@@ -71,6 +76,8 @@ class Analysis:
     rys_total: int
     lens_nats: np.ndarray | None
     lens: Lens | None
+    contributions: Contributions | None = None
+    compared: tuple[Compared, ...] = ()
 
     def ratio(self, nats: float) -> float:
         """The perplexity at `nats` per token, in units of the base plan's."""
@@ -136,13 +143,14 @@ class KnownResultError(JaxchatError):
 class _Task(NamedTuple):
     """One quantity of a group of windows: its name in the results, how to get it, and its numbers' shape.
 
-    The first numbers of a quantity with a `vocabulary` are token ids, below that.
+    The first so many numbers of it, or lists of them, are token ids, below `vocabulary`.
     """
 
     name: str
     measure: Callable[[Sweep], Any]
     shape: tuple[int, ...] = ()
-    vocabulary: int | None = None
+    ids: int = 0
+    vocabulary: int = 0
 
 
 def analyze(
@@ -151,6 +159,7 @@ def analyze(
     windows: Windows,
     questions: Questions | None = None,
     *,
+    compare: Sequence[LayerPlan] = (),
     batch: int | None = None,
     results: MutableMapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -162,6 +171,7 @@ def analyze(
       plan: the base plan; slots that compute nothing are left out.
       windows: the text.
       questions: what to measure; default everything.
+      compare: plans to compare with the base plan token by token, of any length.
       batch: windows read together; default as many as `windows_at_once` says.
       results: what is known already, by name; filled as the measuring goes on. JSON values.
       progress: called with how many of how many quantities are known.
@@ -177,6 +187,8 @@ def analyze(
         raise UsageError("the layer plan executes no slot; there is nothing to analyze")
     if not 1 <= questions.top_k <= engine.config.vocab_size:
         raise UsageError(f"{option('top_k')} is {questions.top_k}; expected 1 to {engine.config.vocab_size}")
+    for other in compare:
+        as_plan(other, plan)
     base = LayerPlan(plan.executed(), plan.num_layers)
     pairs = repeats(len(base), questions.rys_sample, questions.seed)
     pairs = pairs if "rys" in questions.parts else []
@@ -184,15 +196,25 @@ def analyze(
     at_once = min(batch, len(windows.lengths)) if batch else windows_at_once(engine, base, windows)
     groups = _groups(windows, at_once)
     tasks = _tasks(base, questions, pairs)
-    lens = _Task(
-        f"lens top {questions.top_k} at {positions}",
-        functools.partial(_lens, positions, questions),
-        (2, len(base) + 1, len(positions), questions.top_k),
-        engine.config.vocab_size,
-    )
-    todo = [[*tasks, lens] if positions and not number else tasks for number in range(len(groups))]
-    _measure(engine, base, groups, todo, results, progress)
-    return _summary(base, windows, groups, questions, pairs, positions, lens.name, results)
+    lens = _lens_task(engine, base, questions, positions)
+    todo = [
+        [
+            *tasks,
+            *([lens] if positions and not number else []),
+            *(_comparison(other, group, questions.top_k, engine.config.vocab_size) for other in compare),
+        ]
+        for number, group in enumerate(groups)
+    ]
+    # Twice the slots: the longest repeat is the whole model repeated.
+    room = max(2 * len(base), *(len(other.executed()) for other in compare), 0)
+    _measure(engine, base, groups, todo, results, progress, room)
+    known = [_of_group(results, number) for number in range(len(groups))]
+    return _summary(base, windows, questions, pairs, positions, compare, known)
+
+
+def _of_group(results: Mapping[str, Any], number: int) -> Callable[[str], Any]:
+    """The results of one group of windows, by name."""
+    return lambda name: results[f"{number} {name}"]
 
 
 def _groups(windows: Windows, batch: int) -> list[Windows]:
@@ -236,15 +258,34 @@ def _tasks(base: LayerPlan, questions: Questions, pairs: Sequence[tuple[int, int
             for slot in range(len(base))
             for half in HALVES
         ]
+    if "halves" in questions.parts:
+        tasks.append(_Task("halves", contributions.sums, contributions.shape(len(base))))
     return tasks + [nats(f"rys {i} {j}", repeated(base, i, j)) for i, j in pairs]
+
+
+def _comparison(plan: LayerPlan, windows: Windows, k: int, vocabulary: int) -> _Task:
+    measure = functools.partial(compared.numbers, plan=plan, k=k)
+    return _Task(_comparison_name(plan, k), measure, compared.shape(windows, k), 2 * k, vocabulary)
+
+
+def _comparison_name(plan: LayerPlan, k: int) -> str:
+    return f"compare {plan} top {k}"
 
 
 def _angular(sweep: Sweep) -> list[list[float]]:
     return sweep.angular()[sweep.windows.lengths > 0].sum(0).tolist()
 
 
-def _lens(positions: Sequence[int], questions: Questions, sweep: Sweep) -> list[Any]:
-    return [part.tolist() for part in sweep.lens(0, positions, questions.top_k)]
+def _lens_task(engine: Engine, base: LayerPlan, questions: Questions, positions: Sequence[int]) -> _Task:
+    def measure(sweep: Sweep) -> list[Any]:
+        return [part.tolist() for part in sweep.lens(0, positions, questions.top_k)]
+
+    shape = (2, len(base) + 1, len(positions), questions.top_k)
+    return _Task(_lens_name(questions, positions), measure, shape, 1, engine.config.vocab_size)
+
+
+def _lens_name(questions: Questions, positions: Sequence[int]) -> str:
+    return f"lens top {questions.top_k} at {list(positions)}"
 
 
 def _measure(
@@ -254,6 +295,7 @@ def _measure(
     todo: Sequence[Sequence[_Task]],
     results: MutableMapping[str, Any],
     progress: Callable[[int, int], None] | None,
+    room: int,
 ) -> None:
     """Fills in what is missing from the results, group by group."""
     total = sum(map(len, todo))
@@ -267,8 +309,7 @@ def _measure(
                 continue
             if progress:
                 progress(done, total)
-            # Twice the slots: the longest plan of all is the whole model repeated.
-            sweep = sweep or Sweep(engine, base, windows, max_slots=2 * len(base))
+            sweep = sweep or Sweep(engine, base, windows, max_slots=room)
             results[key] = task.measure(sweep)
             if task.name == "base" and not math.isfinite(results[key]):
                 raise JaxchatError(
@@ -288,8 +329,8 @@ def _check_known(name: str, value: Any, task: _Task) -> None:
         raise KnownResultError(f"the result {name!r} is {shown(value)}; expected {expected}") from None
     if found.shape != task.shape:
         raise KnownResultError(f"the result {name!r} has the shape {list(found.shape)}; expected {expected}")
-    if task.vocabulary is not None:
-        ids = found[0]
+    if task.ids:
+        ids = found[: task.ids]
         wrong = ids[~((ids >= 0) & (ids < task.vocabulary) & (ids == np.floor(ids)))]
         if wrong.size:
             raise KnownResultError(
@@ -305,16 +346,19 @@ def _keys(todo: Sequence[Sequence[_Task]]) -> Iterator[str]:
 def _summary(
     base: LayerPlan,
     windows: Windows,
-    groups: Sequence[Windows],
     questions: Questions,
     pairs: Sequence[tuple[int, int]],
     positions: list[int],
-    lens_name: str,
-    results: MutableMapping[str, Any],
+    compare: Sequence[LayerPlan],
+    groups: Sequence[Callable[[str], Any]],
 ) -> Analysis:
     def total(name: str) -> np.ndarray:
-        values = np.array([results[f"{number} {name}"] for number in range(len(groups))], np.float64)
+        values = np.array([known(name) for known in groups], np.float64)
         return np.asarray(np.sum(values, axis=0))
+
+    def against_base(plan: LayerPlan) -> Compared:
+        name = _comparison_name(plan, questions.top_k)
+        return compared.read(plan, windows, [known(name) for known in groups], questions.top_k)
 
     def nats(name: str) -> float:
         return float(total(name)) / windows.predicted
@@ -335,7 +379,13 @@ def _summary(
         lens_nats=np.array([nats(f"lens {slot}") for slot in range(len(base) + 1)])
         if "lens" in parts
         else None,
-        lens=_read_lens(windows, positions, results[f"0 {lens_name}"]) if positions else None,
+        lens=_read_lens(windows, positions, groups[0](_lens_name(questions, positions)))
+        if positions
+        else None,
+        contributions=contributions.means(total("halves"), int(windows.lengths.sum()), windows.predicted)
+        if "halves" in parts
+        else None,
+        compared=tuple(map(against_base, compare)),
     )
 
 

@@ -5,10 +5,8 @@ Importing it needs matplotlib (the `analyze` extra); drawing uses no window syst
 
 import io
 import math
-import unicodedata
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -18,19 +16,25 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from jaxchat.analysis.measure import Analysis, perplexity
-
-TokenText = Callable[[int], str]
-"""A token id -> its text."""
+from jaxchat.analysis.scales import (
+    SMALL,
+    TokenText,
+    depth_labels,
+    from_base,
+    is_plain,
+    mark,
+    percent,
+    ratio_marks,
+    reach_of,
+    short_token,
+    symlog_ticks,
+    times,
+)
 
 _DPI = 110
 _BLUE, _ORANGE, _GREY = "#3b6fb6", "#d9822b", "#7f8791"
 _HALF_COLORS = {"attention": _BLUE, "mlp": _ORANGE, "both": _GREY}
 _HALF_LABELS = {"attention": "without its attention", "mlp": "without its MLP", "both": "without the layer"}
-_RATIOS = (
-    *(0.001, 0.01, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
-    *(1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100, 1e3, 1e4, 1e6),
-)  # ticks of the scale of ratios
-_SMALL = 0.01  # changes up to here are drawn in proportion, larger ones logarithmically
 _WRITTEN = 9  # up to so many slots, cells have their figures in them
 
 
@@ -76,7 +80,7 @@ def skip_figure(result: Analysis, name: str) -> Figure:
     """Bars: how perplexity changes without a slot's attention, its MLP or both; logarithmic beyond 1 %."""
     figure, axes = _figure(_width(result), 4.0, f"{name}: perplexity without a layer, or half of it")
     bar = 0.8 / len(result.skip)
-    axes.set_yscale("symlog", linthresh=_SMALL, linscale=0.5)
+    axes.set_yscale("symlog", linthresh=SMALL, linscale=0.5)
     lost = []
     for number, (half, nats) in enumerate(result.skip.items()):
         changes = np.array([result.ratio(value) - 1 for value in nats.tolist()])
@@ -89,9 +93,9 @@ def skip_figure(result: Analysis, name: str) -> Figure:
         axes.scatter(lost, [0.97] * len(lost), marker="x", color="black", s=18, transform=above,
                      label="not finite")  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_ylabel(_from_base(result))
-    axes.yaxis.set_major_locator(FixedLocator(_ticks_between(*axes.get_ylim())))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda change, _: _mark(1 + change)))
+    axes.set_ylabel(from_base(result))
+    axes.yaxis.set_major_locator(FixedLocator(symlog_ticks(*axes.get_ylim())))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda change, _: mark(1 + change)))
     axes.yaxis.set_minor_locator(NullLocator())
     figure.legend(frameon=False, ncols=4, loc="outside lower center", fontsize=9)
     _slot_ticks(axes, result)
@@ -114,7 +118,7 @@ def angular_figure(result: Analysis, name: str) -> Figure:
         s=_marker(slots), color="white", edgecolors="black", linewidths=0.8, label="least of its length",
     )  # fmt: skip
     _write_cells(axes, grid, 0, 1, "{:.2f}".format, lambda value: bool(value > np.nanmean(grid)))
-    unit = "layer" if _is_plain(result) else "slot"
+    unit = "layer" if is_plain(result) else "slot"
     axes.set_xlabel(f"first {unit} of the block")
     axes.set_ylabel(f"length of the block ({unit}s)")
     axes.legend(loc="upper right", fontsize=8)
@@ -129,21 +133,21 @@ def rys_figure(result: Analysis, name: str) -> Figure:
     grid = np.full((slots, slots), np.nan)
     for (i, j), nats in result.rys.items():
         grid[i, j - 1] = (nats - result.base) / math.log(2)
-    unit = "layers" if _is_plain(result) else "slots"
+    unit = "layers" if is_plain(result) else "slots"
     figure, axes = _square(slots, f"{name}: perplexity with {unit} i to j - 1 run twice")
     logs = grid[np.isfinite(grid)]
-    reach = _reach(logs)
+    reach = reach_of(logs)
     cmap = colormaps["RdBu_r"].with_extremes(bad="#ececec")
     norm = TwoSlopeNorm(0, -reach, reach)
     image = axes.imshow(grid, origin="lower", cmap=cmap, norm=norm, extent=_cells(1, 0, slots))
-    _write_cells(axes, grid, 1, 0, lambda value: _percent(2**value), lambda value: abs(value) > 0.6 * reach)
+    _write_cells(axes, grid, 1, 0, lambda value: percent(2**value), lambda value: abs(value) > 0.6 * reach)
     best = next(iter(result.best_repeats()), None)
     if best is not None and result.improves(result.rys[best]):
         (i, j), ratio = best, result.ratio(result.rys[best])
         shift = 0.3 if slots <= _WRITTEN else 0
         axes.scatter(
             [j + shift], [i + shift], marker="*", s=3 * _marker(slots), color="gold", edgecolors="black",
-            linewidths=0.8, label=f"best: ({i}, {j}), {_percent(ratio)}",
+            linewidths=0.8, label=f"best: ({i}, {j}), {percent(ratio)}",
         )  # fmt: skip
         axes.legend(loc="upper left", fontsize=8)
     else:
@@ -152,10 +156,9 @@ def rys_figure(result: Analysis, name: str) -> Figure:
     axes.set_ylabel("i: where the repeated block begins")
     beyond = "max" if (logs > reach).any() else "neither"
     bar = figure.colorbar(image, ax=axes, shrink=0.9, extend=beyond)
-    far = [ratio for ratio in _RATIOS if 0.13 * reach < abs(math.log2(ratio)) <= reach]
-    marks = [*[r for r in far if r < 1][:5], 1.0, *[r for r in far if r > 1][-5:]]
-    bar.set_ticks([math.log2(ratio) for ratio in marks], labels=[_mark(ratio) for ratio in marks])
-    bar.set_label(_from_base(result), fontsize=9)
+    marks = ratio_marks(reach)
+    bar.set_ticks([math.log2(ratio) for ratio in marks], labels=[mark(ratio) for ratio in marks])
+    bar.set_label(from_base(result), fontsize=9)
     return figure
 
 
@@ -177,18 +180,19 @@ def lens_figure(result: Analysis, name: str, text_of: TokenText) -> Figure:
         for column in range(columns):
             guess = int(lens.ids[row, column, 0])
             table.text(
-                column, row, _shown(text_of(guess)), ha="center", va="center", fontsize=8, parse_math=False,
+                column, row, short_token(text_of(guess)), ha="center", va="center", fontsize=8,
+                parse_math=False,
                 color="white" if probabilities[row, column] > 0.6 else "black",
                 fontweight="bold" if guess == lens.targets[column] else "normal",
             )  # fmt: skip
-    labels = [_shown(text_of(token)) for token in lens.inputs]
+    labels = [short_token(text_of(token)) for token in lens.inputs]
     table.set_xticks(range(columns), labels, fontsize=8, parse_math=False)
     first, last = lens.positions[0], lens.positions[-1]
     table.set_xlabel(
         f"token that is read, at positions {first} to {last}; bold: right about the next; "
         "\N{MIDDLE DOT} is a space, \N{RETURN SYMBOL} a line break"
     )
-    table.set_yticks(range(rows), _depth_labels(result), fontsize=8)
+    table.set_yticks(range(rows), depth_labels(result), fontsize=8)
     table.set_ylabel("read after")
     _draw_depths(curve, nats)
     curve.grid(axis="x", alpha=0.3)
@@ -207,7 +211,7 @@ def _draw_depths(curve: Axes, nats: np.ndarray) -> None:
     curve.plot(np.exp(inside), range(len(nats)), marker="o", markersize=4, color=_BLUE)
     for row in np.flatnonzero(~(nats <= limit)).tolist():
         curve.plot([math.exp(limit)], [row], marker=">", markersize=7, color=_ORANGE, clip_on=False)
-        beyond = _times(perplexity(float(nats[row]))) if math.isfinite(nats[row]) else "not finite"
+        beyond = times(perplexity(float(nats[row]))) if math.isfinite(nats[row]) else "not finite"
         curve.annotate(beyond, (math.exp(limit), row), (-8, 0), textcoords="offset points", ha="right",
                        va="center", fontsize=8, backgroundcolor="white")  # fmt: skip
     curve.set_xscale("log")
@@ -224,12 +228,6 @@ def _caption(result: Analysis, of: str) -> str:
     name = of if len(of) <= 32 else f"{of[:31]}\N{HORIZONTAL ELLIPSIS}"
     text = f"{name}, " if of else ""
     return f"plan {plan}; {text}{result.predicted:,} tokens in {result.windows:,} windows"
-
-
-def _ticks_between(low: float, high: float) -> list[float]:
-    """Changes of perplexity at which an axis has marks: from 1 % to twice, and then ten, a hundred times."""
-    upper = [_SMALL, 0.1, 1.0, *(10.0**power - 1 for power in range(1, 16, 1 if high < 1e4 else 2))]
-    return [*(-change for change in upper[:3] if -change >= low), 0.0, *(c for c in upper if c <= high)]
 
 
 def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
@@ -290,64 +288,15 @@ def _write_cells(
         axes.text(x + column, y + row, text(value), ha="center", va="center", color=color, fontsize=7)
 
 
-def _is_plain(result: Analysis) -> bool:
-    return all(slot.layer == number for number, slot in enumerate(result.plan))
-
-
 def _slot_ticks(axes: Axes, result: Analysis) -> None:
     slots = len(result.plan)
     shown = range(0, slots, -(-slots // 40))
     axes.set_xticks(shown, [str(result.plan.slots[slot].layer) for slot in shown], fontsize=8)
     axes.set_xlim(-0.7, slots - 0.3)
-    axes.set_xlabel("layer" if _is_plain(result) else f"layer in each of the plan's {slots} slots")
+    axes.set_xlabel("layer" if is_plain(result) else f"layer in each of the plan's {slots} slots")
 
 
 def _bare(axes: Axes) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _depth_labels(result: Analysis) -> list[str]:
-    slots = result.plan.slots
-    if _is_plain(result):
-        return ["embedding", *(f"layer {slot.layer}" for slot in slots)]
-    return ["embedding", *(f"slot {number} (layer {slot.layer})" for number, slot in enumerate(slots))]
-
-
-def _from_base(result: Analysis) -> str:
-    return f"change of perplexity from the plan's own {perplexity(result.base):.4g}"
-
-
-def _times(value: float, _: Any = None) -> str:
-    return f"{value:.3g}" if 1e-3 < value < 1e3 else f"{value:,.0f}" if 1e3 <= value < 1e5 else f"{value:.0e}"
-
-
-def _reach(logs: np.ndarray) -> float:
-    """How far a scale of log2 ratios goes up and down so that four fifths of them are told apart."""
-    if not logs.size:
-        return 1.0
-    most, usual = float(np.abs(logs).max()), float(np.quantile(np.abs(logs), 0.8))
-    return max(most if most < 2 * usual else 1.5 * usual, 1e-3)
-
-
-def _percent(ratio: float) -> str:
-    """A ratio as a change: +3.7 %, +250 %, and from tenfold on times so much."""
-    if abs(ratio - 1) < 1e-9:
-        return "0 %"
-    if ratio >= 10:
-        return f"\N{MULTIPLICATION SIGN}{_times(ratio)}"
-    return f"{100 * (ratio - 1):+.1f} %" if ratio < 2 else f"{100 * (ratio - 1):+,.0f} %"
-
-
-def _mark(ratio: float) -> str:
-    """The same for a mark of a scale: +5 %."""
-    percent = 100 * (ratio - 1)
-    return _percent(ratio) if ratio >= 10 or abs(percent) < 1e-9 else f"{percent:+,.3g} %"
-
-
-def _shown(text: str) -> str:
-    """A token's text in a cell: visible, and short."""
-    visible = text.replace(" ", "\N{MIDDLE DOT}").replace("\n", "\N{RETURN SYMBOL}").replace("\t", "\\t")
-    escaped = "".join(c if unicodedata.category(c)[0] not in "CZ" else f"\\x{ord(c):02x}" for c in visible)
-    return escaped if len(escaped) <= 9 else escaped[:8] + "\N{HORIZONTAL ELLIPSIS}"

@@ -8,7 +8,7 @@ from typing import Annotated
 from jaxchat.errors import UsageError, option
 from jaxchat.options import Flag
 
-PARTS = ("influence", "angular", "skip", "rys", "lens")
+PARTS = ("influence", "angular", "skip", "halves", "rys", "lens")
 """What can be measured."""
 
 
@@ -64,7 +64,12 @@ class Questions:
         ),
     ] = (-12, None)
     top_k: Annotated[
-        int, _flag(help="How many candidates the lens lists for each", example="--top_k 10", low=1)
+        int,
+        _flag(
+            help="How many candidates the lens and a comparison list for each token",
+            example="--top_k 10",
+            low=1,
+        ),
     ] = 5
 
     def __post_init__(self) -> None:

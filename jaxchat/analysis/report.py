@@ -3,24 +3,24 @@
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from jaxchat.analysis import compared_report
+from jaxchat.analysis.cells import SCORE, change, finite, plain_table, score
+from jaxchat.analysis.contributions import ADDING, Contributions
 from jaxchat.analysis.measure import Analysis, perplexity, repeated
+from jaxchat.analysis.scales import TokenText, number
 
 SHOWN = 10
 """Layers that the most and the least important are."""
 REPEATS = 5
 """Repeats that are listed."""
-
-TokenText = Callable[[int], str]
-"""A token id -> its text."""
 
 
 def csv_files(result: Analysis, text_of: TokenText | None = None) -> dict[str, str]:
@@ -34,10 +34,14 @@ def csv_files(result: Analysis, text_of: TokenText | None = None) -> dict[str, s
     if result.angular is not None:
         files["angular.csv"] = _csv(("start", "length", "first_layer", "distance"), _angular_rows(result))
     if result.rys:
-        files["rys.csv"] = _csv(("i", "j", "layer_spec", "slots", *_SCORE), _rys_rows(result))
+        files["rys.csv"] = _csv(("i", "j", "layer_spec", "slots", *SCORE), _rys_rows(result))
+    if result.compared:
+        files["compare.csv"] = _csv(compared_report.COLUMNS, compared_report.rows(result))
+        tokens = compared_report.token_rows(result, text_of or (lambda _: ""))
+        files["compare_tokens.csv"] = _csv(compared_report.TOKEN_COLUMNS, tokens)
     if result.lens_nats is not None:
-        rows = ((slots, *_score(result, nats)) for slots, nats in enumerate(result.lens_nats))
-        files["lens.csv"] = _csv(("slots_run", *_SCORE), rows)
+        rows = ((slots, *score(result, nats)) for slots, nats in enumerate(result.lens_nats))
+        files["lens.csv"] = _csv(("slots_run", *SCORE), rows)
     if result.lens is not None:
         header = ("slots_run", "position", "token", "text", "next", "rank", "prediction", "prediction_text",
                   "probability")  # fmt: skip
@@ -61,26 +65,28 @@ def as_json(result: Analysis, text_of: TokenText | None = None) -> dict[str, Any
         "layer_spec": str(result.plan),
         "windows": result.windows,
         "predicted_tokens": result.predicted,
-        "perplexity": _finite(perplexity(result.base)),
-        "nats_per_token": _finite(result.base),
+        "perplexity": finite(perplexity(result.base)),
+        "nats_per_token": finite(result.base),
         "slots": [
-            dict(zip(_layer_columns(result), map(_finite, row), strict=True)) for row in _layer_rows(result)
+            dict(zip(_layer_columns(result), map(finite, row), strict=True)) for row in _layer_rows(result)
         ],
         "angular_distance": None if result.angular is None else result.angular.tolist(),
         "rys": [
-            {"i": i, "j": j, "perplexity": _finite(perplexity(nats)), "ratio": _finite(result.ratio(nats))}
+            {"i": i, "j": j, "perplexity": finite(perplexity(nats)), "ratio": finite(result.ratio(nats))}
             for (i, j), nats in result.rys.items()
         ],
         "rys_total": result.rys_total,
+        "compared": [compared_report.as_json(compared, text_of) for compared in result.compared],
+        "direct_logit": None if result.contributions is None else _direct_logit(result.contributions),
         "lens_nats_per_token": None
         if result.lens_nats is None
-        else [_finite(nats) for nats in result.lens_nats.tolist()],
+        else [finite(nats) for nats in result.lens_nats.tolist()],
         "lens": lens,
     }
 
 
 def tables(result: Analysis) -> Group:
-    """What a person wants to know first: the layers that matter most and least, the best repeats."""
+    """What a person wants to know first: the layers that matter, the best repeats, other plans."""
     without = "; below, without a layer or half of it, and the change" if result.skip else ""
     parts: list[Any] = [Text(f"Perplexity {number(perplexity(result.base))}{without}")]
     ranking = result.ranking()
@@ -97,29 +103,39 @@ def tables(result: Analysis) -> Group:
         what = "The best repeats" if better else "No repeat improves on the plan; the least harmful"
         parts += [_title(f"{what}, of {tried} (i, j): slots i to j - 1 run twice")]
         parts += [_repeats_table(result, (better or best)[:REPEATS])]
+    if result.compared:
+        parts += [
+            _title("Plans compared, and where they first disagree (window:position)"),
+            compared_report.table(result),
+        ]
     return Group(*parts)
 
 
 # --- rows
 
-_SCORE = ("perplexity", "ratio", "nats_per_token")
-
-
-def _score(result: Analysis, nats: float) -> tuple[float, float, float]:
-    return perplexity(float(nats)), result.ratio(float(nats)), float(nats)
+_ADDED = ("norm_ratio", "cosine", "direct_logit")
 
 
 def _layer_columns(result: Analysis) -> tuple[str, ...]:
     influence = ("influence",) if result.influence is not None else ()
-    skips = tuple(f"skip_{half}_{column}" for half in result.skip for column in _SCORE)
-    return ("slot", "layer", "attn_scale", "mlp_scale", *influence, *skips)
+    skips = tuple(f"skip_{half}_{column}" for half in result.skip for column in SCORE)
+    halves = tuple(f"{half}_{what}" for half in ADDING for what in _ADDED) if result.contributions else ()
+    return ("slot", "layer", "attn_scale", "mlp_scale", *influence, *skips, *halves)
 
 
 def _layer_rows(result: Analysis) -> Iterable[tuple[Any, ...]]:
-    for number, slot in enumerate(result.plan):
-        influence = (float(result.influence[number]),) if result.influence is not None else ()
-        skips = (value for nats in result.skip.values() for value in _score(result, nats[number]))
-        yield (number, slot.layer, slot.attn_scale, slot.mlp_scale, *influence, *skips)
+    for place, slot in enumerate(result.plan):
+        influence = (float(result.influence[place]),) if result.influence is not None else ()
+        skips = (value for nats in result.skip.values() for value in score(result, nats[place]))
+        added = () if result.contributions is None else _added(result.contributions, place)
+        yield (place, slot.layer, slot.attn_scale, slot.mlp_scale, *influence, *skips, *added)
+
+
+def _added(found: Contributions, slot: int) -> Iterable[float]:
+    """The columns `_ADDED` of each half of a slot."""
+    return (
+        float(values[half][slot]) for half in ADDING for values in (found.norm, found.cosine, found.logit)
+    )
 
 
 def _angular_rows(result: Analysis) -> Iterable[tuple[Any, ...]]:
@@ -133,7 +149,7 @@ def _angular_rows(result: Analysis) -> Iterable[tuple[Any, ...]]:
 def _rys_rows(result: Analysis) -> Iterable[tuple[Any, ...]]:
     for (i, j), nats in result.rys.items():
         plan = repeated(result.plan, i, j)
-        yield i, j, str(plan), len(plan), *_score(result, nats)
+        yield i, j, str(plan), len(plan), *score(result, nats)
 
 
 def _lens_rows(result: Analysis, text_of: TokenText) -> Iterable[tuple[Any, ...]]:
@@ -145,6 +161,12 @@ def _lens_rows(result: Analysis, text_of: TokenText) -> Iterable[tuple[Any, ...]
             for rank, (guess, logprob) in enumerate(zip(ids[column], logprobs[column], strict=True)):
                 yield (slots, position, token, text_of(token), "" if following is None else following, rank,
                        guess, text_of(guess), math.exp(logprob))  # fmt: skip
+
+
+def _direct_logit(found: Contributions) -> dict[str, float | None]:
+    """What is no half's: the logit as a whole, and what embedding and bias add to it."""
+    parts = {"total": found.total, "embedding": found.embedding, "bias": found.bias}
+    return {name: finite(value) for name, value in parts.items()}
 
 
 def _texts(result: Analysis, text_of: TokenText) -> dict[str, str]:
@@ -163,10 +185,6 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return out.getvalue()
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # --- tables
 
 _WITHOUT = {"attention": "no attention", "mlp": "no MLP", "both": "no layer"}
@@ -177,7 +195,7 @@ def _title(text: str) -> Text:
 
 
 def _ranking_table(result: Analysis, slots: Sequence[int]) -> Table:
-    table = _table()
+    table = plain_table()
     plain = all(slot.layer == number for number, slot in enumerate(result.plan))
     for name in ("rank", "layer") if plain else ("rank", "slot", "layer"):
         table.add_column(name, justify="right")
@@ -192,39 +210,18 @@ def _ranking_table(result: Analysis, slots: Sequence[int]) -> Table:
             del cells[2]
         if result.influence is not None:
             cells.append(f"{result.influence[slot]:.4f}")
-        cells += [_change(result, float(nats[slot])) for nats in result.skip.values()]
+        cells += [change(result, float(nats[slot])) for nats in result.skip.values()]
         table.add_row(*cells)
     return table
 
 
 def _repeats_table(result: Analysis, pairs: Sequence[tuple[int, int]]) -> Table:
-    table = _table()
+    table = plain_table()
     for name in ("i", "j", "slots", "perplexity"):
         table.add_column(name, justify="right")
     table.add_column("--layer_spec")
     for i, j in pairs:
         plan = repeated(result.plan, i, j)
         spec = Text(str(plan), overflow="ellipsis", no_wrap=True)
-        table.add_row(str(i), str(j), str(len(plan)), _change(result, result.rys[i, j]), spec)
+        table.add_row(str(i), str(j), str(len(plan)), change(result, result.rys[i, j]), spec)
     return table
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-
-
-def _change(result: Analysis, nats: float) -> str:
-    """A perplexity, and how it compares with the base plan's: "12.30  +14 %", "9,870  x803"."""
-    if math.isnan(nats):
-        return "not finite"
-    ratio = result.ratio(nats)
-    if ratio < 10:
-        change = f"{100 * (ratio - 1):+.{1 if abs(ratio - 1) < 0.1 else 0}f} %"
-    else:
-        change = f"x{number(ratio)}"
-    return f"{number(perplexity(nats))}  {change}"
-
-
-def number(value: float) -> str:
-    """Four significant digits."""
-    return f"{value:,.0f}" if 1e3 <= value < 1e7 else f"{value:#.4g}"

@@ -7,7 +7,7 @@ or with another one. What to evaluate, and what becomes of it, is `measure.py`'s
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +63,19 @@ class Outcome(NamedTuple):
     agreed: np.ndarray  # int64 [B], where the most probable token is the base plan's
 
 
-class _Places(NamedTuple):
+class TokenOutcomes(NamedTuple):
+    """What came of each of the N tokens that count, window after window, under a plan and the base plan."""
+
+    base_nats: np.ndarray  # float64 [N], the token's negative log-likelihood under the base plan
+    nats: np.ndarray  # float64 [N], the same under the plan
+    kl: np.ndarray  # float64 [N], the divergence KL(base || plan) where it is predicted, in nats
+    base_ids: np.ndarray  # int32 [N, k], what the base plan thinks most probable there
+    base_logprobs: np.ndarray  # float32 [N, k]
+    ids: np.ndarray  # int32 [N, k], and the plan
+    logprobs: np.ndarray  # float32 [N, k]
+
+
+class Places(NamedTuple):
     """The N places in windows whose next token counts, those of padding included."""
 
     rows: jax.Array  # int32 [N], of the windows' B * T tokens
@@ -72,7 +84,7 @@ class _Places(NamedTuple):
     real: jax.Array  # bool [N]
 
 
-def _places(windows: Windows, room: int) -> _Places:
+def _places(windows: Windows, room: int) -> Places:
     counted = windows.counted
     owner, place = np.nonzero(counted)
     padding = max(room - len(owner), 0)
@@ -86,7 +98,7 @@ def _places(windows: Windows, room: int) -> _Places:
         padded(owner),
         padded(np.ones(len(owner)), bool),
     )
-    return _Places(*found)  # type: ignore[arg-type]
+    return Places(*found)  # type: ignore[arg-type]
 
 
 def cut_windows(ids: Sequence[int], length: int, *, bos: int | None = None) -> Windows:
@@ -121,6 +133,8 @@ class Sweep:
 
     Attributes:
       base: the slots of the base plan that are executed.
+      step: what runs under it.
+      places: where tokens count.
       states: [P + 1, B, T, D], the residual stream before each of them and after the last.
     """
 
@@ -172,11 +186,11 @@ class Sweep:
         self.base = base.executed()
         self.windows = windows
         self._capacity = max(len(self.base), max_slots)
-        self._places = jax.device_put(
+        self.places = jax.device_put(
             _places(windows, count * (length - 1) if room is None else room), engine.placement
         )
         tokens, lengths = (jax.device_put(array, engine.placement) for array in windows[:2])
-        self._base_step = Step(
+        self.step = Step(
             config=engine.config,
             dtype=engine.dtype,
             kernels=engine.kernels,
@@ -187,7 +201,7 @@ class Sweep:
             new=lengths,
             context=lengths,
         )
-        self.states = _states(engine.stored_kv_dtype, len(self.base), self._base_step)
+        self.states = _states(engine.stored_kv_dtype, len(self.base), self.step)
         self._last = self.states[len(self.base)] if against_base else None
 
     def shared(self, plan: LayerPlan) -> int:
@@ -226,9 +240,22 @@ class Sweep:
                 forks.append((start := stop, x))
             yield number, self._scored(arrays, x, start)
 
+    def token_outcomes(self, plan: LayerPlan, k: int) -> TokenOutcomes:
+        """What comes of each token that counts under a plan, against the base plan; the k best candidates."""
+        start = self.shared(plan)
+        arrays = plan.arrays(self._capacity)
+        step = dataclasses.replace(self.step, plan=arrays)
+        bounds = np.int32(start), np.int32(arrays.length)
+        found = _tokens(
+            self.engine.stored_kv_dtype, k, step, self.states[start], *bounds, self.places,
+            self.states[len(self.base)],
+        )  # fmt: skip
+        nats, _, kl, _, base_nats, *best = (np.asarray(part)[: self.windows.predicted] for part in found)
+        return TokenOutcomes(*(part.astype(np.float64) for part in (base_nats, nats, kl)), *best)
+
     def lens_nats(self, slots: int) -> np.ndarray:
         """The same if the final norm and head follow right after the first `slots` slots of the base plan."""
-        plan = self._base_step.plan._replace(length=np.array(slots, np.int32))
+        plan = self.step.plan._replace(length=np.array(slots, np.int32))
         return self._scored(plan, self.states[slots], slots).nats
 
     def _scored(self, plan: PlanArrays, x: jax.Array, start: int) -> Outcome:
@@ -236,10 +263,10 @@ class Sweep:
         return Outcome(nats.astype(np.float64), greedy, kl.astype(np.float64), agreed.astype(np.int64))
 
     def _run(self, plan: PlanArrays, x: jax.Array, start: int, stop: int, *, score: bool) -> Any:
-        step = dataclasses.replace(self._base_step, plan=plan)
+        step = dataclasses.replace(self.step, plan=plan)
         bounds = np.int32(start), np.int32(stop)
         return _outcome(
-            self.engine.stored_kv_dtype, step, x, *bounds, self._places, self._last, np.bool_(score)
+            self.engine.stored_kv_dtype, step, x, *bounds, self.places, self._last, np.bool_(score)
         )
 
     def influence(self) -> np.ndarray:
@@ -247,7 +274,7 @@ class Sweep:
 
         Its mean over tokens is the Block Influence of ShortGPT (Men et al. 2024, arXiv 2403.03853).
         """
-        return np.asarray(_influence(self.states, self._base_step.new), np.float64)
+        return np.asarray(_influence(self.states, self.step.new), np.float64)
 
     def angular(self) -> np.ndarray:
         """Angle over pi between the residual stream at two slots, at each window's last token.
@@ -258,7 +285,7 @@ class Sweep:
         Returns:
           float64 [B, P + 1, P + 1]; rows of padding are meaningless.
         """
-        last = _last(self.states, self._base_step.new)
+        last = _last(self.states, self.step.new)
         x = np.asarray(last.astype(jnp.float32), np.float64).swapaxes(0, 1)
         x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-300)
         # Not arccos: it is off by 1e-8 even in float64 where two states are almost the same.
@@ -274,7 +301,7 @@ class Sweep:
           Token ids int32 and log-probabilities float32, [P + 1, N, k]: before each slot and after the last.
         """
         rows = self.states[:, window, np.asarray(positions, np.int32)]
-        ids, logprobs = _lens(k, self._base_step, rows)
+        ids, logprobs = _lens(k, self.step, rows)
         return np.asarray(ids), np.asarray(logprobs)
 
 
@@ -316,7 +343,7 @@ def _states(kv_dtype: jnp.dtype, slots: int, step: Step) -> jax.Array:
     states = jnp.zeros((slots + 1, *x.shape), step.dtype).at[0].set(x)
 
     def keep(p: jax.Array, states: jax.Array) -> jax.Array:
-        return states.at[p + 1].set(_run(kv_dtype, step, states[p], p, p + 1))
+        return states.at[p + 1].set(run_windows(kv_dtype, step, states[p], p, p + 1))
 
     return lax.fori_loop(0, slots, keep, states)
 
@@ -328,7 +355,7 @@ def _outcome(
     x: jax.Array,
     start: jax.Array,
     stop: jax.Array,
-    places: _Places,
+    places: Places,
     last: jax.Array | None,
     score: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -336,7 +363,7 @@ def _outcome(
 
     `last` [B, T, D] is the base plan's after its last slot.
     """
-    x = _run(kv_dtype, step, x, start, stop)
+    x = run_windows(kv_dtype, step, x, start, stop)
     batch = x.shape[0]
 
     def scored(x: jax.Array) -> tuple[jax.Array, ...]:
@@ -354,7 +381,7 @@ def _outcome(
     return x, lax.cond(score, scored, nothing, x)
 
 
-def _run(kv_dtype: jnp.dtype, step: Step, x: jax.Array, start: jax.Array, stop: Any) -> jax.Array:
+def run_windows(kv_dtype: jnp.dtype, step: Step, x: jax.Array, start: jax.Array, stop: Any) -> jax.Array:
     """Runs the slots [start, stop) on whole windows, one after the other on the same slot of cache."""
     batch, length, _ = x.shape
     cache = empty_cache(step.config, slots=1, batch=batch, capacity=length, dtype=kv_dtype)
@@ -366,21 +393,29 @@ def _run(kv_dtype: jnp.dtype, step: Step, x: jax.Array, start: jax.Array, stop: 
     return lax.fori_loop(start, stop, body, (x, cache))[0]
 
 
-def _token_outcomes(
-    step: Step, x: jax.Array, places: _Places, last: jax.Array | None
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _tokens(
+    kv_dtype: jnp.dtype,
+    k: int,
+    step: Step,
+    x: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    places: Places,
+    last: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Of the tokens at `places`, [N] each: nats, greedy, KL and agreed; from so many logits at a time."""
-    count = places.rows.shape[0]
-    chunks = -(-count // max(_LOGITS // step.config.vocab_size, 1))
-    chunk = -(-count // chunks)  # as even as can be
-    padding = -count % chunk
+    """The slots [start, stop), and what `_token_outcomes` has with candidates."""
+    return _token_outcomes(step, run_windows(kv_dtype, step, x, start, stop), places, last, k)
 
-    def cut(part: jax.Array) -> jax.Array:
-        padded = jnp.pad(part, [(0, padding)] + [(0, 0)] * (part.ndim - 1))
-        return padded.reshape(chunks, chunk, *part.shape[1:])
 
-    def rows(states: jax.Array) -> jax.Array:
-        return cut(states.reshape(-1, states.shape[-1])[places.rows])
+def _token_outcomes(
+    step: Step, x: jax.Array, places: Places, last: jax.Array | None, k: int = 0
+) -> tuple[jax.Array, ...]:
+    """Of the tokens at `places`, [N] each: nats, greedy, KL and agreed.
+
+    With k, which needs `last`, also the base plan's nats, and the k most probable tokens and their
+    log-probabilities under the base plan and under this one, [N, k].
+    """
 
     def logits(x: jax.Array) -> jax.Array:
         return model.logits(step, model.final_norm(step, x))
@@ -388,7 +423,7 @@ def _token_outcomes(
     def outcome(part: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, ...]:
         x, targets, base_x = part
         scores = logits(x)
-        chosen = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+        chosen = _at(scores, targets)
         total = jax.nn.logsumexp(scores, axis=-1)
         greedy = chosen >= scores.max(-1)
         if base_x is None:
@@ -397,11 +432,43 @@ def _token_outcomes(
         base_total = jax.nn.logsumexp(base, axis=-1)
         difference = (base - base_total[:, None]) - (scores - total[:, None])
         kl = (jnp.exp(base - base_total[:, None]) * difference).sum(-1)
-        return total - chosen, greedy, kl, scores.argmax(-1) == base.argmax(-1)
+        found = total - chosen, greedy, kl, scores.argmax(-1) == base.argmax(-1)
+        if not k:
+            return found
+        best, ids = lax.top_k(scores, k)
+        base_best, base_ids = lax.top_k(base, k)
+        return (
+            *found, base_total - _at(base, targets),
+            base_ids, base_best - base_total[:, None], ids, best - total[:, None],
+        )  # fmt: skip
 
-    base_rows = None if last is None else rows(last)
-    found = lax.map(outcome, (rows(x), cut(places.targets), base_rows))
-    return tuple(part.reshape(-1)[:count] for part in found)
+    base_rows = None if last is None else rows_at(places, last)
+    return in_parts(step, outcome, (rows_at(places, x), places.targets, base_rows))
+
+
+def rows_at(places: Places, states: jax.Array) -> jax.Array:
+    """Of states [B, T, D] those at the places, [N, D]."""
+    return states.reshape(-1, states.shape[-1])[places.rows]
+
+
+def in_parts(step: Step, outcome: Callable[[Any], Any], parts: Any) -> Any:
+    """`outcome(parts)`, all of them [N, ...], of so few at a time that logits [N, V] of them are small."""
+    count = jax.tree.leaves(parts)[0].shape[0]
+    chunks = -(-count // max(_LOGITS // step.config.vocab_size, 1))
+    chunk = -(-count // chunks)  # as even as can be
+    padding = -count % chunk
+
+    def cut(part: jax.Array) -> jax.Array:
+        padded = jnp.pad(part, [(0, padding)] + [(0, 0)] * (part.ndim - 1))
+        return padded.reshape(chunks, chunk, *part.shape[1:])
+
+    found = lax.map(outcome, jax.tree.map(cut, parts))
+    return jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:])[:count], found)
+
+
+def _at(scores: jax.Array, targets: jax.Array) -> jax.Array:
+    """Of scores [N, V] those of one token each, [N]."""
+    return jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,17 +8,23 @@ import functools
 import hashlib
 import importlib.util
 import json
+import shlex
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from jaxchat import __version__
 from jaxchat.analysis.questions import Questions
 from jaxchat.cli.command_line import Command, Conflict, Ended, Need, catch_interrupts, complain
 from jaxchat.cli.model_flags import RECIPE_NEEDS, BoxedModel, LoadFlags
 from jaxchat.cli.text_flags import TextFlags, given_text, read_windows, refuse_no_text
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.files import try_to_replace, write_atomically
+from jaxchat.layer_plan import LayerPlan, PlanError
 from jaxchat.options import Flag
+from jaxchat.visible import shown
 
 if TYPE_CHECKING:
     from jaxchat.analysis import Analysis, Windows
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 """The file of results so far, in the output directory."""
+PAGE = "report.html"
 
 _USAGE = """\
 usage: {program} [-m DIR] --text FILE --out DIR [...]
@@ -34,12 +41,14 @@ usage: {program} [-m DIR] --text FILE --out DIR [...]
 Shows what each layer of a model does: how much it changes its input (block
 influence, angular distance), the perplexity without it, without its attention
 or its MLP, and with every block of layers run twice (RYS), and what the model
-would say if it ended there (logit lens). Writes CSV, JSON and PNG files; an
-interrupted run goes on where it stopped.
+would say if it ended there (logit lens). Compares other plans with this one
+token by token. Writes CSV, JSON and PNG files, and report.html, an interactive
+page that needs no network; an interrupted run goes on where it stopped.
 
   {program} --text story.txt --out analysis
   {program} -m llama-3-8b --text story.txt --out analysis \\
       --parts influence,rys --rys_sample 100 --quant int4
+  {program} --text story.txt --out analysis --compare 0:5,3: --compare ::2
 """
 
 
@@ -58,6 +67,17 @@ class AnalyzeRequest(TextFlags, LoadFlags):
         ),
     ] = None
     questions: Questions = dataclasses.field(default_factory=Questions)
+    compare: Annotated[
+        tuple[str, ...],
+        Flag(
+            help="A layer plan to compare with the model's: perplexities with 95 % intervals over windows, "
+            "and where on the text the two disagree; may be given more than once",
+            example="--compare 0:8,4:",
+            group="What to measure",
+            value="SPEC",
+            many=True,
+        ),
+    ] = ()
     out: Annotated[
         str | None,
         Flag(
@@ -76,12 +96,22 @@ class AnalyzeRequest(TextFlags, LoadFlags):
             group="Output",
         ),
     ] = True
+    html: Annotated[
+        bool,
+        Flag(
+            help=f"Write {PAGE}, one interactive page of 2 MB and more that a browser shows without a "
+            "network; needs plotly (the extra `analyze`)",
+            example="--nohtml",
+            group="Output",
+        ),
+    ] = True
 
 
 def _run(request: AnalyzeRequest, given: frozenset[str]) -> int:
     _refuse(request)
     request = request.or_boxed()
     chosen = request.chosen()
+    compare = _compared(request.compare, chosen.source.plan)
     out = _output_directory(str(request.out))
     # Imports JAX, which --help and usage errors need not wait for.
     from jaxchat.cli.progress_bar import loading_bar
@@ -92,7 +122,7 @@ def _run(request: AnalyzeRequest, given: frozenset[str]) -> int:
         model = request.load(chosen, progress)
     windows = read_windows(model, request, text, ids)
     try:
-        result = _measure(model, windows, request, out)
+        result = _measure(model, windows, compare, request, out)
     except (KeyboardInterrupt, Ended):
         complain(f"interrupted; the results so far are in {out / JOURNAL}: run again to go on")
         raise
@@ -100,7 +130,9 @@ def _run(request: AnalyzeRequest, given: frozenset[str]) -> int:
     return 0
 
 
-def _measure(model: "Model", windows: "Windows", request: AnalyzeRequest, out: Path) -> "Analysis":
+def _measure(
+    model: "Model", windows: "Windows", compare: Sequence[LayerPlan], request: AnalyzeRequest, out: Path
+) -> "Analysis":
     from jaxchat import analysis
     from jaxchat.cli.progress_bar import counting_bar
     from jaxchat.journal import Journal
@@ -120,6 +152,7 @@ def _measure(model: "Model", windows: "Windows", request: AnalyzeRequest, out: P
                 model.plan,
                 windows,
                 request.questions,
+                compare=compare,
                 batch=batch,
                 results=journal,
                 progress=progress,
@@ -144,15 +177,35 @@ def _write(result: "Analysis", model: "Model", request: AnalyzeRequest, out: Pat
     files = {file: text.encode() for file, text in report.csv_files(result, text_of).items()}
     everything = {"model": name, **report.as_json(result, text_of)}
     files["analysis.json"] = json.dumps(everything, allow_nan=False, ensure_ascii=False, indent=1).encode()
+    source = Path(request.text or request.token_ids or "").name
+    source = "standard input" if source == "-" else source
     if request.plots:
         from jaxchat.analysis import plots
 
-        source = Path(request.text or request.token_ids or "").name
-        files |= plots.png_files(result, name, text_of, of="standard input" if source == "-" else source)
+        files |= plots.png_files(result, name, text_of, of=source)
+    if request.html:
+        from jaxchat.analysis.page import page
+
+        files[PAGE] = page(result, _facts(result, model, request, source), text_of).encode()
     for file, data in files.items():
         write_atomically(out / file, data)
     Console(highlight=False).print(report.tables(result))
-    print(f"{out}: {', '.join(files)}")
+    size = f" ({len(files[PAGE]) / 1e6:.1f} MB)" if request.html else ""
+    print(f"{out}: {', '.join(files)}{size}")
+
+
+def _facts(result: "Analysis", model: "Model", request: AnalyzeRequest, source: str) -> dict[str, str]:
+    import jax
+
+    engine = model.engine
+    return {
+        "model": request.model_name,
+        "plan": f"{result.plan} (slots: {len(result.plan)})",
+        "text": f"{source} (predicted tokens: {result.predicted:,}, windows: {result.windows:,})",
+        "weights": f"{request.quant or request.dtype or 'as stored'}; KV cache {engine.kv_dtype.name}",
+        "versions": f"jaxchat {__version__}, jax {jax.__version__}, on {engine.platform}",
+        "command": shlex.join(["jaxchat", *sys.argv[1:]]),
+    }
 
 
 def _token_text(tokenizer: "Tokenizer", token: int) -> str:
@@ -167,11 +220,27 @@ def _refuse(request: AnalyzeRequest) -> None:
     refuse_no_text(request, example)
     if request.out is None:
         raise UsageError(f"no --out: give the directory for the results, {example}")
-    if request.plots and importlib.util.find_spec("matplotlib") is None:
-        raise JaxchatError(
-            "the plots need matplotlib, which is not installed; pip install 'jaxchat[analyze]', or give "
-            "--noplots for CSV and JSON only"
-        )
+    for wanted, package, what, flag in (
+        (request.plots, "matplotlib", "the plots need", "--noplots"),
+        (request.html, "plotly", f"{PAGE} needs", "--nohtml"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise JaxchatError(
+                f"{what} {package}, which is not installed; pip install 'jaxchat[analyze]', or give {flag} "
+                "to do without"
+            )
+
+
+def _compared(specs: Sequence[str], base: LayerPlan) -> list[LayerPlan]:
+    """The plans of --compare, each once; text counts the slots of `base`, as --layer_spec does."""
+    plans = []
+    for spec in specs:
+        try:
+            plans.append(base.select(spec))
+        except PlanError as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--compare {shown(spec)}: {reason}") from None
+    return list(dict.fromkeys(plans))
 
 
 def _output_directory(name: str) -> Path:

@@ -2,8 +2,8 @@
 
 import csv
 import dataclasses
-import functools
 import importlib.util
+import io
 import json
 import math
 import re
@@ -24,18 +24,13 @@ from jaxchat.checkpoints.write import convert
 from jaxchat.errors import JaxchatError, UsageError
 from jaxchat.journal import Journal
 from jaxchat.layer_plan import LayerPlan
-from jaxchat.layers.cache import empty_cache
+from tests.analysis.models import SCALED, cosine, hidden_states, log_softmax, logits_of, random_ids
 from tests.support.steps import step_of
 from tests.support.tiny_chat import write_tiny_chat
 
 COMMAND = [sys.executable, "-m", "jaxchat.analyze"]
-SCALED = "[0, 2, [1, 0.5, 1.0], [2, 0.0, 0.0], [1, 1.0, 0.0], 0]"  # a slot without effect, halves, repeats
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-def random_ids(count, vocabulary=67, seed=3):
-    return np.random.default_rng(seed).integers(3, vocabulary, count).tolist()
 
 
 WINDOWS = analysis.cut_windows(random_ids(50), 16)  # the last of the four has two tokens
@@ -67,29 +62,6 @@ def scored(loaded, plan, windows=WINDOWS):
     rows = [row[:length] for row, length in zip(windows.tokens.tolist(), windows.lengths, strict=True)]
     scores = loaded.with_plan(plan).score(token_ids=rows)
     return -sum(score.total for score in scores) / windows.predicted
-
-
-def hidden_states(loaded, plan, row):
-    """float64 [P + 1, T, D]: the residual stream of a window, by running every prefix of a plan."""
-    engine, slots = loaded.engine, len(plan.executed())
-    tokens, count = np.array([row], np.int32), np.array([len(row)], np.int32)
-    states = []
-    for stop in range(slots + 1):
-        prefix = plan.arrays(slots)._replace(length=np.array(stop, np.int32))
-        states.append(run_prefix(engine.config, engine.params, prefix, tokens, count)[0])
-    return np.array(states, np.float64)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def run_prefix(config, params, prefix, tokens, count):
-    slots, length = len(prefix.layer), tokens.shape[1]
-    cache = empty_cache(config, slots=slots, batch=1, capacity=length, dtype=jnp.float32)
-    step = step_of(config, params, prefix, tokens, jnp.zeros(1, jnp.int32), count, count)
-    return model.run_plan(step, model.embed(step), cache)[0]
-
-
-def cosine(a, b):
-    return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
 # --- the text
@@ -257,18 +229,6 @@ def counting(rng, share=0.4):
     return WINDOWS._replace(scored=rng.random(WINDOWS.tokens.shape) < share)
 
 
-def logits_of(loaded, plan, row):
-    """float64 [T, V], of a window by itself."""
-    states = hidden_states(loaded, plan, row)[-1]
-    engine = loaded.engine
-    step = step_of(engine.config, engine.params, *[None] * 5)
-    return np.asarray(model.logits(step, model.final_norm(step, jnp.float32(states))), np.float64)
-
-
-def log_softmax(x):
-    return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
-
-
 @pytest.mark.parametrize(("model_type", "spec"), [("llama", "0,1,1"), ("gemma2", SCALED), ("gpt2", "0,2")])
 def test_an_outcome_is_that_of_the_tokens_that_count_alone(load, rng, model_type, spec):
     loaded, windows = load(model_type), counting(rng)
@@ -326,7 +286,7 @@ def test_sweeps_of_one_room_share_their_executable(load):
         compiled = sweep._outcome._cache_size()
         sweeping.nats(LayerPlan.parse("2,1", 3))
         assert sweep._outcome._cache_size() == compiled
-    assert sweeping._places.rows.shape == (40,)
+    assert sweeping.places.rows.shape == (40,)
 
 
 # --- hidden states
@@ -440,7 +400,7 @@ def found(load):
 
 
 def rows_of(text):
-    return list(csv.DictReader(text.splitlines()))
+    return list(csv.DictReader(io.StringIO(text)))
 
 
 def test_csv_holds_every_figure(found):
@@ -612,7 +572,7 @@ def test_files_tables_and_a_second_run_that_computes_nothing(chat_model, story, 
     assert re.search(r"(The best repeats|No repeat improves .* least harmful), of all \(i, j\)", first.out)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"journal.jsonl", "layers.csv", "rys.csv", "lens.csv", "lens_tokens.csv", "analysis.json",
-                     "skip.png", "rys.png", "lens.png"}  # fmt: skip
+                     "skip.png", "rys.png", "lens.png", "report.html"}  # fmt: skip
     values = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert values["model"] == "tiny-chat"
     assert len(values["rys"]) == 6
@@ -748,6 +708,19 @@ def test_token_ids_need_no_tokenizer(tiny_directory, tmp_path, capsys):
         (["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--layer_spec", "9"], "layer 9 is out of range"),
         (["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--widnow", "9"], "did you mean --window?"),
         (["-m", "MODEL", "STORY"], "unexpected argument"),
+        (
+            ["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--compare", "0:2", "--compare", "0:x"],
+            "--compare '0:x': ",
+        ),
+        (
+            ["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--compare", "0,9"],
+            "--compare '0,9': layer 9 is out of range",
+        ),
+        (["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--compare", ""], "--compare '': "),
+        (
+            ["-m", "MODEL", "--text", "STORY", "--out", "OUT", "--compare", "@nowhere"],
+            "--compare '@nowhere': ",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, error, chat_model, story, tmp_path, capsys):
@@ -770,16 +743,60 @@ def test_results_of_another_model_are_not_mixed_in(chat_model, story, tmp_path, 
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == before
 
 
-def test_without_matplotlib_one_line_says_so_before_anything_is_loaded(
-    chat_model, story, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize(
+    ("missing", "flag", "what"),
+    [
+        ("matplotlib", "--noplots", "the plots need matplotlib"),
+        ("plotly", "--nohtml", "report.html needs plotly"),
+    ],
+)
+def test_without_an_extra_one_line_says_so_before_anything_is_loaded(
+    chat_model, story, tmp_path, capsys, monkeypatch, missing, flag, what
 ):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else known(name))
     arguments = ("-m", chat_model, "--text", story, "--out", tmp_path / "out", "--parts", "influence")
     assert main(*arguments) == 1
-    assert "pip install 'jaxchat[analyze]', or give --noplots" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert what in error
+    assert f"pip install 'jaxchat[analyze]', or give {flag}" in error
     assert not (tmp_path / "out").exists()
-    assert main(*arguments, "--noplots") == 0
+    assert main(*arguments, flag) == 0
     assert "layers.csv" in capsys.readouterr().out
+
+
+def test_plans_compared_are_in_files_and_tables_and_are_not_measured_twice(
+    chat_model, story, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    arguments = ("-m", chat_model, "--text", story, "--out", out, "--window", "32", "--noplots", "--nohtml")
+    arguments = (*arguments, "--parts", "halves", "--compare", "::-1")
+    assert main(*arguments) == 0
+    capsys.readouterr()
+    # Longer than any repeat; one twice, spelled in two ways.
+    assert main(*arguments, "--compare", "2,1,0", "--compare", "0:3,0:3,0:3") == 0
+    captured = capsys.readouterr()
+    assert "; 3 results are there already" in captured.err
+    assert "jaxchat: 1 results in" in captured.err
+    rows = rows_of((out / "compare.csv").read_text())
+    assert [row["layer_spec"] for row in rows] == ["2::-1", "0:3,0:3,0:3"]
+    values = json.loads((out / "analysis.json").read_text())
+    for row, compared in zip(rows, values["compared"], strict=True):
+        assert row["windows"] == "41"
+        assert float(row["ratio_low"]) < float(row["ratio"]) < float(row["ratio_high"])
+        assert math.exp(compared["difference"]["low"]) == float(row["ratio_low"])
+        assert compared["first_disagreement"]["position"] == int(row["first_position"])
+        assert len(compared["largest_divergences"]) == 10
+        assert re.search(rf"^ .* {row['first_window']}:{row['first_position']}  {row['layer_spec']} *$",
+                         captured.out, re.MULTILINE)  # fmt: skip
+    tokens = rows_of((out / "compare_tokens.csv").read_text())
+    assert len(tokens) == 2 * 1249
+    mean = sum(float(row["nats"]) for row in tokens[:1249]) / 1249
+    assert mean == pytest.approx(values["compared"][0]["nats_per_token"]["value"], rel=1e-6)
+    slots = values["slots"]
+    added = sum(slot[f"{half}_direct_logit"] for slot in slots for half in ("attention", "mlp"))
+    direct = values["direct_logit"]
+    assert added + direct["embedding"] + direct["bias"] == pytest.approx(direct["total"], abs=1e-4)
 
 
 def test_an_interrupted_or_killed_analysis_goes_on_where_it_stopped(chat_model, story, tmp_path):
