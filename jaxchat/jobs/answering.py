@@ -152,11 +152,13 @@ class Answerer:
         else:
             options = ask.options(self._manner.options, seed=self._manner.options.seed + number)
             openings = [self._row(entry, ask, options) for entry in ask.inputs]
-            rows = [again for row in openings for again in self._choices(row, ask)]
-            tasks = [
-                _Task(number, place, Reply(self._model.vocabulary, row).context, row, plan, uses)
-                for place, row in enumerate(rows)
+            drawn = [
+                (again, ids)
+                for row in openings
+                for ids in [Reply(self._model.vocabulary, row).context]  # held once for all choices
+                for again in self._choices(row, ask)
             ]
+            tasks = [_Task(number, place, ids, row, plan, uses) for place, (row, ids) in enumerate(drawn)]
             prompts = sum(row.opening.length for row in openings)
         self._open[number] = _Open(ask, [None] * len(tasks), prompts)
         return tasks

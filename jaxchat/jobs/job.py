@@ -17,7 +17,7 @@ from jaxchat.runtime import Model
 
 WINDOW = 4096
 """Lines that are sorted together: so many texts are held, and no more."""
-WINDOW_BYTES = 1 << 26
+WINDOW_BYTES = 1 << 24
 """Or so many bytes, where lines are long."""
 
 
