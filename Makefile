@@ -60,7 +60,7 @@ $(VENV)/installed-parity: $(VENV)/installed
 define install
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
   { echo "jaxchat needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
-@echo "Setting up $(VENV): about 700 MB for a chat, 1.1 GB with the tests; compiles the C++ kernels."
+@echo "Setting up $(VENV): about 700 MB for a chat, 1.7 GB with the tests; compiles the C++ kernels."
 @$(PYTHON) -m venv $(VENV)
 @$(BIN)/python -m pip install --quiet --upgrade pip
 $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --editable '.$(EXTRAS)'

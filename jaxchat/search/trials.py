@@ -63,7 +63,7 @@ class Trials:
         self._workers = workers
         self._scorers, self._budget, self._results = scorers, budget, results
         self._progress = progress or (lambda spent, plans: None)
-        self._before = float(results.get(_SECONDS, 0.0))
+        self._before = _seconds(results.get(_SECONDS, 0.0))
         self._started = time.monotonic()
         self._scores: dict[tuple[str, LayerPlan], Scores] = {}
         self.stages: dict[tuple[str, LayerPlan], str] = {}
@@ -106,6 +106,14 @@ class Trials:
             self._scores[sample, plan] = _read(_key(sample, plan), self._results)
             self.stages[sample, plan] = stage
         self._progress(min(self.spent, 1.0), len(self.stages))
+
+
+def _seconds(value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise JaxchatError(
+            f"the result {_SECONDS!r} is {shown(value)}, no number; delete the journal, or give another --out"
+        )
+    return float(value)
 
 
 def _key(sample: str, plan: LayerPlan) -> str:

@@ -279,6 +279,8 @@ def test_a_search_whose_time_is_up_finds_again_what_it_had_found():
 def test_a_result_that_is_none_is_refused_by_name():
     with pytest.raises(JaxchatError, match=r"the result 'screen all' is no list of scores"):
         made_search(per_slot, results={"screen all": [[1, 2], [1]]})
+    with pytest.raises(JaxchatError, match=r"the result 'seconds' is \[1\], no number"):
+        made_search(per_slot, results={"seconds": [1]})
 
 
 @pytest.mark.parametrize(("name", "bounds"), [("slots", {"max_slots": 6}), ("cost", {"max_cost": 1.0})])
