@@ -799,6 +799,7 @@ def test_plans_compared_are_in_files_and_tables_and_are_not_measured_twice(
     assert added + direct["embedding"] + direct["bias"] == pytest.approx(direct["total"], abs=1e-4)
 
 
+@pytest.mark.full  # a killed search, which uses the same journal, is tested always
 def test_an_interrupted_or_killed_analysis_goes_on_where_it_stopped(chat_model, story, tmp_path):
     out, journal = tmp_path / "out", tmp_path / "out" / "journal.jsonl"
     arguments = ["-m", chat_model, "--text", story, "--window", "8", "--batch", "1", "--noplots"]

@@ -276,7 +276,7 @@ def test_a_peer_without_llama_cpp_is_one_clear_error():
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("sample", [(), ("--sample", "4")])
+@pytest.mark.parametrize("sample", [pytest.param((), marks=pytest.mark.full), ("--sample", "4")])
 def test_sweep_compiles_once_and_sharing_changes_no_score(sample: tuple[str, ...]):
     done = _run("sweep", "--shape", "tiny", "--tokens", "24", "--bandwidth_mib", "16", *sample)
     assert done.returncode == 0, done.stderr

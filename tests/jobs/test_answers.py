@@ -269,7 +269,7 @@ def many(rng, count=40):
     return lines
 
 
-@pytest.mark.parametrize("quant", [None, "int8"])
+@pytest.mark.parametrize("quant", [None, pytest.param("int8", marks=pytest.mark.full)])
 def test_not_a_byte_depends_on_the_others_or_on_how_many_run_together(
     job_model, job_directory, job_adapter, quant
 ):

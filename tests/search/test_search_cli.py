@@ -101,7 +101,7 @@ def test_cheaper_plans_are_searched_for_that_say_the_same(commands, chat_model, 
     assert all(candidate["cost"] < 1 for candidate in found["candidates"])
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.full)])
 def test_a_search_that_is_killed_again_and_again_ends_with_the_same_bytes(chat_model, story, tmp_path, kills):
     command = [sys.executable, "-m", "jaxchat", "search", "-m", str(chat_model), "--text", str(story)]
     command += ["--out", "found", *SMALL, "--plans", "60", "--noplots"]
