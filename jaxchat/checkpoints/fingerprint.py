@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxchat.config import ModelConfig
 from jaxchat.layers.step import Params
 
 _SAMPLED_ROWS = 4
@@ -18,6 +19,12 @@ _SAMPLED_ENTRIES = 128
 def weights_fingerprint(params: Params) -> dict[str, dict[str, str]]:
     """Format, shape and a digest of a sample of the bytes of every parameter, by its name."""
     return {name: _weight(value) for name, value in sorted(params.items())}
+
+
+def model_digest(config: ModelConfig, params: Params) -> str:
+    """A word that tells a model from another: of its configuration and its weights as loaded."""
+    text = repr((config, weights_fingerprint(params)))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def bytes_of(array: np.ndarray) -> memoryview:

@@ -19,9 +19,10 @@ from jaxchat import __version__
 from jaxchat.analysis.questions import Questions
 from jaxchat.cli.command_line import Command, Conflict, Ended, Need, catch_interrupts, complain
 from jaxchat.cli.model_flags import RECIPE_NEEDS, BoxedModel, LoadFlags
+from jaxchat.cli.resumable import JOURNAL, output_directory
 from jaxchat.cli.text_flags import TextFlags, given_text, read_windows, refuse_no_text
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import try_to_replace, write_atomically
+from jaxchat.files import write_atomically
 from jaxchat.layer_plan import LayerPlan, PlanError
 from jaxchat.options import Flag
 from jaxchat.visible import shown
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from jaxchat.runtime import Model
     from jaxchat.text.tokenizer import Tokenizer
 
-JOURNAL = "journal.jsonl"
-"""The file of results so far, in the output directory."""
 PAGE = "report.html"
 
 _USAGE = """\
@@ -112,7 +111,7 @@ def _run(request: AnalyzeRequest, given: frozenset[str]) -> int:
     request = request.or_boxed()
     chosen = request.chosen()
     compare = _compared(request.compare, chosen.source.plan)
-    out = _output_directory(str(request.out))
+    out = output_directory(str(request.out))
     # Imports JAX, which --help and usage errors need not wait for.
     from jaxchat.cli.progress_bar import loading_bar
 
@@ -243,23 +242,12 @@ def _compared(specs: Sequence[str], base: LayerPlan) -> list[LayerPlan]:
     return list(dict.fromkeys(plans))
 
 
-def _output_directory(name: str) -> Path:
-    out = Path(name)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        try_to_replace(out / JOURNAL)
-    except OSError as error:
-        raise UsageError(f"--out {name}: {error.strerror}; give a directory to write to") from None
-    return out
-
-
 def _dependencies(model: "Model", windows: "Windows", request: AnalyzeRequest, batch: int) -> dict[str, str]:
     """What results depend on, by the flag that sets it."""
-    from jaxchat.checkpoints.fingerprint import weights_fingerprint
+    from jaxchat.checkpoints.fingerprint import model_digest
 
-    weights = weights_fingerprint(model.engine.params)
     return {
-        "--recipe" if request.model is None else "--model": _digest(repr((model.config, weights)).encode()),
+        "--recipe" if request.model is None else "--model": model_digest(model.config, model.engine.params),
         "--layer_spec": str(model.plan),
         "--dtype": request.dtype or "as stored",
         "--quant": request.quant or "as stored",

@@ -5,7 +5,6 @@ What is asked and what becomes of it is `evaluation/`'s.
 
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import shlex
 import time
@@ -18,8 +17,9 @@ from jaxchat.adapter_use import Uses, read_uses
 from jaxchat.cli.command_line import Command, Conflict, Ended, catch_interrupts, complain
 from jaxchat.cli.flags import flag_fields
 from jaxchat.cli.model_flags import MAX_LENGTH, RECIPE_NEEDS, BoxedModel, LoadFlags
+from jaxchat.cli.resumable import JOURNAL, output_directory
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import try_to_replace, write_atomically
+from jaxchat.files import write_atomically
 from jaxchat.options import SEEDS, Flag
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from jaxchat.evaluation.tasks import Prepared
     from jaxchat.runtime import Model
 
-JOURNAL = "journal.jsonl"
-"""The file of results so far, in the output directory."""
 BATCH = 8
 
 _USAGE = """\
@@ -217,7 +215,7 @@ def _run(request: EvaluateRequest, given: frozenset[str]) -> int:
     _refuse_idle(given, tasks)
     windows_of(request.window, request.stride, request.max_length or chosen.config.max_position_embeddings)
     baseline = _baseline(request, tasks)
-    out = _output_directory(str(request.out))
+    out = output_directory(str(request.out))
     # Imports JAX, which --help and usage errors need not wait for.
     from jaxchat.cli.progress_bar import loading_bar
 
@@ -341,16 +339,6 @@ def _refuse_idle(given: frozenset[str], tasks: Sequence["Prepared"]) -> None:
             raise UsageError(f"--{name} is for tasks {what}; there are none, leave it out")
 
 
-def _output_directory(name: str) -> Path:
-    out = Path(name)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        try_to_replace(out / JOURNAL)
-    except OSError as error:
-        raise UsageError(f"--out {name}: {error.strerror}; give a directory to write to") from None
-    return out
-
-
 def _dependencies(model: "Model", probe: Any, request: EvaluateRequest) -> dict[str, str]:
     """What results depend on beside the item, by the flag that sets it."""
     return {
@@ -370,10 +358,9 @@ def _dependencies(model: "Model", probe: Any, request: EvaluateRequest) -> dict[
 
 def _weights(model: "Model") -> str:
     """A fingerprint of the configuration and the weights, as loaded."""
-    from jaxchat.checkpoints.fingerprint import weights_fingerprint
+    from jaxchat.checkpoints.fingerprint import model_digest
 
-    data = repr((model.config, weights_fingerprint(model.engine.params))).encode()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    return model_digest(model.config, model.engine.params)
 
 
 def _adapters(model: "Model") -> str:

@@ -6,6 +6,7 @@ Which plans are tried, and what is made of their scores, is `search/`'s.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import shlex
 import sys
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from jaxchat import __version__
 from jaxchat.cli.command_line import Command, Conflict, Ended, Need, catch_interrupts, complain
 from jaxchat.cli.model_flags import RECIPE_NEEDS, BoxedModel, LoadFlags
+from jaxchat.cli.resumable import JOURNAL, output_directory
 from jaxchat.cli.text_flags import TextFlags, given_text, read_windows, refuse_no_text
 from jaxchat.errors import JaxchatError, UsageError
-from jaxchat.files import try_to_replace, write_atomically
+from jaxchat.files import write_atomically
 from jaxchat.options import SEEDS, Flag
 from jaxchat.values import Range
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from jaxchat.runtime import Model
     from jaxchat.search.run import Found, Question
 
-JOURNAL = "journal.jsonl"
-"""The file of scores so far, in the output directory."""
 _TEXT_OBJECTIVES = ("loss", "kl", "agreement")
 _USAGE = """\
 usage: {program} [-m DIR] --text FILE --out DIR [--minutes X] [...]
@@ -226,7 +226,7 @@ def _run(request: SearchRequest, given: frozenset[str]) -> int:
     _refuse(request)
     request = request.or_boxed()
     chosen = request.chosen()
-    out = _output_directory(str(request.out))
+    out = output_directory(str(request.out))
     # Imports JAX, which --help and usage errors need not wait for.
     from jaxchat.cli.progress_bar import loading_bar
 
@@ -392,6 +392,8 @@ def _write(found: "Found", question: "Question", model: "Model", request: Search
 def _about(model: "Model", question: "Question", request: SearchRequest) -> dict[str, str]:
     import jax
 
+    from jaxchat.checkpoints.fingerprint import model_digest
+
     return {
         "model": request.model_name,
         "base plan": str(question.base),
@@ -399,7 +401,7 @@ def _about(model: "Model", question: "Question", request: SearchRequest) -> dict
         "data": f"{_data(request)}: {len(question.searched.items)} items of "
         f"{question.searched.tokens:,} tokens for the search, {len(question.validated.items)} of "
         f"{question.validated.tokens:,} for the validation",
-        "weights": fingerprint(model),
+        "weights": model_digest(model.config, model.engine.params),
         "versions": f"jaxchat {__version__}, jax {jax.__version__}, on {model.engine.platform}",
         "command": shlex.join(["jaxchat", *sys.argv[1:]]),
     }
@@ -409,16 +411,6 @@ def _data(request: SearchRequest) -> str:
     if request.objective in _TEXT_OBJECTIVES:
         return str(request.text or request.token_ids)
     return f"{request.objective}" + ("" if request.data is None else f" of {request.data}")
-
-
-def fingerprint(model: "Model") -> str:
-    """A digest of the model's configuration and weights."""
-    import hashlib
-
-    from jaxchat.checkpoints.fingerprint import weights_fingerprint
-
-    text = repr((model.config, weights_fingerprint(model.engine.params)))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 # --- flags -> what they mean
@@ -445,25 +437,15 @@ def _refuse(request: SearchRequest) -> None:
             )
 
 
-def _output_directory(name: str) -> Path:
-    out = Path(name)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        try_to_replace(out / JOURNAL)
-    except OSError as error:
-        raise UsageError(f"--out {name}: {error.strerror}; give a directory to write to") from None
-    return out
-
-
 def _dependencies(model: "Model", question: "Question", request: SearchRequest) -> dict[str, str]:
     """What results depend on, by the flag that sets it."""
-    import hashlib
+    from jaxchat.checkpoints.fingerprint import model_digest
 
     def digest(sample: Any) -> str:
         return hashlib.blake2b(repr(sample.rows).encode(), digest_size=8).hexdigest()
 
     return {
-        "--recipe" if request.model is None else "--model": fingerprint(model),
+        "--recipe" if request.model is None else "--model": model_digest(model.config, model.engine.params),
         "--layer_spec": str(question.base),
         "--objective": question.measure.name,
         "--text" if request.objective in _TEXT_OBJECTIVES else "--data": " ".join(

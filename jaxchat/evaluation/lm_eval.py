@@ -7,7 +7,6 @@ It is lm_eval's own command, with one model more; importing this module adds it 
 lm_eval itself. Texts are cut into contexts and continuations as lm_eval does it for its `hf` model.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -202,7 +201,7 @@ class JaxchatLM(TemplateLM):
         template = self.model.template
         if template is None:
             raise UsageError("this model has no chat template; give chat_template=NAME in --model_args")
-        return template.sources.get("default", hashlib.sha256(repr(template.sources).encode()).hexdigest())
+        return template.sources.get("default")
 
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxchat.chat.identity import fingerprint_of
-from jaxchat.checkpoints.fingerprint import weights_fingerprint
+from jaxchat.checkpoints.fingerprint import model_digest
 from jaxchat.errors import JaxchatError
 from jaxchat.jobs.answering import Answerer, Manner
 from jaxchat.jobs.answers import Finished
@@ -97,7 +97,7 @@ def answering(model: Model) -> dict[str, str]:
     engine = model.engine
     adapters = [] if engine.adapters is None else engine.adapters.identity(model.uses)
     found = {
-        "--model": _digest(repr((model.config, weights_fingerprint(engine.params)))),
+        "--model": model_digest(model.config, engine.params),
         "--layer_spec": str(model.plan),
         "--adapter": " and ".join(adapters) or "none",
         "--kv_dtype": engine.kv_dtype.name,

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxchat.analysis.cost import weight_bytes_read
 from jaxchat.engine.session import Engine
-from jaxchat.errors import JaxchatError
 from jaxchat.families import parameter_table
 from jaxchat.layer_plan import LayerPlan, Slot
 from jaxchat.typed import Finite, checked
@@ -71,12 +70,7 @@ def measured_cost(
     if _KNOWN not in results:
         results[_KNOWN] = list(dataclasses.astuple(_measured(engine, base, context)))
     where, advice = f"the result {_KNOWN!r}", "delete the journal, or give another --out"
-    try:
-        times = DecodeTime(
-            *checked(results[_KNOWN], tuple[Finite, Finite, Finite], where=where, advice=advice)
-        )
-    except TypeError:
-        raise JaxchatError(f"{where}: expected three numbers; {advice}") from None
+    times = DecodeTime(*checked(results[_KNOWN], tuple[Finite, Finite, Finite], where=where, advice=advice))
     whole = times.seconds(base)
     return lambda plan: times.seconds(plan) / whole
 

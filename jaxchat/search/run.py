@@ -136,7 +136,7 @@ def search(
     ladder = Ladder(
         base=question.base,
         measure=question.measure,
-        distances=distances(engine, question) if alike is None else alike,
+        distances=distances(engine, question, scorers) if alike is None else alike,
         cost=question.cost,
         max_slots=question.max_slots,
         max_cost=question.max_cost,
@@ -165,9 +165,12 @@ def local_scorers(engine: Engine, question: Question) -> dict[str, Scoring]:
     return found
 
 
-def distances(engine: Engine, question: Question) -> np.ndarray:
+def distances(engine: Engine, question: Question, scorers: Mapping[str, Scoring]) -> np.ndarray:
     """Angular distances between the base plan's slots, [P + 1, P + 1], on the small sample."""
-    scorer = Scorer(engine, question.base, question.samples[SCREEN], max_slots=question.max_slots)
+    scorer = scorers[SCREEN]
+    if not isinstance(scorer, Scorer):  # it is in another process
+        sample = question.samples[SCREEN]
+        scorer = Scorer(engine, question.base, sample, max_slots=question.max_slots)
     return scorer.angular()
 
 
